@@ -1,0 +1,69 @@
+"""PivotCache: a fresh cache for one call; pivot rows in front, exact, and every later row quantized as it is written.
+
+A transformers DynamicCache in all else, so the model's own attention, masks and sliding windows work on it.
+The captured PivotKV is copied in: the model may change this cache, never the capture.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import DynamicCache
+
+from intactkv_eval.cache.quantizers import fake_quantize
+from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import PivotError
+from intactkv_eval.pivot.kv import PivotKV
+
+
+class PivotCache(DynamicCache):
+    """The KV cache [B, H, P + T, D] of one call.
+
+    devices: of each layer, where its pivot rows go. first_columns: for left-padded rows without a pivot, the column
+    [B] of each row's first real token, from which `kv.keep` counts.
+    Raises PivotError where the PivotKV has another number of layers than the model.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        batch_size: int,
+        kv: KVSpec,
+        pivot: PivotKV | None = None,
+        devices: list[torch.device] | None = None,
+        first_columns: Tensor | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self._kv = kv
+        self._first_columns = first_columns
+        if pivot is None:
+            return
+        if devices is None or len(devices) != len(pivot.keys):
+            raise PivotError(
+                f"the PivotKV has {len(pivot.keys)} layers, the model {len(devices or ())}: it is another model's"
+            )
+        for layer, (key, value, device) in enumerate(zip(pivot.keys, pivot.values, devices, strict=True)):
+            shape = (batch_size, *key.shape), (batch_size, *value.shape)
+            keys, values = key.to(device).expand(shape[0]).clone(), value.to(device).expand(shape[1]).clone()
+            super().update(keys, values, layer)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append rows [B, H, T, D], quantized first where the cell says so; returns all rows of the layer."""
+        if self._kv.bits < 16:
+            start = self.get_seq_length(layer_idx)
+            key_states = self._quantized(key_states, start)
+            value_states = self._quantized(value_states, start)
+        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return updated
+
+    def _quantized(self, states: Tensor, start: int) -> Tensor:
+        fake = fake_quantize(states, self._kv)
+        if not self._kv.keep:
+            return fake
+        columns = torch.arange(start, start + states.shape[2], device=states.device)
+        first = self._first_columns if self._first_columns is not None else torch.zeros(1, dtype=torch.long)
+        kept = columns[None, :] - first.to(states.device)[:, None] < self._kv.keep
+        return torch.where(kept[:, None, :, None], states, fake)

@@ -1,0 +1,24 @@
+"""Fake quantization of rows of a KV cache: what would be stored in few bits, given back as floating point.
+
+Scheme `token_head` (the IntactKV paper's): asymmetric, dynamic, min/max over each token's head_dim:
+
+    s = (max(x) - min(x)) / (2**b - 1),  q = clamp(round((x - min(x)) / s), 0, 2**b - 1),  x' = q s + min(x)
+
+No row shares a parameter with another, so pivot rows that are exempt have no influence on the rest.
+"""
+
+import torch
+from torch import Tensor
+
+from intactkv_eval.config import KVSpec
+
+
+def fake_quantize(states: Tensor, spec: KVSpec) -> Tensor:
+    """Keys (after RoPE) or values [B, H, T, D], each [D] row quantized by itself. Returns a new tensor, same dtype."""
+    rows = states.to(torch.float32)
+    low, high = rows.amin(dim=-1, keepdim=True), rows.amax(dim=-1, keepdim=True)
+    top = 2**spec.bits - 1
+    # A row of equal numbers has no spread: any step gives code 0, and min(x) comes back exactly.
+    step = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = torch.round((rows - low) / step).clamp(0, top)
+    return (codes * step + low).to(states.dtype)

@@ -1,0 +1,235 @@
+"""A cell: model x weights x KV cache x pivot, frozen and checked; and how flat arguments become one.
+
+The flat keys are those of lm_eval's --model_args, and a YAML of model_configs/ holds the same keys. Every key either
+acts or is an error: unknown keys, keys that do nothing in this cell, and values out of range are refused with the
+nearest right name. Knows no torch.
+"""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import shipped_folder
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, and no field that is not declared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(Spec):
+    """Which weights: `pretrained` is evaluated; the pivot is captured from `reference` where that is another model."""
+
+    pretrained: str
+    revision: str = "main"
+    dtype: str = "auto"
+    reference: str | None = None
+
+
+class WeightSpec(Spec):
+    """How the linear layers of the decoder are quantized. group_size -1 is one scale per output channel."""
+
+    method: Literal["none", "rtn"] = "none"
+    bits: Literal[2, 3, 4, 8] | None = None
+    group_size: int | None = None
+    symmetric: bool = False
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive(cls, value: int | None) -> int | None:
+        if value is not None and value != -1 and value < 1:
+            raise ValueError("use a positive size, or -1 for one scale per output channel")
+        return value
+
+
+class KVSpec(Spec):
+    """How the KV cache is quantized at the moment of writing; bits 16 is off.
+
+    Scheme `token_head`: asymmetric min/max over each token's head_dim, keys after RoPE (the IntactKV paper's).
+    `keep` first tokens are left alone although the evaluated model computed them.
+    """
+
+    bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
+    scheme: Literal["token_head"] = "token_head"
+    keep: int = Field(default=0, ge=0)
+
+
+class PivotSpec(Spec):
+    """Which tokens stand in front of every request, and whether their KV is the full-precision model's (`intact`).
+
+    source: bos, prompt, tokens:ID+ID+... or a PivotKV .safetensors file. (lm_eval splits arguments at commas.)
+    """
+
+    source: str = "bos"
+    intact: bool = True
+    chat_template: str | None = None
+
+    @field_validator("source")
+    @classmethod
+    def _known_source(cls, value: str) -> str:
+        if value in {"bos", "prompt"} or value.startswith("tokens:") or value.endswith(".safetensors"):
+            return value
+        near = get_close_matches(value, ["none", "bos", "prompt"], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"use none, bos, prompt, tokens:ID+ID+... or a PivotKV file ending in .safetensors{hint}")
+
+    @property
+    def token_ids(self) -> tuple[int, ...] | None:
+        """The ids of a `tokens:` source, else None. Raises ConfigError where they are no numbers."""
+        if not self.source.startswith("tokens:"):
+            return None
+        listed = re.split("[+,; ]+", self.source.removeprefix("tokens:").strip())
+        if not all(part.isdigit() for part in listed):
+            raise ConfigError(f"pivot={self.source!r}: write token ids as numbers, for instance tokens:1+319+13563")
+        return tuple(int(part) for part in listed)
+
+
+class CellSpec(Spec):
+    """One cell of the product's table."""
+
+    model: ModelSpec
+    weights: WeightSpec = WeightSpec()
+    kv: KVSpec = KVSpec()
+    pivot: PivotSpec = PivotSpec()
+    backend: Literal["auto", "dense"] = "auto"
+
+    @model_validator(mode="after")
+    def _quantized_whole(self) -> "CellSpec":
+        if self.weights.method != "none" and self.weights.bits is None:
+            raise ValueError(f"weights={self.weights.method} needs bits=2, 3, 4 or 8")
+        return self
+
+
+# flat key -> (part of the cell, field); what is not here is the cell's own
+_PLACES: dict[str, tuple[str, str]] = {
+    "pretrained": ("model", "pretrained"),
+    "revision": ("model", "revision"),
+    "dtype": ("model", "dtype"),
+    "reference": ("model", "reference"),
+    "weights": ("weights", "method"),
+    "bits": ("weights", "bits"),
+    "group_size": ("weights", "group_size"),
+    "symmetric": ("weights", "symmetric"),
+    "kv_bits": ("kv", "bits"),
+    "kv_scheme": ("kv", "scheme"),
+    "kv_keep": ("kv", "keep"),
+    "pivot": ("pivot", "source"),
+    "intact": ("pivot", "intact"),
+    "chat_template": ("pivot", "chat_template"),
+    "backend": ("", "backend"),
+}
+CELL_KEYS = (*_PLACES, "config")
+# lm_eval reads the word none as Python's None; for these two keys it is a choice, not an absence.
+_NONE_IS_A_VALUE = {"pivot", "weights"}
+DEFAULT_GROUP_SIZE = 128
+
+
+def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
+    """The cell of flat arguments; `config` names a YAML that they are laid over.
+
+    Raises ConfigError for an unknown key, a key that does nothing, a missing key or a value out of range.
+    """
+    given = {key: value for key, value in args.items() if _means_something(key, value)}
+    flat = {**load_config(given.pop("config")), **given} if "config" in given else given
+    for key in flat:
+        if key.isdigit():
+            raise ConfigError(f"argument {key!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
+        if key not in _PLACES:
+            raise unknown_key(key, CELL_KEYS)
+    if "pretrained" not in flat:
+        raise ConfigError("no model given: set pretrained=<folder or hub id>, or config=<name> with one in it")
+    flat = _expand(flat)
+    _refuse_idle_keys(flat)
+    nested: dict[str, Any] = {"model": {}, "weights": {}, "kv": {}, "pivot": {}}
+    for key, value in flat.items():
+        part, field = _PLACES[key]
+        (nested[part] if part else nested)[field] = value
+    try:
+        return CellSpec.model_validate(nested)
+    except ValidationError as error:
+        raise ConfigError(_readable(error)) from None
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """The flat keys of a YAML: a path, or a name in model_configs/. Raises ConfigError where it cannot be read."""
+    path = Path(name)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = shipped_folder("model_configs") / f"{name}.yaml"
+        if not path.is_file():
+            known = config_names()
+            near = get_close_matches(name, known, n=3) or known
+            raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from None
+    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
+        raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
+    if "config" in loaded:
+        raise ConfigError(f"config {path}: a config cannot name another config")
+    return loaded
+
+
+def config_names() -> list[str]:
+    """The names that `config=` knows, sorted."""
+    return sorted(path.stem for path in shipped_folder("model_configs").glob("*.yaml"))
+
+
+def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:
+    """The error for a key nobody reads, with the nearest right name."""
+    near = get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return ConfigError(f"unknown argument {key!r}: {hint}")
+
+
+def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell out shorthands: pivot=none, and the default group size."""
+    full = {key: "none" if value is None else value for key, value in flat.items() if _means_something(key, value)}
+    if isinstance(full.get("pivot"), int):
+        raise ConfigError(f"pivot={full['pivot']!r}: write pivot=tokens:{full['pivot']} for a token id")
+    if str(full.get("pivot", "")).lower() == "none":
+        if full.get("intact"):
+            raise ConfigError("pivot=none,intact=true contradict each other: none means bos with intact=false")
+        full["pivot"], full["intact"] = "bos", False
+    if full.get("weights", "none") != "none":
+        full.setdefault("group_size", DEFAULT_GROUP_SIZE)
+    for key in ("pretrained", "revision", "dtype", "reference"):
+        if key in full:
+            full[key] = str(full[key]).removeprefix("torch.")
+    return full
+
+
+def _means_something(key: str, value: Any) -> bool:
+    return value is not None or key in _NONE_IS_A_VALUE
+
+
+def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
+    if flat.get("weights", "none") == "none":
+        idle = [key for key in ("bits", "group_size", "symmetric") if key in flat]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
+    if int(flat.get("kv_bits", 16)) == 16:
+        idle = [key for key in ("kv_scheme", "kv_keep") if key in flat]
+        if idle:
+            raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
+    if not flat.get("intact", True) and "reference" in flat:
+        raise ConfigError("reference: does nothing with intact=false (or pivot=none), where no pivot KV is captured")
+
+
+def _readable(error: ValidationError) -> str:
+    """Pydantic's finding in the user's keys."""
+    names = {place: key for key, place in _PLACES.items()}
+    found = []
+    for item in error.errors():
+        path = tuple(str(part) for part in item["loc"])
+        key = names.get((path[0], path[1])) if len(path) > 1 else (path[0] if path else "cell")
+        shown = f"={item['input']!r}" if len(path) > 0 and not isinstance(item["input"], dict) else ""
+        found.append(f"{key or '.'.join(path)}{shown}: {item['msg'].removeprefix('Value error, ')}")
+    return "; ".join(found)

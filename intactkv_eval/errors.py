@@ -1,0 +1,25 @@
+"""The errors a user can cause. Each message names the thing, what was expected, what came, and the fix."""
+
+
+class IntactKVError(Exception):
+    """Base of every error that is the user's to mend; the command line turns it into one message and exit code 2."""
+
+
+class ConfigError(IntactKVError):
+    """A key, a value, a combination of keys or a YAML file that does not describe a cell."""
+
+
+class CheckpointError(IntactKVError):
+    """Model weights that are missing, damaged, or do not fit what was asked of them."""
+
+
+class PivotError(IntactKVError):
+    """Pivot tokens that cannot be found, or a PivotKV that does not belong to this model."""
+
+
+class UnsupportedModelError(IntactKVError):
+    """An architecture that the pivot cannot be given to, or that cannot be quantized whole."""
+
+
+class DataError(IntactKVError):
+    """A data set of a task that is missing or not in a layout we read."""

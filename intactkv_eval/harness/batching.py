@@ -1,0 +1,43 @@
+"""How many rows fit: batch_size=auto by counting bytes, on a CPU as on a GPU. No trial runs."""
+
+import psutil
+import torch
+from transformers import PreTrainedModel
+
+from intactkv_eval.errors import ConfigError
+
+MAX_AUTO_ROWS = 64
+_SHARE = 0.4  # of the free memory; the rest is for what the count leaves out
+
+
+def check_batch_size(value: int | str | None) -> int | str:
+    """A positive whole number, "auto" or "auto:N" as lm_eval knows them (N is not needed here: every batch is counted).
+
+    Raises ConfigError for anything else.
+    """
+    text = str(1 if value is None else value)
+    if text == "auto" or (text.startswith("auto:") and text[5:].replace(".", "", 1).isdigit()):
+        return "auto"
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise ConfigError(f"batch_size={value!r}: use a whole number from 1, or auto")
+
+
+def rows_that_fit(model: PreTrainedModel, tokens: int, device: torch.device, most: int | None = None) -> int:
+    """The rows of `tokens` tokens that fit in the free memory of `device`, from 1 to `most`."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(min(max(free * _SHARE // bytes_per_row(model, tokens), 1), most or MAX_AUTO_ROWS))
+
+
+def bytes_per_row(model: PreTrainedModel, tokens: int) -> int:
+    """Logits in the model's dtype and once in fp32, KV cache, attention scores of one layer, activations."""
+    config = model.config.get_text_config(decoder=True)
+    size = torch.finfo(model.dtype).bits // 8
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    width = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
+    per_token = config.vocab_size * (size + 4)
+    per_token += 2 * config.num_hidden_layers * kv_heads * head_dim * size
+    per_token += heads * tokens * 4 + 6 * width * size
+    return int(max(tokens, 1) * per_token)

@@ -1,0 +1,123 @@
+"""From a loaded full-precision model to the model of a cell: pivot captured, then weights quantized.
+
+Knows models and cells; no lm_eval.
+"""
+
+import gc
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from intactkv_eval.config import CellSpec, WeightSpec
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.load import quantized_model
+from intactkv_eval.pivot import store
+from intactkv_eval.pivot.capture import capture, check_supported, embedding_hash, fingerprint_of
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.tokens import resolve_tokens
+from intactkv_eval.quantize.rtn import quantize_rtn
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[str, str], PreTrainedModel]
+"""(name or folder, revision) -> the model on its devices."""
+
+
+def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader) -> PivotedModel:
+    """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
+
+    Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
+    """
+    vocabulary = config.get_text_config(decoder=True).vocab_size
+    from_file = _from_file(cell)
+    token_ids = from_file.token_ids if from_file else resolve_tokens(cell.pivot, tokenizer, vocabulary)
+    pivot = from_file
+    if cell.pivot.intact and pivot is None and cell.model.reference:
+        pivot = _from_reference(cell, cell.model.reference, token_ids, load)
+    _check_origin(cell, config, needs_pivot=cell.pivot.intact and pivot is None)
+    model = load(cell.model.pretrained, cell.model.revision)
+    check_supported(model)
+    if pivot is not None:
+        _check_belongs(pivot, model, cell)
+    elif cell.pivot.intact:
+        pivot = _captured(model, cell.model.pretrained, cell, token_ids)
+    if cell.weights.method != "none":
+        model = quantize(model, cell.weights, cell.backend)
+    return PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
+
+
+def quantize(model: PreTrainedModel, weights: WeightSpec, backend: str = "auto") -> PreTrainedModel:
+    """`model` with its decoder's linear layers quantized as `weights` says; `model` itself is unchanged."""
+    if weights.bits is None or weights.group_size is None:
+        raise ConfigError("quantized weights need bits and group_size")
+    bits, size = weights.bits, weights.group_size
+    return quantized_model(model, lambda w, name: quantize_rtn(w, bits, size, weights.symmetric, name), backend)
+
+
+def _from_file(cell: CellSpec) -> PivotKV | None:
+    return PivotKV.load(Path(cell.pivot.source)) if cell.pivot.source.endswith(".safetensors") else None
+
+
+def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader) -> PivotKV:
+    kept = store.find(store.source_identity(reference, "main"), cell.model.dtype, token_ids)
+    if kept is not None:
+        logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
+        return kept
+    model = load(reference, "main")
+    check_supported(model)
+    pivot = _captured(model, reference, cell, token_ids)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return pivot
+
+
+def _captured(model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tuple[int, ...]) -> PivotKV:
+    revision = "main" if name == cell.model.reference else cell.model.revision
+    identity = store.source_identity(name, revision) if isinstance(name, str) else None
+    fingerprint = fingerprint_of(model, revision)
+    kept = store.find(identity, cell.model.dtype, token_ids)
+    if kept is not None and kept.fingerprint == fingerprint:
+        return kept
+    pivot = capture(model, token_ids, fingerprint)
+    store.keep(pivot, identity, cell.model.dtype)
+    return pivot
+
+
+def _check_origin(cell: CellSpec, config: PretrainedConfig, needs_pivot: bool) -> None:
+    """A checkpoint that is quantized already is no source of a full-precision pivot, and is not quantized again."""
+    method = _quant_method(config)
+    if method is None:
+        return
+    if cell.weights.method != "none":
+        raise ConfigError(f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}")
+    if needs_pivot:
+        raise PivotError(
+            f"{cell.model.pretrained} is quantized ({method}): name the full-precision model it was made from with "
+            "reference=..., or a captured PivotKV file with pivot=FILE.safetensors"
+        )
+
+
+def _quant_method(config: PretrainedConfig) -> str | None:
+    """How a checkpoint says it is quantized; None for GGUF too, which transformers dequantizes when it loads it."""
+    said = getattr(config, "quantization_config", None)
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    return None if method is None or "gguf" in str(method).lower() else str(method)
+
+
+def _check_belongs(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:
+    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
+    same_model = cell.model.reference is None and _quant_method(model.config) is None
+    found = fingerprint_of(model, cell.model.revision) if same_model else None
+    pivot.check_matches(
+        dtype=str(model.dtype).removeprefix("torch."),
+        embedding_hash=embedding_hash(model),
+        basis="plain",
+        weight_hash=found.weight_hash if found else None,
+    )

@@ -1,0 +1,52 @@
+"""Framing: what of a request's tokens stands behind the pivot.
+
+A request that begins with the pivot's tokens is stripped of them; one that begins with a lone BOS (or is only lm_eval's
+stand-in for an empty context) loses that, since the pivot takes its place; any other gets the pivot put in front as it
+is. Which happened, and how often, is counted for the results. Knows token ids only.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.scoring import Request
+
+
+@dataclass
+class Framing:
+    """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind the pivot."""
+
+    token_ids: tuple[int, ...]
+    prefix: int | None
+    room: int
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def body(self, tokens: Sequence[int]) -> list[int]:
+        """The tokens that stand behind the pivot."""
+        length = len(self.token_ids)
+        if length and tuple(tokens[:length]) == self.token_ids:
+            self.counts["stripped"] += 1
+            return list(tokens[length:])
+        if length and tokens and tokens[0] == self.prefix and (len(tokens) == 1 or tokens[0] == self.token_ids[0]):
+            self.counts["bos_replaced"] += 1
+            return list(tokens[1:])
+        self.counts["prepended" if length else "unchanged"] += 1
+        return list(tokens)
+
+    def request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+        """A request behind the pivot, its context cut from the left where it is too long; the pivot is never cut.
+
+        Raises ConfigError where the continuation alone does not fit.
+        """
+        body = self.body(context)
+        most = self.room + 1 - len(continuation)
+        if most < (0 if self.token_ids else 1):
+            raise ConfigError(
+                f"a continuation of {len(continuation)} tokens does not fit behind a pivot of {len(self.token_ids)}: "
+                f"{self.room} tokens are left of the model's length; score shorter texts or raise max_length"
+            )
+        if len(body) > most:
+            self.counts["truncated"] += 1
+            body = body[len(body) - most :]
+        return Request(body, list(continuation))

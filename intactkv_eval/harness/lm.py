@@ -1,0 +1,230 @@
+"""IntactKVLM: lm_eval's `hf` model with the pivot in front of every request, on quantized weights.
+
+Everything that `hf` takes keeps its meaning (devices, parallelize, dtype, tokenizer, chat templates, accelerate launch);
+this class adds the cell's arguments, and does its own scoring and generation behind the pivot.
+"""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from intactkv_eval import __version__
+from intactkv_eval.config import CELL_KEYS, CellSpec, cell_from_args, unknown_key
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
+from intactkv_eval.harness.build import build
+from intactkv_eval.harness.cache_guard import guard_response_cache
+from intactkv_eval.harness.framing import Framing
+from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.plugin import register
+from intactkv_eval.harness.scoring import Score, score
+from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.pivot.tokens import use_chat_template
+
+logger = logging.getLogger(__name__)
+
+# What hf hands on to transformers' from_pretrained; any other unknown key is a mistake of the user.
+_LOADING_KEYS = (
+    "attn_implementation cache_dir device_map force_download ignore_mismatched_sizes load_in_4bit load_in_8bit "
+    "local_files_only low_cpu_mem_usage max_memory offload_buffers offload_state_dict token use_safetensors variant"
+).split()
+_OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend", "autogptq", "gptqmodel", "tp_plan"}
+HF_KEYS = [key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS]
+
+
+class IntactKVLM(HFLM):
+    """The model class `intactkv` of lm_eval.
+
+    Arguments: those of a cell (config.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
+    PreTrainedModel. Raises IntactKVError for anything that is wrong with them.
+    """
+
+    def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
+        own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
+        _check_hf_keys(arguments)
+        loaded = pretrained if isinstance(pretrained, PreTrainedModel) else None
+        own["pretrained"] = "in-memory" if loaded is not None else pretrained
+        self.cell = cell_from_args(own)
+        self.hf_arguments = {key: value for key, value in arguments.items() if value is not None}
+        arguments["batch_size"] = check_batch_size(arguments.get("batch_size"))
+        self._most_rows = arguments.get("max_batch_size")
+        self.pivoted: PivotedModel | None = None
+        chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
+        try:
+            super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"pretrained={self.cell.model.pretrained!r} cannot be loaded: {error}") from error
+        if self.pivoted is None:
+            self._build(lambda name, revision: self._model)
+        self._set_ranks()
+        self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
+        if self.max_length < 1:
+            raise ConfigError(f"max_length={self._max_length}: no room behind {len(self.framing.token_ids)} pivot tokens")
+
+    @property
+    def pivoted_model(self) -> PivotedModel:
+        """The model with the pivot in front."""
+        assert self.pivoted is not None
+        return self.pivoted
+
+    @property
+    def max_length(self) -> int:
+        """The tokens that fit behind the pivot."""
+        taken = len(self.pivoted.token_ids) if self.pivoted is not None else 0
+        return int(super().max_length) - taken
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What `hf` tells of a model, and the resolved cell under `intactkv`, for lm_eval's results JSON."""
+        return {**super().get_model_info(), "intactkv": self.cell_record()}
+
+    def cell_record(self) -> dict[str, Any]:
+        """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
+        pivot = self.pivoted_model.pivot
+        return {
+            "cell": self.cell.model_dump(mode="json"),
+            "hf_arguments": {key: str(value) for key, value in sorted(self.hf_arguments.items())},
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "model_type": self.config.model_type,
+            "pivot_tokens": list(self.pivoted_model.token_ids),
+            "pivot_text": [self.tokenizer.convert_ids_to_tokens(token) for token in self.pivoted_model.token_ids],
+            "pivot_fingerprint": pivot.fingerprint.model_dump() if pivot is not None else None,
+            "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
+            "world_size": self.world_size,
+            "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")}
+            | {"intactkv_eval": __version__},
+        }
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""
+        guard_response_cache(cache_hook, self.cell)
+        super().set_cache_hook(cache_hook)
+
+    # ---- loading ----
+
+    def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
+        super()._create_tokenizer(*args, **kwargs)
+        if self.cell.pivot.chat_template:
+            use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
+
+    def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
+        parent = super()._create_model
+
+        def load(name: str, revision: str) -> PreTrainedModel:
+            parent(pretrained=name, revision=revision, **kwargs)
+            model: PreTrainedModel = self._model
+            self._model = None
+            return model
+
+        self._build(load)
+
+    def _build(self, load: Any) -> None:
+        self.pivoted = build(self.cell, self.config, self.tokenizer, load)
+        self._model = self.pivoted.model
+
+    def _set_ranks(self) -> None:
+        """`hf` sets ranks for several GPUs only; under `accelerate launch --cpu` every process would be rank 0."""
+        accelerator = getattr(self, "accelerator", None)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+
+    # ---- scoring ----
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if isinstance(context, TokenText) and isinstance(continuation, TokenText):
+            return list(context.ids), list(continuation.ids)
+        encoded: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return encoded
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """T tokens in, T rows of logits out, the pivot in front."""
+        return self.pivoted_model.logits(inps)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        framed = [self.framing.request(context, continuation) for _, context, continuation in requests]
+        hidden = disable_tqdm or self.rank != 0
+        with tqdm(total=len(framed), desc="Running loglikelihood requests", disable=hidden) as bar:
+
+            def done(index: int, result: Score) -> None:
+                if requests[index][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[index][0], tuple(result))
+                bar.update(1)
+
+            scores = score(
+                self.pivoted_model, framed, self._rows_for(override_bs), self.softmax_dtype or torch.float32, done
+            )
+        return [tuple(item) for item in scores]
+
+    def _rows_for(self, override: int | None) -> Any:
+        if self.batch_size == "auto" and override is None:
+            return lambda tokens: rows_that_fit(self.model, tokens, self.pivoted_model.device, self._most_rows)
+        fixed = override or int(self.batch_size)
+        return lambda tokens: fixed
+
+    def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
+        """Rows of the model's full length that fit: rolling windows and generation ask for it."""
+        return rows_that_fit(self.model, self.max_length, self.pivoted_model.device, self._most_rows)
+
+    # ---- generation ----
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Texts -> left-padded bodies [B, T] and their mask: the pivot is taken off before anything is cut."""
+        bodies = [self.framing.body(self.tok_encode(text)) for text in strings]
+        if left_truncate_len:
+            self.framing.counts["truncated"] += sum(len(body) > left_truncate_len for body in bodies)
+            bodies = [body[-left_truncate_len:] for body in bodies]
+        longest = max(len(body) for body in bodies)
+        pad = self.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(body)) + body for body in bodies], dtype=torch.long)
+        mask = torch.tensor([[0] * (longest - len(body)) + [1] * len(body) for body in bodies], dtype=torch.long)
+        return ids, mask
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        temperature = options.get("temperature", 0.0)
+        if options.get("do_sample") is None:
+            options["do_sample"] = temperature > 0
+        if not options["do_sample"]:
+            options.pop("temperature", None)
+        mask = options.pop("attention_mask")
+        stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+        return generate(
+            self.pivoted_model,
+            context,
+            mask,
+            max_length - context.shape[1],
+            stopping,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+        )
+
+
+def _check_hf_keys(arguments: Mapping[str, Any]) -> None:
+    known = [*HF_KEYS, *_LOADING_KEYS]
+    for key in arguments:
+        if key in {"autogptq", "gptqmodel", "tp_plan"}:
+            raise ConfigError(f"{key}: not taken by intactkv; name a checkpoint with pretrained=..., or use --model hf")
+        if key not in known:
+            raise unknown_key(key, [*known, *CELL_KEYS])
+
+
+register()

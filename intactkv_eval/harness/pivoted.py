@@ -1,0 +1,113 @@
+"""PivotedModel: a causal LM with the pivot in front of every row, whatever is asked of it.
+
+    intact:      a fresh cache that starts with the captured rows, then the body
+    not intact:  the pivot's tokens and the body, all computed (and KV-quantized) by the model itself
+
+Knows tokens and tensors; no text, no lm_eval.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import PivotError
+from intactkv_eval.model.structure import layer_devices
+from intactkv_eval.pivot.kv import PivotKV
+
+
+class PivotedModel:
+    """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
+
+    Raises PivotError where the PivotKV's shape is not this model's.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, token_ids: tuple[int, ...], pivot: PivotKV | None, kv: KVSpec | None = None
+    ) -> None:
+        if pivot is not None and pivot.token_ids != token_ids:
+            raise PivotError(f"PivotKV of tokens {list(pivot.token_ids)} given for tokens {list(token_ids)}")
+        self.model, self.token_ids, self.pivot, self.kv = model, token_ids, pivot, kv or KVSpec()
+        if pivot is not None:
+            self._check_shape(pivot)
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go: the embedding's device (under device_map not every layer's)."""
+        embeddings: Tensor = self.model.get_input_embeddings().weight
+        return embeddings.device
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """The device of each layer's KV."""
+        return layer_devices(self.model)
+
+    @cached_property
+    def pivot_logits(self) -> Tensor:
+        """[P, V]: the full-precision model's own where intact, else what the evaluated model says."""
+        if self.pivot is not None:
+            return self.pivot.logits.to(self.device)
+        if not self.token_ids:
+            raise PivotError("there is no pivot, so no token predicts the first one of an empty context")
+        return self._call(torch.tensor([self.token_ids], device=self.device), cache=self._own_cache(1))[0]
+
+    def new_cache(self, batch_size: int) -> PivotCache:
+        """A fresh cache that begins with the pivot's rows."""
+        return PivotCache(self.model.config, batch_size, self.kv, self.pivot, self.devices)
+
+    def body_logits(self, bodies: Tensor) -> Tensor:
+        """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
+        bodies = bodies.to(self.device)
+        if self.pivot is not None:
+            return self._call(bodies, cache=self.new_cache(len(bodies)))
+        front = torch.tensor(self.token_ids, dtype=torch.long, device=self.device).expand(len(bodies), -1)
+        whole = torch.cat([front, bodies], dim=1)
+        return self._call(whole, cache=self._own_cache(len(bodies)))[:, len(self.token_ids) :]
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Rows [B, T] -> logits [B, T, V]: T tokens in, T rows out.
+
+        A row that begins with the pivot's tokens is stripped of them and gets the pivot's own logits back in front;
+        any other row has the pivot put in front.
+        """
+        inputs = inputs.to(self.device)
+        length = len(self.token_ids)
+        if not length or inputs.shape[1] < length:
+            return self.body_logits(inputs)
+        starts = (inputs[:, :length] == torch.tensor(self.token_ids, device=self.device)).all(dim=1)
+        if not starts.any():
+            return self.body_logits(inputs)
+        if not starts.all():
+            parts = inputs.new_empty(inputs.shape, dtype=self.pivot_logits.dtype).unsqueeze(-1)
+            parts = parts.repeat(1, 1, self.pivot_logits.shape[-1])
+            parts[starts], parts[~starts] = self.logits(inputs[starts]), self.body_logits(inputs[~starts])
+            return parts
+        front = self.pivot_logits.expand(len(inputs), -1, -1)
+        if inputs.shape[1] == length:
+            return front.clone()
+        return torch.cat([front, self.body_logits(inputs[:, length:])], dim=1)
+
+    def _own_cache(self, batch_size: int) -> PivotCache | None:
+        """The cache of a call without intact rows: needed only where the KV is quantized."""
+        return PivotCache(self.model.config, batch_size, self.kv) if self.kv.bits < 16 else None
+
+    @torch.no_grad()
+    def _call(self, ids: Tensor, cache: PivotCache | None) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+        return logits
+
+    def _check_shape(self, pivot: PivotKV) -> None:
+        if len(pivot.keys) != len(self.devices):
+            raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, the model {len(self.devices)}: another model's")
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        if pivot.keys[0].shape[0] != heads:
+            raise PivotError(f"the PivotKV has {pivot.keys[0].shape[0]} KV heads, the model {heads}: another model's")
+        if pivot.logits.shape[1] != config.vocab_size:
+            raise PivotError(
+                f"the PivotKV was captured with a vocabulary of {pivot.logits.shape[1]}, the model's is "
+                f"{config.vocab_size}: another model's"
+            )

@@ -1,0 +1,56 @@
+"""Makes lm_eval know the model name `intactkv`.
+
+lm_eval 0.4.13 has no discovery of models outside its own tree, so a one-line .pth calls `install` at every start of
+Python. It only puts a finder in front of sys.meta_path, which waits for `lm_eval.models`, lets that module load as
+always, and adds one lazy entry to its registry. Newer releases read the entry point group `lm_eval.models` by
+themselves; where the name is known already, nothing is added. This file imports nothing until lm_eval is imported.
+"""
+
+import sys
+
+NAME = "intactkv"
+TARGET = "intactkv_eval.harness.lm:IntactKVLM"
+_WAITED_FOR = "lm_eval.models"
+
+
+class _Finder:
+    """Waits for one module, then steps aside."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205, ARG004
+        """The module's own spec with a loader that registers afterwards; None for every other name."""
+        if name != _WAITED_FOR:
+            return None
+        uninstall()
+        from importlib.util import find_spec  # noqa: PLC0415  start-up must import nothing
+
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+                run(module)
+                register()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def install() -> None:
+    """Wait for lm_eval, once."""
+    if _Finder not in sys.meta_path and _WAITED_FOR not in sys.modules:
+        sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+
+
+def uninstall() -> None:
+    """Stop waiting."""
+    if _Finder in sys.meta_path:
+        sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
+
+
+def register() -> None:
+    """Add the model to lm_eval's registry unless something of that name is there."""
+    from lm_eval.api.registry import model_registry  # noqa: PLC0415  start-up must import nothing
+
+    if NAME not in model_registry:
+        model_registry.register(NAME, target=TARGET)

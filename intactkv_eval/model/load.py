@@ -1,0 +1,108 @@
+"""A quantized model from a full-precision one: build on meta, swap the linears, assign the tensors, verify.
+
+The full-precision model is not changed; what is not quantized (embeddings, norms, lm_head) is shared with it, not
+copied. Knows nothing of pivots and of the harness.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from intactkv_eval.errors import CheckpointError
+from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.structure import linear_layers, matrix_of
+from intactkv_eval.weights.quantized import QuantizedWeight
+
+Quantizer = Callable[[Tensor, str], QuantizedWeight]
+"""A matrix [O, I] and the layer's name -> the quantized matrix."""
+
+
+def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str = "auto") -> PreTrainedModel:
+    """`source` with every linear layer of its decoder layers quantized.
+
+    Raises UnsupportedModelError where a layer could not be quantized, CheckpointError where a tensor has no place or
+    a place no tensor, ConfigError from the quantizer (a group_size that does not fit).
+    """
+    layers = linear_layers(source)
+    _refuse_offloaded(source)
+    target = _build_on_meta(source)
+    for name, layer in layers.items():
+        _swap(target, name, _quantized(layer, name, quantizer, backend))
+    _assign(target, source, swapped=set(layers))
+    _verify(target)
+    target.eval().requires_grad_(False)
+    devices = getattr(source, "hf_device_map", None)
+    if devices and len(set(map(str, devices.values()))) > 1:
+        dispatch_model(target, device_map=devices)
+    return target
+
+
+def _quantized(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer, backend: str) -> QuantizedLinear:
+    matrix = matrix_of(layer)
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
+    return QuantizedLinear(quantizer(matrix, name), layer.bias, matrix.dtype, backend)
+
+
+def _refuse_offloaded(source: PreTrainedModel) -> None:
+    away = [name for name, tensor in source.named_parameters() if tensor.is_meta]
+    if away:
+        raise CheckpointError(
+            f"{len(away)} weights ({away[0]}, ...) are offloaded to disk or CPU by device_map and cannot be quantized "
+            "there: use more devices, or device=cpu"
+        )
+
+
+def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:
+    config = copy.deepcopy(source.config)
+    with torch.device("meta"):
+        target: PreTrainedModel = type(source)(config)
+    target.config._attn_implementation = source.config._attn_implementation
+    target.generation_config = copy.deepcopy(source.generation_config)
+    target.name_or_path = source.name_or_path
+    return target
+
+
+def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _assign(target: PreTrainedModel, source: PreTrainedModel, swapped: set[str]) -> None:
+    """Give `target` every tensor of `source` that is not a swapped layer's."""
+    tensors = {k: v for k, v in source.state_dict().items() if k.rpartition(".")[0] not in swapped}
+    missing, unexpected = target.load_state_dict(tensors, strict=False, assign=True)
+    left_out = [key for key in missing if key.rpartition(".")[0] not in swapped]
+    if left_out or unexpected:
+        raise CheckpointError(f"tensors without a place: {unexpected[:5]}; places without a tensor: {left_out[:5]}")
+    for name, module in source.named_modules():
+        if name not in swapped and module._non_persistent_buffers_set:
+            _assign_buffers(target, name, module)
+    target.tie_weights()
+
+
+def _assign_buffers(target: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Buffers that no state dict holds (rotary frequencies, embedding scales) come from the source as they are.
+
+    A leaf without parameters is taken whole: rotary embeddings keep more than their buffers.
+    """
+    if not list(module.parameters()) and not list(module.children()):
+        _swap(target, name, copy.deepcopy(module))
+        return
+    place = target.get_submodule(name)
+    for key in module._non_persistent_buffers_set:
+        place.register_buffer(key, copy.deepcopy(module._buffers[key]), persistent=False)
+
+
+def _verify(model: PreTrainedModel) -> None:
+    """No tensor may be left on meta: parameters, buffers, and tensors kept as plain attributes."""
+    for name, module in model.named_modules():
+        held = {**module._parameters, **module._buffers, **vars(module)}
+        for key, value in held.items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise CheckpointError(f"{name}.{key} was given no value: this architecture cannot be rebuilt quantized")

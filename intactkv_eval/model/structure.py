@@ -1,0 +1,66 @@
+"""Where a Hugging Face causal LM keeps what we touch: its decoder layers and the linear layers inside them.
+
+Quantized are the linear layers of the decoder layers and nothing else: embeddings, lm_head and projections outside the
+layers stay in full precision. A matrix inside a layer that is no linear layer (fused experts) is refused, not skipped.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from intactkv_eval.errors import UnsupportedModelError
+
+
+def text_config(model: PreTrainedModel) -> object:
+    """The config of the language model, also where it is nested in a multimodal one."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The name and the list of decoder layers.
+
+    Raises UnsupportedModelError where there is no list of `num_hidden_layers` modules.
+    """
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: no list of {count} decoder layers found in it, so it is not known what to quantize"
+    )
+
+
+def layer_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device of each decoder layer: they differ under device_map."""
+    _, layers = decoder_layers(model)
+    return [next(layer.parameters(), next(layer.buffers(), torch.empty(0))).device for layer in layers]
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers to quantize, by full name, in order.
+
+    Raises UnsupportedModelError where a decoder layer holds a matrix that is not a linear layer's.
+    """
+    prefix, layers = decoder_layers(model)
+    found: dict[str, nn.Linear | Conv1D] = {}
+    for name, module in layers.named_modules(prefix=prefix):
+        if type(module) is nn.Linear or isinstance(module, Conv1D):
+            found[name] = module
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim >= 2:
+                raise UnsupportedModelError(
+                    f"{type(model).__name__}: {name}.{parameter_name} {tuple(parameter.shape)} in a {type(module).__name__} "
+                    "is a matrix but not a plain linear layer (fused experts, adapters or already quantized layers); "
+                    "it would stay in full precision unnoticed, so this model is refused"
+                )
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__}: its decoder layers hold no linear layer to quantize")
+    return found
+
+
+def matrix_of(layer: nn.Linear | Conv1D) -> Tensor:
+    """The layer's matrix as [O, I]: GPT-2's Conv1D stores its transpose."""
+    weight: Tensor = layer.weight.detach()
+    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

@@ -1,0 +1,88 @@
+"""Capture: one forward of the full-precision model over the pivot tokens, and the hash of who it was.
+
+Knows no quantizer; what it returns does not share storage with the model.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from intactkv_eval.errors import PivotError, UnsupportedModelError
+from intactkv_eval.pivot.kv import Fingerprint, PivotKV
+
+_SAMPLE = 1024  # elements of each tensor that go into the hash: cheap for 70B, and any training changes most of them
+
+
+@torch.no_grad()
+def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fingerprint) -> PivotKV:
+    """The KV [H, P, D] a layer and the logits [P, V] of `token_ids` at positions 0..P-1.
+
+    Raises UnsupportedModelError for a model without a plain KV cache, PivotError for NaN or a pivot too long.
+    """
+    check_supported(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and len(token_ids) >= limit:
+        raise PivotError(f"a pivot of {len(token_ids)} tokens leaves no room in a model of {limit} positions")
+    # Without the config every layer keeps all rows, sliding ones too: they cut their window when a cache is made.
+    cache = DynamicCache()
+    inputs = torch.tensor([token_ids], device=model.get_input_embeddings().weight.device)
+    logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
+    rows = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if not rows or any(key is None or key.ndim != 4 or key.shape[2] != len(token_ids) for key, _ in rows):
+        raise UnsupportedModelError(f"{type(model).__name__} does not fill a KV cache [B, H, T, D] in every layer")
+    return PivotKV(
+        token_ids=token_ids,
+        keys=tuple(key[0].clone() for key, _ in rows),
+        values=tuple(value[0].clone() for _, value in rows),
+        logits=logits.clone(),
+        fingerprint=fingerprint,
+    )
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError for a model that the pivot cannot be given to, by name and with the reason."""
+    name = f"{type(model).__name__} ({model.config.model_type})"
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: IntactKV is for decoder-only causal LMs")
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other or not getattr(config, "num_attention_heads", None) or not _takes_cache(model):
+        reason = f"layers of type {', '.join(sorted(other))}" if other else "no attention KV cache"
+        raise UnsupportedModelError(f"{name} has {reason}: a state-space or hybrid model holds no pivot KV")
+
+
+def fingerprint_of(model: PreTrainedModel, revision: str) -> Fingerprint:
+    """The identity of a full-precision model as it is loaded."""
+    return Fingerprint(
+        model=model.name_or_path or type(model).__name__,
+        revision=revision,
+        weight_hash=weight_hash(model.named_parameters()),
+        embedding_hash=embedding_hash(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def embedding_hash(model: PreTrainedModel) -> str:
+    """The hash of the input embeddings alone, which no weight-only quantizer of ours changes."""
+    return weight_hash([("embeddings", model.get_input_embeddings().weight)])
+
+
+def weight_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over name, shape, dtype and 1024 evenly spaced elements of every tensor; wherever the files lie."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLE)
+        digest.update(flat[::step][:_SAMPLE].to(torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _takes_cache(model: PreTrainedModel) -> bool:
+    return "past_key_values" in inspect.signature(type(model).forward).parameters

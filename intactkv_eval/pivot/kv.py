@@ -1,0 +1,123 @@
+"""PivotKV: the keys and values of the pivot tokens, as a value, with the identity of the model they came from.
+
+A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], and the fingerprint and
+token ids as JSON in its metadata. Knows no model and no quantizer.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from intactkv_eval.errors import PivotError
+from intactkv_eval.files import write_atomic
+
+FORMAT = "intactkv-pivot-1"
+
+
+class Fingerprint(BaseModel):
+    """Whose KV this is. Hashes are over a fixed sample of every tensor (see capture.weight_hash).
+
+    basis: `plain` is the model's own; a quantizer that rotates or rescales K or V names its own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str
+    weight_hash: str
+    embedding_hash: str
+    dtype: str
+    basis: str = "plain"
+
+
+@dataclass(frozen=True, eq=False)
+class PivotKV:
+    """Full-precision KV of P pivot tokens.
+
+    keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own.
+    """
+
+    token_ids: tuple[int, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+    fingerprint: Fingerprint
+
+    def __post_init__(self) -> None:
+        length = len(self.token_ids)
+        if not length:
+            raise PivotError("a PivotKV needs at least one token")
+        if len(self.keys) != len(self.values) or not self.keys:
+            raise PivotError(f"a PivotKV needs as many keys as values: {len(self.keys)} and {len(self.values)} layers")
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            if key.ndim != 3 or value.ndim != 3 or key.shape[1] != length or value.shape[1] != length:
+                raise PivotError(
+                    f"layer {layer}: keys {tuple(key.shape)} and values {tuple(value.shape)} should be [H, {length}, D]"
+                )
+        if self.logits.ndim != 2 or self.logits.shape[0] != length:
+            raise PivotError(f"logits {tuple(self.logits.shape)} should be [{length}, V]")
+        for tensor in (*self.keys, *self.values, self.logits):
+            if not torch.isfinite(tensor).all():
+                raise PivotError(
+                    "the pivot's KV or logits hold NaN or infinite values: in fp16 massive activations overflow; "
+                    "load the full-precision model with dtype=bfloat16 or float32"
+                )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def check_matches(self, *, token_ids: tuple[int, ...] | None = None, **expected: str | None) -> None:
+        """Raise PivotError unless the token ids and each given field of the fingerprint are equal to this PivotKV's."""
+        if token_ids is not None and token_ids != self.token_ids:
+            raise PivotError(f"this PivotKV holds tokens {list(self.token_ids)}, not the expected {list(token_ids)}")
+        for name, value in expected.items():
+            found = getattr(self.fingerprint, name)
+            if value is not None and value != found:
+                raise PivotError(
+                    f"this PivotKV was captured from {self.fingerprint.model} ({self.fingerprint.dtype}) and does not "
+                    f"belong to this model: its {name} is {found}, expected {value}. Capture it anew from the "
+                    "full-precision model that was quantized, in the dtype of the evaluation: intactkv capture"
+                )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically. Raises OSError as the file system does."""
+        tensors = {"logits": self.logits.contiguous()}
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = key.contiguous(), value.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "token_ids": json.dumps(list(self.token_ids)),
+            "fingerprint": self.fingerprint.model_dump_json(),
+        }
+        write_atomic(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "PivotKV":
+        """Read what `save` wrote. Raises PivotError for a missing, damaged or foreign file."""
+        if not path.is_file():
+            raise PivotError(f"pivot file {path} does not exist")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
+        if metadata.get("format") != FORMAT:
+            raise PivotError(f"{path} is no PivotKV file (format {metadata.get('format')!r}, expected {FORMAT!r})")
+        try:
+            layers = sum(key.startswith("keys.") for key in tensors)
+            return cls(
+                token_ids=tuple(int(token) for token in json.loads(metadata["token_ids"])),
+                keys=tuple(tensors[f"keys.{layer}"] for layer in range(layers)),
+                values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
+                logits=tensors["logits"],
+                fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
+            )
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise PivotError(f"pivot file {path} is damaged ({error}): capture it anew") from None

@@ -1,0 +1,69 @@
+"""A folder of captured pivots, so that a full-precision model is not loaded for the same pivot twice.
+
+An entry's name is the hash of what was asked: the identity of the checkpoint's files, dtype and token ids. Files are
+written whole or not at all (files.write_atomic), and processes that capture the same pivot write the same bytes.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+from transformers.utils.hub import cached_file
+
+from intactkv_eval.errors import PivotError
+from intactkv_eval.files import cache_folder
+from intactkv_eval.pivot.kv import PivotKV
+
+logger = logging.getLogger(__name__)
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+
+
+def source_identity(pretrained: str, revision: str) -> str | None:
+    """What tells one checkpoint from another without loading it: a hub commit, or names, sizes and times of its files.
+
+    None where neither is known; then nothing is kept.
+    """
+    folder = Path(pretrained)
+    if folder.is_dir():
+        files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
+        listed = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return json.dumps([str(folder.resolve()), listed]) if listed else None
+    try:
+        config = cached_file(pretrained, "config.json", revision=revision, local_files_only=True)
+    except OSError:
+        return None
+    commit = Path(config).parent.name if config else ""
+    return json.dumps([pretrained, commit]) if len(commit) == 40 else None
+
+
+def entry_path(identity: str, dtype: str, token_ids: tuple[int, ...]) -> Path:
+    """Where the PivotKV of these tokens, this checkpoint and this dtype is kept."""
+    asked = json.dumps([identity, dtype, list(token_ids)])
+    return cache_folder() / "pivots" / f"{hashlib.sha256(asked.encode()).hexdigest()[:32]}.safetensors"
+
+
+def find(identity: str | None, dtype: str, token_ids: tuple[int, ...]) -> PivotKV | None:
+    """The kept PivotKV, or None. A damaged entry is reported and treated as absent."""
+    path = entry_path(identity, dtype, token_ids) if identity else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        pivot = PivotKV.load(path)
+        pivot.check_matches(token_ids=token_ids)
+    except PivotError as error:
+        logger.warning("the kept pivot %s is not used: %s", path, error)
+        return None
+    return pivot
+
+
+def keep(pivot: PivotKV, identity: str | None, dtype: str) -> None:
+    """Keep `pivot`; a folder that cannot be written is reported, not fatal: the run has its pivot already."""
+    if identity is None:
+        return
+    path = entry_path(identity, dtype, pivot.token_ids)
+    try:
+        pivot.save(path)
+    except OSError as error:
+        logger.warning("the pivot is not kept for later runs: %s cannot be written (%s)", path, error)

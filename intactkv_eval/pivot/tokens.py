@@ -1,0 +1,78 @@
+"""Which tokens are the pivot: BOS, the constant head of a chat prompt, or a given list. Knows tokenizers, no models."""
+
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from intactkv_eval.config import PivotSpec
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.files import shipped_folder
+
+# First user messages that begin in unlike ways: what their prompts have in common is the constant head.
+_PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesis)", "über", "the end", "I am")
+
+
+def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    """The pivot tokens of `spec` with this tokenizer. Empty for an intact=false `bos` on a model that has no BOS.
+
+    Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary.
+    """
+    if spec.token_ids is not None:
+        _check_vocabulary(spec.token_ids, vocab_size)
+        return spec.token_ids
+    if spec.source == "prompt":
+        return prompt_head(tokenizer)
+    if tokenizer.bos_token_id is not None:
+        return (int(tokenizer.bos_token_id),)
+    if not spec.intact:
+        return ()
+    raise PivotError(
+        "pivot=bos: this tokenizer has no BOS token, and none will be made up. Name the token that should stand in "
+        f"front, for instance pivot=tokens:{tokenizer.eos_token_id} ({tokenizer.eos_token!r}), with the baseline "
+        "pivot=tokens:...,intact=false; or use pivot=prompt"
+    )
+
+
+def prompt_head(tokenizer: Any) -> tuple[int, ...]:
+    """The tokens that every prompt of the tokenizer's chat template begins with, up to the first user message.
+
+    The prompts are tokenized whole, so the head holds no token that a message could change.
+    Raises PivotError where there is no template, or no such head.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PivotError("pivot=prompt: this tokenizer has no chat template; name one: chat_template=vicuna_v1.1")
+    encoded = [_encode_prompt(tokenizer, text) for text in _PROBES]
+    shortest = min(len(tokens) for tokens in encoded)
+    length = next((i for i in range(shortest) if len({tokens[i] for tokens in encoded}) > 1), shortest)
+    if not length:
+        raise PivotError("pivot=prompt: the prompts of this chat template begin with no common token; use tokens:...")
+    return tuple(encoded[0][:length])
+
+
+def use_chat_template(tokenizer: Any, name: str) -> None:
+    """Give `tokenizer` a template of model_configs/chat_templates, or a .jinja file. Raises ConfigError if unknown."""
+    folder = shipped_folder("model_configs") / "chat_templates"
+    path = Path(name) if name.endswith(".jinja") else folder / f"{name}.jinja"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
+        raise ConfigError(f"chat_template={name!r}: no such file; shipped templates: {known}")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def _encode_prompt(tokenizer: Any, message: str) -> list[int]:
+    try:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+    except jinja2.exceptions.TemplateError as error:
+        raise PivotError(f"pivot=prompt: the chat template fails on a user message: {error}") from None
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded: list[int] = tokenizer.encode(text, **({"add_special_tokens": False} if has_bos else {}))
+    return encoded
+
+
+def _check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    outside = [token for token in token_ids if token >= vocab_size]
+    if outside:
+        raise PivotError(f"pivot tokens {outside} are outside the model's vocabulary of {vocab_size}")

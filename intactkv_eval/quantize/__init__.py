@@ -1,0 +1,1 @@
+"""Quantizers: full-precision weights in, QuantizedWeight out. One method, one file."""

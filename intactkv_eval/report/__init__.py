@@ -1,0 +1,1 @@
+"""Tables from lm_eval results on disk. Reads files, imports no torch."""

@@ -1,0 +1,63 @@
+"""Bit packing: small unsigned codes into 32-bit words, and back, exactly.
+
+Layout. Codes of a row are split into bit planes whose width divides 32, so no code crosses a word:
+
+    2 bits: (2,)      3 bits: (2, 1)      4 bits: (4,)      8 bits: (8,)
+
+A plane of width p holds 32/p codes a word, the first code in the lowest bits; plane follows plane along the row.
+The 3-bit code is its low two bits in the first plane and its high bit in the second. Knows no scales and no model.
+"""
+
+import torch
+from torch import Tensor
+
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+WORD_BITS = 32
+
+
+def plane_words(columns: int, width: int) -> int:
+    """Words that a plane of `width` bits needs for `columns` codes."""
+    per_word = WORD_BITS // width
+    return -(-columns // per_word)
+
+
+def packed_words(columns: int, bits: int) -> int:
+    """Words in a packed row of `columns` codes of `bits` bits."""
+    return sum(plane_words(columns, width) for width in PLANES[bits])
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [R, C] (uint8, each below 2**bits) into words [R, packed_words(C, bits)] (int32)."""
+    planes, shift = [], 0
+    for width in PLANES[bits]:
+        planes.append(_pack_plane((codes >> shift) & (2**width - 1), width))
+        shift += width
+    return torch.cat(planes, dim=1)
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Unpack words [R, packed_words(C, bits)] (int32) into codes [R, C] (uint8)."""
+    codes = torch.zeros(words.shape[0], columns, dtype=torch.uint8, device=words.device)
+    start, shift = 0, 0
+    for width in PLANES[bits]:
+        count = plane_words(columns, width)
+        codes |= _unpack_plane(words[:, start : start + count], width, columns) << shift
+        start, shift = start + count, shift + width
+    return codes
+
+
+def _pack_plane(values: Tensor, width: int) -> Tensor:
+    rows, columns = values.shape
+    per_word = WORD_BITS // width
+    padded = values.new_zeros(rows, plane_words(columns, width) * per_word, dtype=torch.int64)
+    padded[:, :columns] = values
+    shifts = torch.arange(per_word, device=values.device) * width
+    words = (padded.view(rows, -1, per_word) << shifts).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _unpack_plane(words: Tensor, width: int, columns: int) -> Tensor:
+    per_word = WORD_BITS // width
+    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * width
+    values = (words.unsqueeze(-1) >> shifts) & (2**width - 1)
+    return values.reshape(words.shape[0], -1)[:, :columns].to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Kernels for linear layers on quantized weights. Imports nothing of intactkv_eval: tensors in, tensors out."""
