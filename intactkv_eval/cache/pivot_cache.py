@@ -20,8 +20,8 @@ from intactkv_eval.pivot.kv import PivotKV
 class PivotCache(DynamicCache):
     """The KV cache [B, H, P + T, D] of one call.
 
-    devices: of each layer, where its pivot rows go. first_columns: for left-padded rows without a pivot, the column
-    [B] of each row's first real token, from which `kv.keep` counts.
+    devices: of each layer, where its pivot rows go. padding: the left padding [B] of each row, so that `kv.keep`
+    counts real tokens.
     Raises PivotError where the PivotKV has another number of layers than the model.
     """
 
@@ -32,11 +32,11 @@ class PivotCache(DynamicCache):
         kv: KVSpec,
         pivot: PivotKV | None = None,
         devices: list[torch.device] | None = None,
-        first_columns: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> None:
         super().__init__(config=config)
         self._kv = kv
-        self._first_columns = first_columns
+        self._padding = padding
         if pivot is None:
             return
         if devices is None or len(devices) != len(pivot.keys):
@@ -64,6 +64,6 @@ class PivotCache(DynamicCache):
         if not self._kv.keep:
             return fake
         columns = torch.arange(start, start + states.shape[2], device=states.device)
-        first = self._first_columns if self._first_columns is not None else torch.zeros(1, dtype=torch.long)
-        kept = columns[None, :] - first.to(states.device)[:, None] < self._kv.keep
+        padding = self._padding if self._padding is not None else torch.zeros(1, dtype=torch.long)
+        kept = columns[None, :] - padding.to(states.device)[:, None] < self._kv.keep
         return torch.where(kept[:, None, :, None], states, fake)

@@ -6,6 +6,7 @@
 Knows tokens; stop strings and decoding of text are lm_eval's.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
+
+Stopping = Callable[[int, int], StoppingCriteriaList]
+"""(columns before the first new token, rows) -> when to stop."""
 
 
 def generate(
@@ -28,59 +31,75 @@ def generate(
     bodies: Tensor,
     mask: Tensor,
     max_new_tokens: int,
-    stopping: StoppingCriteriaList | None = None,
+    stopping: Stopping | None = None,
     **options: Any,
 ) -> Tensor:
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`; `stopping` sees the tokens behind the pivot and the bodies.
+    `transformers.generate`. Rows that cannot share a batch are generated in several.
     Raises PivotError for a row without a token where there is no pivot either.
     """
-    empty = mask.sum(dim=1) == 0
+    padding = (mask == 0).sum(dim=1)
+    empty = padding == mask.shape[1]
     if empty.any():
         return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
+    if _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
+        return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
     length = len(pivoted.token_ids)
     front = torch.tensor(pivoted.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-    cache: PivotCache | None = None
     if pivoted.pivot is not None:
         ids = torch.cat([front, bodies], dim=1)
         mask = torch.cat([torch.ones_like(front), mask], dim=1)
-        cache = pivoted.new_cache(len(bodies))
     else:
-        ids, mask = _behind_padding(front, bodies, mask)
-        if pivoted.kv.bits < 16:
-            first = (mask == 0).sum(dim=1)
-            cache = PivotCache(pivoted.model.config, len(bodies), pivoted.kv, first_columns=first)
+        ids, mask = _behind_padding(front, bodies, padding)
+    needs_cache = pivoted.pivot is not None or pivoted.kv.bits < 16
     out = pivoted.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=cache,
+        past_key_values=pivoted.new_cache(len(bodies), padding) if needs_cache else None,
         max_new_tokens=max_new_tokens,
-        stopping_criteria=_behind(stopping, length),
+        stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
         use_cache=True,
         **options,
     )
     return torch.cat([bodies, out[:, length + bodies.shape[1] :]], dim=1)
 
 
-def _behind_padding(front: Tensor, bodies: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Put `front` [B, P] between each row's padding and its body, as a tokenizer would have."""
+def _window_sees_padding(pivoted: PivotedModel, padding: Tensor, longest: int) -> bool:
+    """Sliding windows count columns: padding between the pivot and a body would push the pivot out too early."""
+    if pivoted.pivot is None or pivoted.window is None or not padding.any():
+        return False
+    return len(pivoted.token_ids) + longest > pivoted.window
+
+
+def _by_length(
+    pivoted: PivotedModel,
+    bodies: Tensor,
+    padding: Tensor,
+    max_new_tokens: int,
+    stopping: Stopping | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Rows of equal length together, so that no row has padding behind the pivot."""
+    pad = int(options.get("pad_token_id") or 0)
+    out = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
+    out[:, : bodies.shape[1]] = bodies
+    for amount in padding.unique().tolist():
+        rows = padding == amount
+        part = bodies[rows][:, amount:]
+        made = generate(pivoted, part, torch.ones_like(part), max_new_tokens, stopping, **options)
+        out[rows, amount : amount + made.shape[1]] = made
+    return out
+
+
+def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
+    """Put `front` [B, P] between each row's padding and its body, as a tokenizer would have; ids and mask [B, P + T]."""
     ids = torch.cat([front, bodies], dim=1)
-    full = torch.cat([torch.ones_like(front), mask], dim=1)
-    for row, padding in enumerate((mask == 0).sum(dim=1).tolist()):
-        if padding:
-            ids[row] = torch.cat([bodies[row, :padding], front[row], bodies[row, padding:]])
-            full[row] = (torch.arange(full.shape[1], device=full.device) >= padding).to(full.dtype)
-    return ids, full
-
-
-def _behind(stopping: StoppingCriteriaList | None, length: int) -> StoppingCriteriaList | None:
-    """lm_eval's criteria know where the prompt ends; behind a pivot it ends `length` tokens later."""
-    for criterion in stopping or ():
-        if hasattr(criterion, "initial_decoder_input_length"):
-            criterion.initial_decoder_input_length += length
-    return stopping
+    for row, amount in enumerate(padding.tolist()):
+        ids[row] = torch.cat([bodies[row, :amount], front[row], bodies[row, amount:]])
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    return ids, (columns >= padding.to(ids.device)[:, None]).long()
 
 
 def _from_nothing(
@@ -89,7 +108,7 @@ def _from_nothing(
     mask: Tensor,
     empty: Tensor,
     max_new_tokens: int,
-    stopping: StoppingCriteriaList | None,
+    stopping: Stopping | None,
     options: dict[str, Any],
 ) -> Tensor:
     """Rows without a token: their first new token follows the pivot itself, the rest follow that token."""
@@ -100,16 +119,14 @@ def _from_nothing(
     pad = int(options.get("pad_token_id") or 0)
     columns = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
     columns[:, : bodies.shape[1]] = bodies
-    # lm_eval's criteria count the rows of the whole batch: for a part of it, generation runs to its length instead.
-    whole_batch = stopping if empty.all() and not bodies.shape[1] else None
     rest = first
     if max_new_tokens > 1:
-        rest = generate(pivoted, first, torch.ones_like(first), max_new_tokens - 1, whole_batch, **options)
+        rest = generate(pivoted, first, torch.ones_like(first), max_new_tokens - 1, stopping, **options)
     ended = torch.isin(first[:, 0], _eos(pivoted, first.device))
     rest[ended, 1:] = pad
     columns[empty, bodies.shape[1] : bodies.shape[1] + rest.shape[1]] = rest
     if not empty.all():
-        full = generate(pivoted, bodies[~empty], mask[~empty], max_new_tokens, None, **options)
+        full = generate(pivoted, bodies[~empty], mask[~empty], max_new_tokens, stopping, **options)
         columns[~empty, : full.shape[1]] = full
     return columns
 

@@ -15,7 +15,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from intactkv_eval import __version__
 from intactkv_eval.config import CELL_KEYS, CellSpec, cell_from_args, unknown_key
@@ -206,7 +206,11 @@ class IntactKVLM(HFLM):
         if not options["do_sample"]:
             options.pop("temperature", None)
         mask = options.pop("attention_mask")
-        stopping = stop_sequences_criteria(self.tokenizer, stop, context.shape[1], context.shape[0])
+
+        def stopping(columns: int, rows: int) -> StoppingCriteriaList:
+            criteria: StoppingCriteriaList = stop_sequences_criteria(self.tokenizer, stop, columns, rows)
+            return criteria
+
         return generate(
             self.pivoted_model,
             context,

@@ -54,9 +54,15 @@ class PivotedModel:
             raise PivotError("there is no pivot, so no token predicts the first one of an empty context")
         return self._call(torch.tensor([self.token_ids], device=self.device), cache=self._own_cache(1))[0]
 
-    def new_cache(self, batch_size: int) -> PivotCache:
-        """A fresh cache that begins with the pivot's rows."""
-        return PivotCache(self.model.config, batch_size, self.kv, self.pivot, self.devices)
+    def new_cache(self, batch_size: int, padding: Tensor | None = None) -> PivotCache:
+        """A fresh cache, which begins with the pivot's rows where they are intact. padding: [B] of left-padded rows."""
+        return PivotCache(self.model.config, batch_size, self.kv, self.pivot, self.devices, padding)
+
+    @cached_property
+    def window(self) -> int | None:
+        """The shortest sliding window among the layers, None where every layer sees all."""
+        layers = PivotCache(self.model.config, 1, self.kv).layers
+        return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
@@ -92,7 +98,7 @@ class PivotedModel:
 
     def _own_cache(self, batch_size: int) -> PivotCache | None:
         """The cache of a call without intact rows: needed only where the KV is quantized."""
-        return PivotCache(self.model.config, batch_size, self.kv) if self.kv.bits < 16 else None
+        return self.new_cache(batch_size) if self.kv.bits < 16 else None
 
     @torch.no_grad()
     def _call(self, ids: Tensor, cache: PivotCache | None) -> Tensor:

@@ -1,0 +1,60 @@
+"""Data of the tasks: from the hub, or from a local mirror of it in the folder that INTACTKV_DATA names.
+
+The mirror has the hub's layout: ROOT/<org>/<name>/ as a repository lies there. Knows data sets, no models.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from intactkv_eval.errors import DataError
+
+ENV = "INTACTKV_DATA"
+
+
+def mirror() -> Path | None:
+    """The local mirror, or None for the hub. Raises DataError where INTACTKV_DATA names no folder."""
+    named = os.environ.get(ENV)
+    if not named:
+        return None
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{ENV}={named}: no such folder; it should hold <org>/<name>/ as on the hub")
+    return folder
+
+
+def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
+    """`datasets.load_dataset` of a hub repository, or of its copy in the mirror.
+
+    Raises DataError where it cannot be had, naming the place that was tried.
+    """
+    root = mirror()
+    place = str(root / path) if root else path
+    if root and not (root / path).is_dir():
+        raise DataError(f"{ENV}={root}: holds no folder {path}; copy that hub repository there, or unset {ENV}")
+    if root:
+        options.pop("revision", None)
+    try:
+        return datasets.load_dataset(place, name, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        where = "the mirror" if root else f"the hub (for a local copy set {ENV})"
+        raise DataError(f"data set {path} {name or ''} cannot be loaded from {where}: {error}") from error
+
+
+def source_name(path: str) -> str:
+    """Where `path` comes from now, for the record of a run."""
+    return f"local mirror of {path}" if mirror() else path
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises DataError that names the line where one is damaged."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+    return rows

@@ -1,0 +1,76 @@
+"""Law 2: pivot rows in the cache are the captured ones after any use. Law 3: a PivotKV is never changed by use."""
+
+import pytest
+import torch
+from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.config import KVSpec
+from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+
+from tiny import BOS
+
+TOKENS = (BOS, 7, 9)
+
+
+@pytest.fixture
+def made(model):
+    pivot = capture(model, TOKENS, fingerprint_of(model, "main"))
+    return PivotedModel(model, TOKENS, pivot, KVSpec(bits=3))
+
+
+def assert_rows_exact(cache, pivot):
+    for layer, key, value in zip(cache.layers, pivot.keys, pivot.values, strict=True):
+        for row in range(layer.keys.shape[0]):
+            assert torch.equal(layer.keys[row, :, : len(pivot)], key)
+            assert torch.equal(layer.values[row, :, : len(pivot)], value)
+
+
+def test_after_a_forward_and_a_second_one(made):
+    cache = made.new_cache(2)
+    with torch.no_grad():
+        made.model(torch.randint(0, 256, (2, 2)), past_key_values=cache, use_cache=True)
+        made.model(torch.randint(0, 256, (2, 1)), past_key_values=cache, use_cache=True)
+    assert_rows_exact(cache, made.pivot)
+    body = cache.layers[0].keys[0, :, len(TOKENS) :]
+    assert len(body[0, 0].unique()) <= 2**3, "body rows are quantized"
+
+
+def test_after_generate(made, monkeypatch):
+    caches = []
+    fresh = PivotedModel.new_cache
+    monkeypatch.setattr(PivotedModel, "new_cache", lambda self, n, padding: caches.append(fresh(self, n, padding)) or caches[-1])
+    body = torch.randint(0, 256, (2, 2))
+    generate(made, body, torch.ones_like(body), 2, do_sample=False)
+    assert len(caches) == 1
+    assert_rows_exact(caches[0], made.pivot)
+
+
+def test_rows_share_no_storage(made):
+    cache = made.new_cache(2)
+    keys = cache.layers[0].keys
+    keys[0] += 1
+    assert torch.equal(keys[1], made.pivot.keys[0])
+
+
+def test_a_pivot_is_never_changed(made):
+    tensors = (*made.pivot.keys, *made.pivot.values, made.pivot.logits)
+    before = [tensor.clone() for tensor in tensors]
+    body = torch.randint(0, 256, (3, 9))
+    made.body_logits(body)
+    generate(made, body, torch.ones_like(body), 3, do_sample=False)
+    for layer in made.new_cache(1).layers:
+        layer.keys.zero_()
+        layer.values.zero_()
+    assert all(torch.equal(old, new) for old, new in zip(before, tensors, strict=True))
+
+
+def test_kept_tokens_are_left_alone(llama):
+    """kv_keep: the evaluated model's own first rows stay exact, counted from each row's first real token."""
+    torch.manual_seed(0)
+    states = torch.randn(2, 2, 5, 16)
+    cache = PivotCache(llama.config, 2, KVSpec(bits=2, keep=2), padding=torch.tensor([0, 1]))
+    keys, _ = cache.update(states, states, 0)
+    kept = (keys == states).all(dim=3).all(dim=1)
+    assert kept[0].tolist() == [True, True, False, False, False]
+    assert kept[1, 1:].tolist() == [True, True, False, False]

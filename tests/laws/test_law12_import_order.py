@@ -1,0 +1,73 @@
+"""Law 12: imports run one way, and a start of Python costs nothing.
+
+errors < files, config < weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "intactkv_eval"
+RANK = {
+    "errors": 0, "files": 1, "config": 2, "weights": 3, "quantize": 4, "model": 5, "pivot": 5, "cache": 6,
+    "calibrate": 7, "harness": 8, "report": 9, "sweep": 9, "judge": 9, "bench": 10, "demo": 10, "cli": 11,
+}  # fmt: skip
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(module):
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def imports(path):
+    """(module, inside a function) of every import of our own packages."""
+    tree = ast.parse(path.read_text())
+    inside = {child for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        for name in names:
+            if name.split(".")[0] in {"intactkv_eval", "intactkv_kernels"}:
+                yield name, node in inside
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
+def test_rooms(path):
+    relative = path.relative_to(PACKAGE)
+    here = relative.parts[0].removesuffix(".py")
+    if here == "__init__":
+        assert not list(imports(path))
+        return
+    for name, inside in imports(path):
+        assert not inside, f"{relative} imports {name} inside a function"
+        if name.startswith("intactkv_kernels"):
+            assert RANK[here] > RANK["quantize"], f"{relative} imports {name}"
+            continue
+        there = room(name)
+        if there is None:
+            continue
+        assert RANK[there] < RANK[here] or there == here, f"{relative} imports {name}"
+
+
+def test_kernels_know_nothing_of_us():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert not [name for name, _ in imports(path) if name.startswith("intactkv_eval")]
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_pivot_knows_nothing_of_weights():
+    for path in (PACKAGE / "pivot").glob("*.py"):
+        if path.name != "basis.py":
+            assert not [name for name, _ in imports(path) if room(name) in {"weights", "quantize", "model"}]
+
+
+@pytest.mark.parametrize("module", ["intactkv_eval.harness.plugin", "intactkv_eval.report.tables", "intactkv_eval.cli"])
+def test_no_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
