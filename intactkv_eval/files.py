@@ -32,7 +32,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INTACTKV_CACHE") or Path.home() / ".cache" / "intactkv")
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
 
     A reader, or a second writer, sees the old file or the whole new one. Raises OSError as the file system does.

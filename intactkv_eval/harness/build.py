@@ -96,7 +96,9 @@ def _check_origin(cell: CellSpec, config: PretrainedConfig, needs_pivot: bool) -
     if method is None:
         return
     if cell.weights.method != "none":
-        raise ConfigError(f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}")
+        raise ConfigError(
+            f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}"
+        )
     if needs_pivot:
         raise PivotError(
             f"{cell.model.pretrained} is quantized ({method}): name the full-precision model it was made from with "

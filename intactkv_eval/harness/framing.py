@@ -15,7 +15,7 @@ from intactkv_eval.harness.scoring import Request
 
 @dataclass
 class Framing:
-    """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind the pivot."""
+    """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind it."""
 
     token_ids: tuple[int, ...]
     prefix: int | None

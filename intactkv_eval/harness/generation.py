@@ -85,7 +85,7 @@ def _by_length(
     pad = int(options.get("pad_token_id") or 0)
     out = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
     out[:, : bodies.shape[1]] = bodies
-    for amount in padding.unique().tolist():
+    for amount in sorted(set(padding.tolist())):
         rows = padding == amount
         part = bodies[rows][:, amount:]
         made = generate(pivoted, part, torch.ones_like(part), max_new_tokens, stopping, **options)
@@ -94,7 +94,7 @@ def _by_length(
 
 
 def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """Put `front` [B, P] between each row's padding and its body, as a tokenizer would have; ids and mask [B, P + T]."""
+    """`front` [B, P] between each row's padding and its body, as a tokenizer puts it; ids and mask [B, P + T]."""
     ids = torch.cat([front, bodies], dim=1)
     for row, amount in enumerate(padding.tolist()):
         ids[row] = torch.cat([bodies[row, :amount], front[row], bodies[row, amount:]])

@@ -1,7 +1,7 @@
 """IntactKVLM: lm_eval's `hf` model with the pivot in front of every request, on quantized weights.
 
-Everything that `hf` takes keeps its meaning (devices, parallelize, dtype, tokenizer, chat templates, accelerate launch);
-this class adds the cell's arguments, and does its own scoring and generation behind the pivot.
+Everything that `hf` takes keeps its meaning (devices, parallelize, dtype, tokenizer, chat templates, accelerate
+launch); this class adds the cell's arguments, and does its own scoring and generation behind the pivot.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from intactkv_eval import __version__
-from intactkv_eval.config import CELL_KEYS, CellSpec, cell_from_args, unknown_key
+from intactkv_eval.config import CELL_KEYS, cell_from_args, unknown_key
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import build
@@ -34,10 +34,10 @@ from intactkv_eval.pivot.tokens import use_chat_template
 logger = logging.getLogger(__name__)
 
 # What hf hands on to transformers' from_pretrained; any other unknown key is a mistake of the user.
-_LOADING_KEYS = (
-    "attn_implementation cache_dir device_map force_download ignore_mismatched_sizes load_in_4bit load_in_8bit "
-    "local_files_only low_cpu_mem_usage max_memory offload_buffers offload_state_dict token use_safetensors variant"
-).split()
+_LOADING_KEYS = """
+    attn_implementation cache_dir device_map force_download ignore_mismatched_sizes load_in_4bit load_in_8bit
+    local_files_only low_cpu_mem_usage max_memory offload_buffers offload_state_dict token use_safetensors variant
+""".split()  # noqa: SIM905  read more easily as a paragraph
 _OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend", "autogptq", "gptqmodel", "tp_plan"}
 HF_KEYS = [key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS]
 
@@ -48,6 +48,8 @@ class IntactKVLM(HFLM):
     Arguments: those of a cell (config.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
     PreTrainedModel. Raises IntactKVError for anything that is wrong with them.
     """
+
+    _model: Any
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
@@ -69,7 +71,7 @@ class IntactKVLM(HFLM):
         self._set_ranks()
         self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
         if self.max_length < 1:
-            raise ConfigError(f"max_length={self._max_length}: no room behind {len(self.framing.token_ids)} pivot tokens")
+            raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
 
     @property
     def pivoted_model(self) -> PivotedModel:
@@ -119,10 +121,9 @@ class IntactKVLM(HFLM):
     def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
         parent = super()._create_model
 
-        def load(name: str, revision: str) -> PreTrainedModel:
+        def load(name: str, revision: str) -> Any:
             parent(pretrained=name, revision=revision, **kwargs)
-            model: PreTrainedModel = self._model
-            self._model = None
+            model, self._model = self._model, None
             return model
 
         self._build(load)
@@ -167,7 +168,7 @@ class IntactKVLM(HFLM):
             scores = score(
                 self.pivoted_model, framed, self._rows_for(override_bs), self.softmax_dtype or torch.float32, done
             )
-        return [tuple(item) for item in scores]
+        return [(item.log_likelihood, item.is_greedy) for item in scores]
 
     def _rows_for(self, override: int | None) -> Any:
         if self.batch_size == "auto" and override is None:

@@ -107,11 +107,11 @@ class PivotedModel:
 
     def _check_shape(self, pivot: PivotKV) -> None:
         if len(pivot.keys) != len(self.devices):
-            raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, the model {len(self.devices)}: another model's")
+            raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
         config = self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         if pivot.keys[0].shape[0] != heads:
-            raise PivotError(f"the PivotKV has {pivot.keys[0].shape[0]} KV heads, the model {heads}: another model's")
+            raise PivotError(f"the PivotKV has {pivot.keys[0].shape[0]} KV heads, this model {heads}")
         if pivot.logits.shape[1] != config.vocab_size:
             raise PivotError(
                 f"the PivotKV was captured with a vocabulary of {pivot.logits.shape[1]}, the model's is "

@@ -17,7 +17,7 @@ class _Finder:
     """Waits for one module, then steps aside."""
 
     @staticmethod
-    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205, ARG004
+    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
         """The module's own spec with a loader that registers afterwards; None for every other name."""
         if name != _WAITED_FOR:
             return None
@@ -32,7 +32,7 @@ class _Finder:
                 run(module)
                 register()
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -6,6 +6,7 @@ those that predict a row's first token are the pivot's own last ones.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from math import isnan
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def _score_one(pivoted: PivotedModel, request: Request, logits: Tensor, dtype: t
     target = torch.tensor(request.continuation, device=rows.device)
     log_probs = torch.log_softmax(rows, dim=-1, dtype=dtype)
     total = float(log_probs.gather(1, target[:, None]).sum())
-    if total != total:
+    if isnan(total):
         raise PivotError(
             "a log-likelihood is NaN: the model's logits overflowed. In fp16 massive activations do that; "
             "use dtype=bfloat16 or float32"

@@ -13,6 +13,7 @@ class TokenText(str):
     ids: tuple[int, ...]
 
     def __new__(cls, text: str, ids: Sequence[int]) -> "TokenText":
+        """A string cannot take a second argument in __init__."""
         made = super().__new__(cls, text)
         made.ids = tuple(ids)
         return made

@@ -16,9 +16,9 @@ from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.instance import Instance
-from intactkv_eval.harness.python_task import PythonTask
 
 from intactkv_eval.errors import DataError
+from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.tokens import TokenText
 
@@ -73,7 +73,7 @@ def cut_windows(tokens: Sequence[int], size: int, most: int | None = None) -> li
     """Whole windows of `size` tokens, at most `most` of them. Raises DataError where the text is shorter than one."""
     count = len(tokens) // size
     if not count:
-        raise DataError(f"the text has {len(tokens)} tokens, less than one window of {size}: set --metadata ppl_window=N")
+        raise DataError(f"the text has {len(tokens)} tokens, less than a window of {size}: --metadata ppl_window=N")
     count = min(count, int(most)) if most else count
     return [tokens[i * size : (i + 1) * size] for i in range(count)]
 

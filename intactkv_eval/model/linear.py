@@ -7,11 +7,11 @@ backend keeps the dequantized matrix beside them. Knows nothing of models.
 """
 
 import torch
-from intactkv_kernels.dispatch import choose_backend
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_kernels.dispatch import choose_backend
 
 
 class QuantizedLinear(nn.Module):
@@ -24,6 +24,7 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     zeros: Tensor
     dense: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("zeros", weight.zeros)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         dtype = compute_dtype or weight.scales.dtype
         self.register_buffer("dense", weight.dequantize(dtype), persistent=False)
 

@@ -51,8 +51,9 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim >= 2:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__}: {name}.{parameter_name} {tuple(parameter.shape)} in a {type(module).__name__} "
-                    "is a matrix but not a plain linear layer (fused experts, adapters or already quantized layers); "
+                    f"{type(model).__name__}: {name}.{parameter_name} {tuple(parameter.shape)} in a "
+                    f"{type(module).__name__} is a matrix but not a plain linear layer "
+                    "(fused experts, adapters or already quantized layers); "
                     "it would stay in full precision unnoticed, so this model is refused"
                 )
     if not found:

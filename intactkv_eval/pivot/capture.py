@@ -6,6 +6,7 @@ Knows no quantizer; what it returns does not share storage with the model.
 import hashlib
 import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fin
     cache = DynamicCache()
     inputs = torch.tensor([token_ids], device=model.get_input_embeddings().weight.device)
     logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
-    rows = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    rows: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not rows or any(key is None or key.ndim != 4 or key.shape[2] != len(token_ids) for key, _ in rows):
         raise UnsupportedModelError(f"{type(model).__name__} does not fill a KV cache [B, H, T, D] in every layer")
     return PivotKV(

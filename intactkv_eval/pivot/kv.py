@@ -105,7 +105,7 @@ class PivotKV:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
         if metadata.get("format") != FORMAT:

@@ -59,5 +59,5 @@ def _pack_plane(values: Tensor, width: int) -> Tensor:
 def _unpack_plane(words: Tensor, width: int, columns: int) -> Tensor:
     per_word = WORD_BITS // width
     shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * width
-    values = (words.unsqueeze(-1) >> shifts) & (2**width - 1)
+    values: Tensor = (words.unsqueeze(-1) >> shifts) & (2**width - 1)
     return values.reshape(words.shape[0], -1)[:, :columns].to(torch.uint8)

@@ -1,6 +1,6 @@
 """The formula in fp32, which every kernel is measured against.
 
-    y[..., o] = sum_i x[..., i] * (codes[o, i] - zeros[o, g(i)]) * scales[o, g(i)] + bias[o],    g(i) = i // group_size
+y[..., o] = sum_i x[..., i] * (codes[o, i] - zeros[o, g(i)]) * scales[o, g(i)] + bias[o],    g(i) = i // group_size
 """
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 def quantized_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
-    """x [..., I] times a quantized weight: codes [O, I] (unpacked), scales and zeros [O, I/group_size]; y [..., O] fp32.
+    """x [..., I] times a quantized weight: unpacked codes [O, I], scales and zeros [O, G]; y [..., O] in fp32.
 
     No word of packing here: the reference must stay readable at a glance.
     """

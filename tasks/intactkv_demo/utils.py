@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
 from intactkv_eval.harness.data import read_jsonl
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
@@ -30,8 +31,8 @@ def dialogues(**metadata: Any) -> dict[str, Dataset]:
         for turn, (asked, answer) in enumerate(zip(dialogue["turns"], dialogue["reference"], strict=True), start=1):
             messages.append({"role": "user", "content": asked})
             prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            tokens = len(tokenizer(answer, add_special_tokens=False).input_ids)
-            rows.append({"turn": turn, "prompt": prompt, "answer": answer, "tokens": tokens, "id": dialogue["question_id"]})
+            row = {"id": dialogue["question_id"], "turn": turn, "prompt": prompt, "answer": answer}
+            rows.append({**row, "tokens": len(tokenizer(answer, add_special_tokens=False).input_ids)})
             messages.append({"role": "assistant", "content": answer})
     return {"test": Dataset.from_list(rows)}
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.data import load_dataset, mirror
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.python_task import PythonTask
+from intactkv_eval.harness.task_tokenizer import tokenizer_of
 
 LETTERS = "ABCD"
 
@@ -24,7 +25,8 @@ def load(subject: str, **_: Any) -> dict[str, Any]:
     """dev and test of a subject: cais/mmlu, or hendrycks' CSV folders dev/ and test/ in the mirror."""
     root = mirror()
     if root and (root / "test" / f"{subject}_test.csv").is_file():
-        return {split: Dataset.from_list(_read_csv(root / split / f"{subject}_{split}.csv")) for split in ("dev", "test")}
+        files = {split: root / split / f"{subject}_{split}.csv" for split in ("dev", "test")}
+        return {split: Dataset.from_list(_read_csv(file)) for split, file in files.items()}
     return {split: load_dataset("cais/mmlu", subject, split=split) for split in ("dev", "test")}
 
 
@@ -65,7 +67,8 @@ class MMLU(PythonTask):
         gen_prefix: str | None = None,
     ) -> str:
         """The longest prompt that fits; with a chat template the same text as messages."""
-        shots = [(question(row), f" {LETTERS[row['answer']]}") for row in self.dataset["dev"].select(range(num_fewshot))]
+        examples = self.dataset["dev"].select(range(num_fewshot))
+        shots = [(question(row), f" {LETTERS[row['answer']]}") for row in examples]
         for dropped in range(num_fewshot + 1):
             kept = shots[dropped:]
             if apply_chat_template:

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tiny import BOS, WINDOW
+
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-
-from tiny import BOS, WINDOW
 
 PIVOTS = {"bos": (BOS,), "five": (BOS, 10, 20, 30, 40), "longer than the window": (BOS, *range(40, 40 + WINDOW + 3))}
 

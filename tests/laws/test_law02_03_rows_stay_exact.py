@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tiny import BOS
+
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-
-from tiny import BOS
 
 TOKENS = (BOS, 7, 9)
 
@@ -39,7 +39,9 @@ def test_after_a_forward_and_a_second_one(made):
 def test_after_generate(made, monkeypatch):
     caches = []
     fresh = PivotedModel.new_cache
-    monkeypatch.setattr(PivotedModel, "new_cache", lambda self, n, padding: caches.append(fresh(self, n, padding)) or caches[-1])
+    monkeypatch.setattr(
+        PivotedModel, "new_cache", lambda self, n, padding: caches.append(fresh(self, n, padding)) or caches[-1]
+    )
     body = torch.randint(0, 256, (2, 2))
     generate(made, body, torch.ones_like(body), 2, do_sample=False)
     assert len(caches) == 1

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tiny import BOS, PAD
+
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.scoring import Request, score
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-
-from tiny import BOS, PAD
 
 TOKENS = (BOS, 7)
 BODIES = [[3], [5, 9, 11, 200, 17, 31, 8, 44, 61, 12, 13], [90, 91, 92, 93], []]
@@ -64,6 +64,8 @@ def test_t_tokens_in_t_rows_out(made, inputs):
     for row, tokens in enumerate(inputs):
         body = tokens[len(TOKENS) :] if tuple(tokens[: len(TOKENS)]) == TOKENS else tokens
         if body:
-            torch.testing.assert_close(logits[row, len(tokens) - len(body) :], made.body_logits(torch.tensor([body]))[0])
+            torch.testing.assert_close(
+                logits[row, len(tokens) - len(body) :], made.body_logits(torch.tensor([body]))[0]
+            )
         if len(body) < len(tokens):
             torch.testing.assert_close(logits[row, : len(TOKENS)], made.pivot_logits)

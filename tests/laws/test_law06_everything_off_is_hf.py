@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from intactkv_eval.harness.lm import IntactKVLM
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-
 from tiny import BOS, build_model
+
+from intactkv_eval.harness.lm import IntactKVLM
 
 PAIRS = [("", " one"), ("A question", " yes"), ("A question", " no"), ("x", " a longer answer"), ("trailing ", "space")]
 TEXTS = ["short", "a text of more than one hundred and twenty-eight bytes " * 4]
@@ -51,7 +51,7 @@ def test_rolling(pair, model, tokenizer):
 def test_generation(pair):
     arguments = [(text[:60], {"until": ["\n"], "max_gen_toks": 12}) for text in (*TEXTS, "a third")]
     ours = pair[0].generate_until(instances("generate_until", arguments), True)
-    for (text, options), answer in zip(arguments, ours, strict=True):
+    for (text, _), answer in zip(arguments, ours, strict=True):
         # One at a time: `hf` itself pads BOS away from its text in a batch with this tokenizer.
         ids = pair[1].tok_encode(text)
         plain = pair[1].model.generate(
@@ -71,5 +71,7 @@ def test_no_front_at_all_where_the_model_has_no_bos(tokenizer):
     assert ours.pivoted_model.token_ids == ()
     one, other = (lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True) for lm in (ours, hf))
     assert [value for value, _ in one] == pytest.approx([value for value, _ in other], abs=1e-5)
-    rolled = [lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), True) for lm in (ours, hf)]
+    rolled = [
+        lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), True) for lm in (ours, hf)
+    ]
     assert rolled[0] == pytest.approx(rolled[1], abs=1e-4)

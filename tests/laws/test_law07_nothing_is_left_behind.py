@@ -1,13 +1,13 @@
 """Law 7: after use the model has no hook, patched method or module that it did not have."""
 
 import torch
+from tiny import BOS
+
 from intactkv_eval.config import KVSpec, WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-
-from tiny import BOS
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 

@@ -4,10 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from intactkv_eval.weights.packing import PLANES, pack, packed_words, unpack
 
 
-@given(bits=st.sampled_from(sorted(PLANES)), rows=st.integers(1, 9), columns=st.integers(1, 131), seed=st.integers(0, 99))
+@given(
+    bits=st.sampled_from(sorted(PLANES)), rows=st.integers(1, 9), columns=st.integers(1, 131), seed=st.integers(0, 99)
+)
 @settings(max_examples=200, deadline=None)
 def test_unpack_undoes_pack(bits, rows, columns, seed):
     codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)

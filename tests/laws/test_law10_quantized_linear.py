@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
+
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_kernels.reference import quantized_linear
-from torch.nn import functional as F
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -1,0 +1,114 @@
+"""The command `intactkv`. Exit codes: 0; 2 for the user's fault, with one message and no traceback; 1 for ours.
+
+Heavy imports wait for the command that needs them: `intactkv --help` and `intactkv report` load no torch.
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from intactkv_eval import __version__
+from intactkv_eval.errors import ConfigError, IntactKVError
+from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
+from intactkv_eval.report.collect import collect
+from intactkv_eval.report.tables import markdown
+
+app = typer.Typer(
+    name="intactkv",
+    help="How much of what quantization takes does an intact pivot KV cache give back?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+def _late(module: str, name: str) -> Any:
+    """A function of ours whose module imports torch."""
+    return getattr(import_module(f"intactkv_eval.{module}"), name)
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option(help="Where the model and the results are kept.")] = None,
+) -> None:
+    """Run the main job on a real small model, and print the table (about three minutes on two cores)."""
+    typer.echo(_late("demo", "run_demo")(folder or cache_folder() / "demo", lambda text: typer.echo(text, err=True)))
+
+
+@app.command(context_settings=_PASS_ON)
+def eval(context: typer.Context) -> None:
+    """Evaluate: lm_eval's own flags, with --model intactkv and our tasks/ filled in.
+
+    For instance: intactkv eval --model_args pretrained=...,weights=rtn,bits=4,pivot=bos --tasks ppl_wikitext2
+    """
+    _late("harness.command", "run_lm_eval")(context.args)
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    pivot: Annotated[str, typer.Option(help="bos, prompt or tokens:ID+ID+...")] = "bos",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: that of the evaluation.")] = "auto",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
+    chat_template: Annotated[str | None, typer.Option(help="A template of model_configs/chat_templates.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Save the pivot's full-precision KV: later runs take pivot=FILE.safetensors and no full-precision model."""
+    arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
+    arguments["chat_template"] = chat_template
+    loading = {"device": device, "trust_remote_code": trust_remote_code}
+    kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
+    typer.echo(
+        f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}"
+    )
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders (or files) with lm_eval results JSON.")],
+    out: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
+) -> None:
+    """Print the markdown table of runs: values, deltas to baseline and full precision, share recovered."""
+    runs, foreign = collect(folders)
+    if foreign:
+        typer.echo(f"{foreign} results files of other model classes are left out", err=True)
+    table = markdown(runs)
+    if out is None:
+        typer.echo(table)
+    else:
+        write_atomic(out, lambda partial: partial.write_text(table, encoding="utf-8"))
+
+
+@app.command()
+def tasks() -> None:
+    """Print the folder of our tasks, for lm_eval's --include_path."""
+    typer.echo(shipped_folder("tasks"))
+
+
+def main() -> None:
+    """Entry point: the user's faults end in one message and exit code 2."""
+    try:
+        app()
+    except IntactKVError as error:
+        typer.echo(f"intactkv: {error}", err=True)
+        sys.exit(2)
+    except (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
+        typer.echo(f"intactkv: {ConfigError(f'{error.filename}: {error.strerror}')}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""What `intactkv eval` and `intactkv capture` do: lm_eval's own command line with our model and tasks filled in.
+
+Everything that can be checked is checked before a model is loaded, so that a bad call ends at once with one message.
+"""
+
+import os
+import sys
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lm_eval._cli import HarnessCLI
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import setup_logging
+
+from intactkv_eval.config import CELL_KEYS, cell_from_args
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.harness.batching import check_batch_size
+from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.pivot.kv import PivotKV
+
+
+def run_lm_eval(arguments: list[str]) -> None:
+    """`lm_eval run` with --model intactkv and our tasks/ added to --include_path.
+
+    Raises ConfigError for an empty or unknown task list, a bad batch size, cell or output folder; whatever the run
+    itself raises otherwise.
+    """
+    sys.argv = ["lm_eval", "run", *_with_default_model(arguments)]
+    setup_logging()
+    command = HarnessCLI()
+    parsed = command.parse_args()
+    _fill_in(parsed)
+    _check(parsed)
+    command.execute(parsed)
+
+
+def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Path) -> PivotKV:
+    """Capture the pivot of a full-precision model and save it. Raises ConfigError, PivotError or OSError."""
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
+    check_writable(out.parent)
+    lm = IntactKVLM(**arguments, **loading)
+    pivot = lm.pivoted_model.pivot
+    if pivot is None:
+        raise PivotError("pivot=none has no KV to save: name bos, prompt or tokens:...")
+    pivot.save(out)
+    return pivot
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder` and raise ConfigError where nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
+def _with_default_model(arguments: list[str]) -> list[str]:
+    named = any(argument in {"--model", "-M"} or argument.startswith("--model=") for argument in arguments)
+    return arguments if named or "--config" in arguments else ["--model", NAME, *arguments]
+
+
+def _fill_in(parsed: Namespace) -> None:
+    """Our tasks first, the user's after them, so that a name of theirs wins."""
+    from_file = _read_config(parsed)
+    theirs = getattr(parsed, "include_path", None) or from_file.get("include_path")
+    parsed.include_path = [str(shipped_folder("tasks")), *([theirs] if isinstance(theirs, str) else theirs or [])]
+    if not getattr(parsed, "model", None) and not from_file.get("model"):
+        parsed.model = NAME
+
+
+def _read_config(parsed: Namespace) -> dict[str, Any]:
+    path = getattr(parsed, "config", None)
+    if not path:
+        return {}
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
+    return loaded
+
+
+def _check(parsed: Namespace) -> None:
+    from_file = _read_config(parsed)
+    settings = {**from_file, **{key: value for key, value in vars(parsed).items() if value is not None}}
+    check_batch_size(settings.get("batch_size"))
+    if settings.get("output_path"):
+        path = Path(settings["output_path"])
+        check_writable(path.parent if path.suffix in {".json", ".jsonl"} else path)
+    if settings["model"] == NAME:
+        arguments = {key: value for key, value in dict(settings.get("model_args") or {}).items() if key in CELL_KEYS}
+        cell_from_args(arguments)
+    _check_tasks(settings)
+
+
+def _check_tasks(settings: dict[str, Any]) -> None:
+    listed = settings.get("tasks") or []
+    names = [part.strip() for task in ([listed] if isinstance(listed, str) else listed) for part in task.split(",")]
+    names = [name for name in names if name]
+    if not names:
+        raise ConfigError("--tasks: no task named; for instance --tasks ppl_wikitext2,arc_easy (lm_eval ls tasks)")
+    manager = TaskManager(include_path=settings["include_path"])
+    unknown = [name for name in names if not os.path.exists(name) and not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(f"--tasks: unknown: {', '.join(unknown)}; lm_eval ls tasks --include_path $(intactkv tasks)")

@@ -1,0 +1,107 @@
+"""Which run is measured against which: its baseline (same cell, pivot not intact) and full precision; deltas, recovery.
+
+delta = value - other's value
+recovered = (baseline - intact) / (baseline - full precision), empty where the denominator is within noise
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, sqrt
+
+from intactkv_eval.config import CellSpec, KVSpec, WeightSpec
+from intactkv_eval.report.collect import Run, Score
+
+_NOISE = 2.0  # standard errors
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A difference and its standard error: paired over documents where both runs logged them, else None if unknown."""
+
+    value: float
+    stderr: float | None
+
+    @property
+    def within_noise(self) -> bool:
+        """True where the difference cannot be told from 0."""
+        return self.value == 0 or (self.stderr is not None and abs(self.value) < _NOISE * self.stderr)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One score beside its baseline and full precision, as far as those were run."""
+
+    score: Score
+    to_baseline: Delta | None
+    to_full_precision: Delta | None
+    recovered: float | None
+
+
+def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
+    """The score of `run` on `task` against the newest fitting runs among `runs`."""
+    score = run.scores[task]
+    baseline = _score_of(_baseline_cell(run.cell), run, task, runs) if run.cell.pivot.intact else None
+    full = None if _is_full_precision(run.cell) else _score_of(_full_precision_cell(run.cell), run, task, runs)
+    return Comparison(
+        score=score,
+        to_baseline=difference(score, baseline) if baseline else None,
+        to_full_precision=difference(score, full) if full else None,
+        recovered=_recovered(score, baseline, full) if baseline and full else None,
+    )
+
+
+def difference(one: Score, other: Score) -> Delta:
+    """one - other."""
+    return Delta(one.value - other.value, _paired_stderr(one, other) or _unpaired_stderr(one, other))
+
+
+def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
+    loss = difference(baseline, full)
+    worse = loss.value < 0 if baseline.higher_is_better else loss.value > 0
+    if loss.within_noise or not worse:
+        return None
+    return (baseline.value - intact.value) / loss.value
+
+
+def _paired_stderr(one: Score, other: Score) -> float | None:
+    """Of the mean difference over the documents of both; for a perplexity, of its first-order change with each nll."""
+    shared = sorted(one.values.keys() & other.values.keys())
+    if len(shared) < 2 or len(shared) != len(one.values) or len(shared) != len(other.values):
+        return None
+    weights = [1.0, 1.0]
+    if one.metric == "perplexity":
+        weights = [exp(sum(score.values.values()) / len(shared)) for score in (one, other)]
+    terms = [weights[0] * one.values[i] - weights[1] * other.values[i] for i in shared]
+    mean = sum(terms) / len(terms)
+    return sqrt(sum((term - mean) ** 2 for term in terms) / (len(terms) - 1) / len(terms))
+
+
+def _unpaired_stderr(one: Score, other: Score) -> float | None:
+    if one.stderr is None or other.stderr is None:
+        return None
+    return sqrt(one.stderr**2 + other.stderr**2)
+
+
+def _score_of(cell: CellSpec, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    for other in reversed(runs):
+        fits = other.cell == cell and other.pivot_tokens == run.pivot_tokens and task in other.scores
+        if fits and other.scores[task].settings == run.scores[task].settings:
+            return other.scores[task]
+    return None
+
+
+def _baseline_cell(cell: CellSpec) -> CellSpec:
+    pivot = cell.pivot.model_copy(update={"intact": False})
+    model = cell.model.model_copy(update={"reference": None})
+    return cell.model_copy(update={"pivot": pivot, "model": model})
+
+
+def _is_full_precision(cell: CellSpec) -> bool:
+    return cell.weights.method == "none" and cell.kv.bits == 16
+
+
+def _full_precision_cell(cell: CellSpec) -> CellSpec:
+    baseline = _baseline_cell(cell)
+    pretrained = cell.model.reference or cell.model.pretrained
+    model = baseline.model.model_copy(update={"pretrained": pretrained})
+    return baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
