@@ -93,6 +93,16 @@ def report(
 
 
 @app.command()
+def bench(
+    model: Annotated[str | None, typer.Option(help="A folder or hub id; the demo's model if none.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch, for all alike.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 3,
+) -> None:
+    """Time log-likelihood scoring against lm_eval's own hf in one run; a ratio is shown only if the answers agree."""
+    typer.echo(_late("bench", "scoring")(model, batch_size, repeats))
+
+
+@app.command()
 def tasks() -> None:
     """Print the folder of our tasks, for lm_eval's --include_path."""
     typer.echo(shipped_folder("tasks"))

@@ -137,7 +137,7 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
     Raises ConfigError for an unknown key, a key that does nothing, a missing key or a value out of range.
     """
     given = {key: value for key, value in args.items() if _means_something(key, value)}
-    flat = {**load_config(given.pop("config")), **given} if "config" in given else given
+    flat = _laid_over(load_config(given.pop("config")), given) if "config" in given else given
     for key in flat:
         if key.isdigit():
             raise ConfigError(f"argument {key!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
@@ -191,10 +191,12 @@ def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:
 
 def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Spell out shorthands: pivot=none, and the default group size."""
-    full = {key: "none" if value is None else value for key, value in flat.items() if _means_something(key, value)}
+    full = {key: value for key, value in flat.items() if _means_something(key, value)}
+    for key in _NONE_IS_A_VALUE & full.keys():
+        full[key] = "none" if str(full[key]).lower() == "none" else full[key]
     if isinstance(full.get("pivot"), int):
         raise ConfigError(f"pivot={full['pivot']!r}: write pivot=tokens:{full['pivot']} for a token id")
-    if str(full.get("pivot", "")).lower() == "none":
+    if full.get("pivot") == "none":
         if full.get("intact"):
             raise ConfigError("pivot=none,intact=true contradict each other: none means bos with intact=false")
         full["pivot"], full["intact"] = "bos", False
@@ -204,6 +206,21 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
         if key in full:
             full[key] = str(full[key]).removeprefix("torch.")
     return full
+
+
+# A key that is given explicitly takes with it what the file said about the choice it replaces.
+_REPLACES = {
+    "weights": ("bits", "group_size", "symmetric"),
+    "kv_bits": ("kv_scheme", "kv_keep"),
+    "pivot": ("intact", "reference"),
+}
+
+
+def _laid_over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Explicit arguments over a config file's."""
+    changed = [key for key in _REPLACES if key in given and given[key] != file.get(key)]
+    gone = {part for key in changed for part in _REPLACES[key]}
+    return {**{key: value for key, value in file.items() if key not in gone}, **given}
 
 
 def _means_something(key: str, value: Any) -> bool:

@@ -34,13 +34,18 @@ class Framing:
         self.counts["prepended" if length else "unchanged"] += 1
         return list(tokens)
 
-    def request(self, context: Sequence[int], continuation: Sequence[int]) -> Request:
+    def request(self, context: Sequence[int], continuation: Sequence[int], whole: bool = False) -> Request:
         """A request behind the pivot, its context cut from the left where it is too long; the pivot is never cut.
 
-        Raises ConfigError where the continuation alone does not fit.
+        Raises ConfigError where the continuation alone does not fit, or a `whole` request's context.
         """
         body = self.body(context)
         most = self.room + 1 - len(continuation)
+        if whole and len(body) > most:
+            raise ConfigError(
+                f"a window of {len(body) + len(continuation) + 1} tokens does not fit behind a pivot of "
+                f"{len(self.token_ids)}: choose a smaller one with --metadata ppl_window={self.room + 2}"
+            )
         if most < (0 if self.token_ids else 1):
             raise ConfigError(
                 f"a continuation of {len(continuation)} tokens does not fit behind a pivot of {len(self.token_ids)}: "

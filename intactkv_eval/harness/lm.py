@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import stop_sequences_criteria
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
 from intactkv_eval import __version__
 from intactkv_eval.config import CELL_KEYS, cell_from_args, unknown_key
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import build
 from intactkv_eval.harness.cache_guard import guard_response_cache
@@ -64,6 +65,8 @@ class IntactKVLM(HFLM):
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         try:
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.cell.model.pretrained}: a weight file is damaged ({error})") from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"pretrained={self.cell.model.pretrained!r} cannot be loaded: {error}") from error
         if self.pivoted is None:
@@ -156,7 +159,9 @@ class IntactKVLM(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        framed = [self.framing.request(context, continuation) for _, context, continuation in requests]
+        framed = [
+            self.framing.request(context, continuation, whole=_is_exact(key)) for key, context, continuation in requests
+        ]
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(framed), desc="Running loglikelihood requests", disable=hidden) as bar:
 
@@ -221,6 +226,11 @@ class IntactKVLM(HFLM):
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )
+
+
+def _is_exact(key: Any) -> bool:
+    """A request that its task has defined in tokens."""
+    return isinstance(key, tuple) and isinstance(key[0], TokenText)
 
 
 def _check_hf_keys(arguments: Mapping[str, Any]) -> None:

@@ -1,0 +1,54 @@
+"""What of a request stands behind the pivot, and that it is counted."""
+
+import pytest
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.framing import Framing
+from intactkv_eval.harness.tokens import TokenText
+
+BOS, EOS = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("pivot", "prefix", "tokens", "body", "count"),
+    [
+        ((BOS,), BOS, [BOS, 5, 6], [5, 6], "stripped"),
+        ((BOS,), BOS, [5, 6], [5, 6], "prepended"),
+        ((BOS,), BOS, [BOS], [], "stripped"),
+        ((BOS,), BOS, [], [], "prepended"),
+        ((BOS, 7, 8), BOS, [BOS, 7, 8, 9], [9], "stripped"),
+        ((BOS, 7, 8), BOS, [BOS, 7, 9], [7, 9], "bos_replaced"),
+        ((BOS, 7, 8), BOS, [BOS], [], "bos_replaced"),
+        ((BOS, 7, 8), BOS, [7, 8], [7, 8], "prepended"),
+        ((5,), EOS, [EOS], [], "bos_replaced"),
+        ((5,), EOS, [EOS, 9], [EOS, 9], "prepended"),
+        ((), EOS, [EOS, 9], [EOS, 9], "unchanged"),
+    ],
+)
+def test_body(pivot, prefix, tokens, body, count):
+    framing = Framing(pivot, prefix, room=100)
+    assert framing.body(tokens) == body
+    assert dict(framing.counts) == {count: 1}
+
+
+def test_a_long_context_loses_its_left_and_never_the_pivot():
+    framing = Framing((BOS, 7), BOS, room=6)
+    request = framing.request([BOS, 7, *range(10, 30)], [50, 51])
+    assert request.context == [25, 26, 27, 28, 29]
+    assert framing.counts["truncated"] == 1
+    assert len(request.context + request.continuation) - 1 == framing.room
+
+
+def test_a_continuation_that_does_not_fit_is_an_error():
+    assert Framing((BOS,), BOS, room=3).request([BOS, 9], [5, 6, 7, 8]).context == []
+    with pytest.raises(ConfigError, match="continuation of 5 tokens"):
+        Framing((BOS,), BOS, room=3).request([9], [5, 6, 7, 8, 9])
+    with pytest.raises(ConfigError, match="does not fit"):
+        Framing((), EOS, room=3).request([9], [5, 6, 7, 8])
+
+
+def test_exact_tokens_travel_as_text():
+    import pickle
+
+    text = TokenText("ab", (3, 4))
+    assert text == "ab"
+    assert pickle.loads(pickle.dumps(text)).ids == (3, 4)

@@ -1,0 +1,206 @@
+"""IntactKVLM through lm_eval: results and their record, batches, pivots from files, and bad input."""
+
+import json
+
+import pytest
+import torch
+from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError
+from intactkv_eval.harness.lm import IntactKVLM
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+from tiny import BOS, build_model
+
+RTN = {"weights": "rtn", "bits": 4, "group_size": 32}
+
+
+def requests(kind, arguments):
+    return [Instance(kind, {}, args, i, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+
+
+PAIRS = [
+    (f"The {word} is", f" {end}") for word in ("sky", "sea on a summer day", "x") for end in ("blue", "a", "far away")
+]
+
+
+def likelihoods(lm, pairs=PAIRS):
+    return [value for value, _ in lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)]
+
+
+def make(folder, **arguments):
+    return IntactKVLM(pretrained=str(folder), dtype="float32", device="cpu", **arguments)
+
+
+def test_it_is_registered():
+    assert get_model("intactkv") is IntactKVLM
+
+
+@pytest.mark.parametrize("batch_size", [7, "auto", "auto:4"])
+def test_batch_sizes_agree(saved_llama, batch_size):
+    one, many = (make(saved_llama, **RTN, batch_size=size) for size in (1, batch_size))
+    assert likelihoods(one) == pytest.approx(likelihoods(many), abs=5e-4)
+    prompts = [
+        ("some text", {"until": ["q"], "max_gen_toks": 9}),
+        ("t", {"until": ["q"], "max_gen_toks": 9}),
+        ("", {"max_gen_toks": 5}),
+    ]
+    texts = [lm.generate_until(requests("generate_until", prompts), disable_tqdm=True) for lm in (one, many)]
+    assert texts[0] == texts[1]
+    rolling = [("a" * 300,), ("b",)]
+    rolled = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", rolling), True) for lm in (one, many)]
+    assert rolled[0] == pytest.approx(rolled[1], abs=5e-4)
+
+
+def test_quantization_and_the_pivot_change_answers(saved_llama):
+    full, none, bos = (
+        likelihoods(make(saved_llama, **arguments))
+        for arguments in ({"pivot": "none"}, {**RTN, "bits": 2, "pivot": "none"}, {**RTN, "bits": 2, "pivot": "bos"})
+    )
+    assert full != pytest.approx(none, abs=1e-2)
+    assert none != pytest.approx(bos, abs=1e-3)
+
+
+def test_pivot_from_a_file_needs_no_capture_and_gives_the_same(saved_llama, tmp_path, monkeypatch):
+    lm = make(saved_llama, **RTN, pivot="prompt")
+    file = tmp_path / "prompt.safetensors"
+    lm.pivoted_model.pivot.save(file)
+    expected = likelihoods(lm)
+    monkeypatch.setattr("intactkv_eval.harness.build.capture", None)
+    assert likelihoods(make(saved_llama, **RTN, pivot=str(file))) == expected
+    baseline = make(saved_llama, **RTN, pivot=str(file), intact=False)
+    assert baseline.pivoted_model.token_ids == lm.pivoted_model.token_ids
+    assert likelihoods(baseline) != pytest.approx(expected, abs=1e-4)
+
+
+def test_a_pivot_of_another_model_is_refused(saved_llama, tokenizer, tmp_path):
+    file = tmp_path / "p.safetensors"
+    make(saved_llama).pivoted_model.pivot.save(file)
+    other = tmp_path / "other"
+    build_model("llama", seed=5).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    with pytest.raises(PivotError, match="does not belong"):
+        make(other, pivot=str(file))
+    with pytest.raises(PivotError, match="dtype"):
+        IntactKVLM(pretrained=str(saved_llama), dtype="bfloat16", device="cpu", pivot=str(file))
+    with pytest.raises(PivotError, match="layers|vocabulary|heads|belong"):
+        make(_resized(other, tmp_path), pivot=str(file))
+
+
+def _resized(source, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "small"
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_reference_is_loaded_once_and_kept(saved_llama, tokenizer, tmp_path, monkeypatch):
+    """A checkpoint whose weights were changed elsewhere takes its pivot from the full-precision `reference`."""
+    changed = tmp_path / "changed"
+    model = build_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    model.save_pretrained(changed)
+    tokenizer.save_pretrained(changed)
+    first = make(changed, reference=str(saved_llama))
+    assert first.pivoted_model.pivot.fingerprint.model == str(saved_llama)
+    own = make(changed)
+    assert likelihoods(first) != likelihoods(own)
+    monkeypatch.setattr("intactkv_eval.harness.build.capture", None)
+    assert likelihoods(make(changed, reference=str(saved_llama))) == likelihoods(first)
+
+
+def test_simple_evaluate_records_the_cell(saved_llama):
+    found = simple_evaluate(
+        model="intactkv",
+        model_args=f"pretrained={saved_llama},dtype=float32,weights=rtn,bits=4,group_size=32,pivot=none",
+        tasks=["intactkv_demo_qa"],
+        limit=4,
+        batch_size=4,
+        device="cpu",
+        task_manager=TaskManager(include_path="tasks", metadata={"pretrained": str(saved_llama)}),
+        bootstrap_iters=1,
+    )
+    record = found["config"]["intactkv"]
+    assert record["cell"]["weights"] == {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False}
+    assert record["cell"]["pivot"]["intact"] is False
+    assert record["pivot_tokens"] == [BOS]
+    assert record["pivot_fingerprint"] is None
+    assert record["requests_on_rank_0"] == {"prepended": 16}
+    json.dumps(record)
+
+
+def test_a_response_cache_belongs_to_one_cell(saved_llama, tmp_path):
+    """lm_eval keys its cache by the request alone: without a guard, w2 would be given w4's answers."""
+    database = str(tmp_path / "cache.db")
+    first = CachingLM(make(saved_llama, **RTN), database)
+    answers = first.loglikelihood(requests("loglikelihood", PAIRS))
+    assert CachingLM(make(saved_llama, **RTN), database).loglikelihood(requests("loglikelihood", PAIRS)) == answers
+    with pytest.raises(ConfigError, match="another cell"):
+        CachingLM(make(saved_llama, **{**RTN, "bits": 2}), database)
+
+
+def test_long_contexts_keep_the_pivot(saved_llama):
+    lm = make(saved_llama, pivot="prompt")
+    length = len(lm.pivoted_model.token_ids)
+    assert lm.max_length == 128 - length
+    assert torch.isfinite(torch.tensor(likelihoods(lm, [("long " * 100, "end")]))).all()
+    assert lm.framing.counts["truncated"] == 1
+    text = lm.generate_until(requests("generate_until", [("long " * 100, {"until": [], "max_gen_toks": 8})]), True)
+    assert len(text) == 1
+    assert lm.framing.counts["truncated"] == 2
+    with pytest.raises(ConfigError, match="does not fit"):
+        likelihoods(lm, [("a", "b" * 128)])
+
+
+def test_nan_is_never_an_answer(tokenizer):
+    model = build_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    lm = IntactKVLM(pretrained=model, tokenizer=tokenizer, pivot="none")
+    with pytest.raises(PivotError, match="NaN"):
+        likelihoods(lm)
+
+
+def test_sampling_from_nothing_is_seeded(saved_llama):
+    lm = make(saved_llama)
+    options = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.3, "top_k": 50, "top_p": 0.95}
+    texts = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        texts += lm.generate_until(requests("generate_until", [("", options)]), True)
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"pretrained": "/no/such/folder"}, "/no/such/folder"),
+        ({"pretrained": None}, "pretrained"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": "many"}, "batch_size='many'"),
+        ({"dtpye": "float32"}, "'dtype'"),
+        ({"gptqmodel": True}, "gptqmodel"),
+        ({**RTN, "group_size": 48}, "group_size=48"),
+        ({"max_length": 1, "pivot": "prompt"}, "max_length"),
+        ({"pivot": "missing.safetensors"}, "does not exist"),
+        ({"chat_template": "nope"}, "chat_template"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(saved_llama, arguments, said):
+    with pytest.raises(IntactKVError, match=said):
+        IntactKVLM(**{"pretrained": str(saved_llama), "device": "cpu", **arguments})
+
+
+def test_a_truncated_checkpoint(saved_llama):
+    weights = saved_llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        make(saved_llama)

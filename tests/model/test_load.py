@@ -1,0 +1,89 @@
+"""Building a quantized model: everything has a place, nothing is skipped, the source stays as it was."""
+
+import pytest
+import torch
+from intactkv_eval.config import WeightSpec
+from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
+from intactkv_eval.harness.build import quantize
+from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.structure import layer_devices, linear_layers, matrix_of
+from tiny import FAMILIES, build_model
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+SPEC = WeightSpec(method="rtn", bits=4, group_size=32)
+
+
+def test_every_linear_of_the_layers_and_nothing_else(model):
+    made = quantize(model, SPEC)
+    swapped = {name for name, module in made.named_modules() if isinstance(module, QuantizedLinear)}
+    assert swapped == set(linear_layers(model))
+    assert len(swapped) >= 3 * 4
+    left = {name for name, module in made.named_modules() if type(module) is nn.Linear}
+    assert all("layers" not in name and ".h." not in name for name in left)
+    assert not isinstance(made.get_output_embeddings(), QuantizedLinear)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_is_the_model_with_dequantized_weights(model, dtype):
+    """Against the other way to simulate: the same model with its matrices overwritten."""
+    model = model.to(dtype)
+    made = quantize(model, SPEC)
+    with torch.no_grad():
+        for name, layer in linear_layers(model).items():
+            dense = made.get_submodule(name).quantized_weight().dequantize(dtype)
+            assert not torch.equal(matrix_of(layer), dense)
+            layer.weight.copy_(dense.t() if type(layer).__name__ == "Conv1D" else dense)
+        ids = torch.arange(2, 24)[None]
+        torch.testing.assert_close(made(ids).logits, model(ids).logits)
+    assert made.get_input_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_eight_bits_are_near_full_precision(model):
+    ids = torch.arange(2, 24)[None]
+    with torch.no_grad():
+        full, eight = model(ids).logits, quantize(model, WeightSpec(method="rtn", bits=8, group_size=16))(ids).logits
+    assert (full - eight).pow(2).mean().sqrt() < 0.05 * full.std()
+
+
+def test_group_size_that_does_not_divide_names_the_layer(llama):
+    with pytest.raises(
+        ConfigError, match=r"group_size=128 .* width 64 of model\.layers\.0\.self_attn\.q_proj.*16, 32, 64"
+    ):
+        quantize(llama, WeightSpec(method="rtn", bits=4, group_size=128))
+
+
+def test_fused_experts_are_refused():
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="experts"):
+        quantize(AutoModelForCausalLM.from_config(config), SPEC)
+
+
+def test_nan_weights_are_named(llama):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        quantize(llama, SPEC)
+
+
+def test_quantizing_twice_is_refused(llama):
+    with pytest.raises(UnsupportedModelError, match="no linear layer"):
+        quantize(quantize(llama, SPEC), SPEC)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_implementation_is_kept(family):
+    model = build_model(family)
+    model.set_attn_implementation("eager")
+    assert quantize(model, SPEC).config._attn_implementation == "eager"
+
+
+def test_devices_are_by_layer(llama):
+    assert [device.type for device in layer_devices(llama)] == ["cpu"] * 3
+    llama.model.layers[2].to("meta")
+    assert [device.type for device in layer_devices(llama)] == ["cpu", "cpu", "meta"]
+    with pytest.raises(CheckpointError, match="offloaded"):
+        quantize(llama, SPEC)

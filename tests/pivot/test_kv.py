@@ -1,0 +1,135 @@
+"""PivotKV: a value that comes back from disk as it was, and refuses what is not it."""
+
+import multiprocessing
+
+import pytest
+import torch
+from intactkv_eval.errors import PivotError, UnsupportedModelError
+from intactkv_eval.pivot import store
+from intactkv_eval.pivot.capture import capture, fingerprint_of, weight_hash
+from intactkv_eval.pivot.kv import PivotKV
+from safetensors.torch import save_file
+from tiny import BOS, build_model
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
+
+@pytest.fixture
+def pivot(llama):
+    return capture(llama, (BOS, 4, 5), fingerprint_of(llama, "main"))
+
+
+def test_a_saved_pivot_read_back_is_the_pivot(pivot, tmp_path):
+    file = tmp_path / "p.safetensors"
+    pivot.save(file)
+    back = PivotKV.load(file)
+    assert back.token_ids == pivot.token_ids
+    assert back.fingerprint == pivot.fingerprint
+    pairs = zip((*pivot.keys, *pivot.values, pivot.logits), (*back.keys, *back.values, back.logits), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1, -500])
+def test_a_truncated_file_is_refused(pivot, tmp_path, size):
+    file = tmp_path / "p.safetensors"
+    pivot.save(file)
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(PivotError, match="capture it anew"):
+        PivotKV.load(file)
+
+
+def test_foreign_and_missing_files_are_refused(tmp_path):
+    with pytest.raises(PivotError, match="does not exist"):
+        PivotKV.load(tmp_path / "none.safetensors")
+    file = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(PivotError, match="no PivotKV"):
+        PivotKV.load(file)
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        {"token_ids": (BOS,)},
+        {"weight_hash": "other"},
+        {"embedding_hash": "other"},
+        {"dtype": "bfloat16"},
+        {"basis": "rotated"},
+    ],
+    ids=lambda expected: next(iter(expected)),
+)
+def test_another_models_pivot_is_refused(pivot, expected):
+    with pytest.raises(PivotError, match="expected"):
+        pivot.check_matches(**expected)
+
+
+def test_the_hash_sees_any_tensor_and_no_place(llama):
+    before = weight_hash(llama.named_parameters())
+    assert before == weight_hash(build_model("llama").named_parameters())
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    assert weight_hash(llama.named_parameters()) != before
+
+
+def test_overflow_is_caught_with_advice(llama):
+    with torch.no_grad():
+        llama.model.layers[0].self_attn.k_proj.weight.fill_(float("inf"))
+    with pytest.raises(PivotError, match="bfloat16"):
+        capture(llama, (BOS,), fingerprint_of(llama, "main"))
+
+
+def test_models_without_a_kv_cache_are_refused_by_name():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        capture(mamba, (1,), fingerprint_of(mamba, "main"))
+    t5 = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=16, d_ff=16, d_kv=8, num_heads=2, num_layers=1, decoder_start_token_id=0)
+    )
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        capture(t5, (1,), fingerprint_of(t5, "main"))
+
+
+def test_a_pivot_as_long_as_the_model_is_refused(llama):
+    with pytest.raises(PivotError, match="no room"):
+        capture(llama, tuple([BOS] * 128), fingerprint_of(llama, "main"))
+
+
+def _save_many(folder, seed):
+    model = build_model("llama")
+    kept = capture(model, (BOS,), fingerprint_of(model, "main"))
+    for _ in range(20):
+        kept.save(folder / "same.safetensors")
+
+
+def test_two_processes_write_the_same_entry(tmp_path):
+    """A reader beside two writers sees whole files only."""
+    _save_many(tmp_path, 0)
+    workers = [multiprocessing.get_context("spawn").Process(target=_save_many, args=(tmp_path, i)) for i in (1, 2)]
+    for worker in workers:
+        worker.start()
+    reads = 0
+    while any(worker.is_alive() for worker in workers):
+        assert len(PivotKV.load(tmp_path / "same.safetensors")) == 1
+        reads += 1
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert reads > 10
+    assert [file.name for file in tmp_path.iterdir()] == ["same.safetensors"]
+
+
+def test_store(pivot, saved_llama, tmp_path, caplog, monkeypatch):
+    identity = store.source_identity(str(saved_llama), "main")
+    assert store.find(identity, "float32", pivot.token_ids) is None
+    store.keep(pivot, identity, "float32")
+    assert store.find(identity, "float32", pivot.token_ids).fingerprint == pivot.fingerprint
+    assert store.find(identity, "bfloat16", pivot.token_ids) is None
+    assert store.find(identity, "float32", (BOS,)) is None
+    (saved_llama / "model.safetensors").touch()
+    assert store.source_identity(str(saved_llama), "main") != identity
+    assert store.source_identity("no/such-model", "main") is None
+    store.entry_path(identity, "float32", pivot.token_ids).write_bytes(b"junk")
+    assert store.find(identity, "float32", pivot.token_ids) is None
+    assert "is not used" in caplog.text
+    monkeypatch.setenv("INTACTKV_CACHE", str(saved_llama / "config.json"))
+    store.keep(pivot, identity, "float32")
+    assert "not kept" in caplog.text

@@ -1,0 +1,183 @@
+"""The table: pairing, recovery, uncertainty, and results files that are not whole."""
+
+import json
+from math import exp, log
+
+import pytest
+from intactkv_eval.config import cell_from_args
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.collect import collect, read_run
+from intactkv_eval.report.compare import compare
+from intactkv_eval.report.tables import markdown
+
+FP = {"pretrained": "m", "pivot": "none"}
+NONE = {"pretrained": "m", "weights": "rtn", "bits": 4, "group_size": 64, "pivot": "none"}
+BOS = {**NONE, "pivot": "bos"}
+
+
+def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=True, **settings):
+    """A results file as lm_eval 0.4.13 writes it, with one perplexity task of these window nlls."""
+    mean = sum(values) / len(values)
+    spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
+    figures = {
+        "alias": task,
+        "nll,none": mean,
+        "nll_stderr,none": spread,
+        "perplexity,none": exp(mean),
+        "perplexity_stderr,none": "N/A",
+    }
+    record = {
+        "cell": cell_from_args(cell).model_dump(mode="json"),
+        "pivot_tokens": [1],
+        "dtype": "float32",
+        "versions": {"lm_eval": "0.4.13"},
+    }
+    content = {
+        "results": {task: figures},
+        "group_subtasks": {task: []},
+        "higher_is_better": {task: {"nll": False, "perplexity": False}},
+        "configs": {task: {"metadata": {"protocol": "bos-window-2048"}}},
+        "versions": {task: 1.0},
+        "n-shot": {task: 0},
+        "config": {"model": model, "limit": None, **settings} | ({"intactkv": record} if model == "intactkv" else {}),
+        "date": date,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"results_{date}.json"
+    path.write_text(json.dumps(content))
+    if samples:
+        rows = [json.dumps({"doc_id": i, "nll": v, "perplexity": v}) for i, v in enumerate(values)]
+        (folder / f"samples_{task}_{date}.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, FP, [3.0, 3.2, 3.1, 2.9], 1)
+    write(tmp_path, NONE, [3.5, 3.72, 3.6, 3.41], 2)
+    write(tmp_path, BOS, [3.25, 3.46, 3.34, 3.15], 3)
+    return tmp_path
+
+
+def test_recovered_is_the_share_of_the_loss_given_back(folder):
+    runs, _ = collect([folder])
+    found = compare(runs[2], "ppl_x", runs)
+    full, none, bos = exp(3.05), exp(3.5575), exp(3.3)
+    assert found.to_baseline.value == pytest.approx(bos - none)
+    assert found.to_full_precision.value == pytest.approx(bos - full)
+    assert found.recovered == pytest.approx((none - bos) / (none - full))
+
+
+def test_pairing_makes_the_uncertainty_small(folder):
+    """The windows differ far more from each other than one window does between cells."""
+    runs, _ = collect([folder])
+    paired = compare(runs[2], "ppl_x", runs).to_baseline.stderr
+    for file in folder.glob("samples_*"):
+        file.unlink()
+    runs, _ = collect([folder])
+    unpaired = compare(runs[2], "ppl_x", runs).to_baseline.stderr
+    assert paired < unpaired / 5
+
+
+def test_paired_stderr_of_a_perplexity_is_its_first_order_change(folder):
+    """Against a resampling of windows."""
+    import random
+
+    runs, _ = collect([folder])
+    found = compare(runs[2], "ppl_x", runs).to_baseline
+    values = [dict(run.scores["ppl_x"].values) for run in runs]
+    random.seed(0)
+    draws = []
+    for _ in range(4000):
+        picked = [random.randrange(4) for _ in range(4)]
+        one, other = (exp(sum(values[i][p] for p in picked) / 4) for i in (2, 1))
+        draws.append(one - other)
+    mean = sum(draws) / len(draws)
+    resampled = (sum((d - mean) ** 2 for d in draws) / len(draws)) ** 0.5
+    # A bootstrap of n values underestimates by sqrt((n - 1) / n).
+    assert found.stderr == pytest.approx(resampled / (3 / 4) ** 0.5, rel=0.05)
+
+
+def test_recovered_is_empty_within_noise(tmp_path):
+    write(tmp_path, FP, [3.0, 3.2, 3.1], 1)
+    write(tmp_path, NONE, [3.3, 2.95, 3.1], 2)
+    write(tmp_path, BOS, [3.2, 3.0, 3.1], 3)
+    runs, _ = collect([tmp_path])
+    assert compare(runs[2], "ppl_x", runs).recovered is None
+    assert "%" not in markdown(runs).split("`pivot` none")[0]
+
+
+def test_recovered_is_empty_where_quantization_did_not_hurt(tmp_path):
+    write(tmp_path, FP, [3.5, 3.71, 3.6], 1)
+    write(tmp_path, NONE, [3.0, 3.2, 3.1], 2)
+    write(tmp_path, BOS, [2.9, 3.1, 3.0], 3)
+    runs, _ = collect([tmp_path])
+    assert compare(runs[2], "ppl_x", runs).recovered is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"bits": 3}, {"group_size": 32}, {"kv_bits": 4}, {"pretrained": "other"}, {"symmetric": True}]
+)
+def test_another_cells_baseline_is_not_used(folder, change):
+    write(folder, {**BOS, **change}, [3.2, 3.3, 3.4, 3.1], 4)
+    runs, _ = collect([folder])
+    assert compare(runs[3], "ppl_x", runs).to_baseline is None
+
+
+def test_another_limit_is_another_measurement(folder):
+    write(folder, BOS, [3.2, 3.3, 3.4, 3.1], 4, limit=4.0)
+    runs, _ = collect([folder])
+    assert compare(runs[3], "ppl_x", runs).to_baseline is None
+
+
+def test_the_newest_run_of_a_cell_counts(folder):
+    write(folder, BOS, [3.0, 3.2, 3.1, 2.9], 9)
+    runs, _ = collect([folder])
+    assert compare(runs[2], "ppl_x", runs).score.value == pytest.approx(exp(3.3))
+    assert f"{exp(3.05):.4f}" in next(line for line in markdown(runs).splitlines() if "| bos |" in line)
+
+
+def test_table(folder):
+    runs, _ = collect([folder])
+    lines = markdown(runs).splitlines()
+    assert lines[0].startswith(
+        "| model | weights | kv | pivot | ppl_x perplexity↓ (bos-window-2048) | Δ base | Δ fp | recovered |"
+    )
+    assert [line.split(" | ")[1:4] for line in lines[2:5]] == [
+        ["fp", "16", "none"],
+        ["rtn w4g64", "16", "none"],
+        ["rtn w4g64", "16", "bos"],
+    ]
+    assert lines[4].split(" | ")[-1].startswith("95%") or "%" in lines[4]
+    assert markdown(runs) == markdown(collect([folder])[0])
+
+
+def test_other_models_are_counted_and_left_out(folder):
+    write(folder, FP, [3.0, 3.1], 8, model="hf")
+    runs, foreign = collect([folder])
+    assert (len(runs), foreign) == (3, 1)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": {"intactkv": {}}}', '{"config": {}}x', "null"])
+def test_damaged_results_are_named(tmp_path, damage):
+    path = tmp_path / "results_1.json"
+    path.write_text(damage)
+    with pytest.raises(ConfigError, match="results_1"):
+        read_run(path)
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(ConfigError, match="no such"):
+        collect([tmp_path / "none"])
+    with pytest.raises(ConfigError, match="holds no"):
+        collect([tmp_path])
+    write(tmp_path, FP, [3.0, 3.1], 8, model="hf")
+    with pytest.raises(ConfigError, match="no run"):
+        markdown(collect([tmp_path])[0])
+
+
+def test_stderr_of_a_perplexity_comes_from_its_nll(folder):
+    score = read_run(folder / "results_1.json").scores["ppl_x"]
+    assert score.value == pytest.approx(exp(3.05))
+    assert score.stderr == pytest.approx(exp(3.05) * (0.05 / 3 / 4) ** 0.5, rel=1e-6)
+    assert log(score.value) == pytest.approx(3.05)

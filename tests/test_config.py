@@ -1,0 +1,111 @@
+"""A cell from flat arguments: everything acts or is refused."""
+
+import pytest
+from intactkv_eval.config import CellSpec, cell_from_args, config_names, load_config
+from intactkv_eval.errors import ConfigError
+
+RTN = {"pretrained": "m", "weights": "rtn", "bits": 4}
+
+
+def test_defaults():
+    cell = cell_from_args({"pretrained": "m"})
+    assert (cell.weights.method, cell.kv.bits, cell.pivot.source, cell.pivot.intact) == ("none", 16, "bos", True)
+    assert cell_from_args(RTN).weights.group_size == 128
+
+
+@pytest.mark.parametrize("none", [None, "none", "None"])
+def test_none_is_the_baseline_and_not_the_default(none):
+    """lm_eval's parser turns the word none into Python's None before we see it."""
+    cell = cell_from_args({"pretrained": "m", "pivot": none, "weights": none})
+    assert not cell.pivot.intact
+    assert cell.weights.method == "none"
+    assert cell == cell_from_args({"pretrained": "m", "pivot": "bos", "intact": False})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "pretrained"),
+        ({"pretrained": "m", "pivto": "bos"}, "'pivot'"),
+        ({"pretrained": "m", "act_bits": 4}, "unknown argument"),
+        ({"pretrained": "m", "bits": 4}, "does nothing"),
+        ({"pretrained": "m", "group_size": 64}, "does nothing"),
+        ({"pretrained": "m", "kv_keep": 1}, "does nothing"),
+        ({"pretrained": "m", "pivot": "none", "reference": "r"}, "does nothing"),
+        ({"pretrained": "m", "pivot": "none", "intact": True}, "contradict"),
+        ({"pretrained": "m", "pivot": "boss"}, "'bos'"),
+        ({"pretrained": "m", "pivot": "tokens:a"}, "numbers"),
+        ({"pretrained": "m", "pivot": "tokens:1", "2": ""}, "commas"),
+        ({"pretrained": "m", "pivot": 7}, "tokens:7"),
+        ({**RTN, "bits": 5}, "bits=5"),
+        ({"pretrained": "m", "weights": "rtn"}, "needs bits"),
+        ({**RTN, "group_size": 0}, "group_size=0"),
+        ({**RTN, "group_size": -2}, "group_size=-2"),
+        ({**RTN, "kv_bits": 1}, "kv_bits=1"),
+        ({**RTN, "weights": "gptqq"}, "weights='gptqq'"),
+        ({**RTN, "backend": "cuda"}, "backend='cuda'"),
+        ({"config": "no-such-cell"}, "no such cell"),
+        ({"config": "/nowhere/x.yaml"}, "cannot be read"),
+    ],
+)  # fmt: skip
+def test_refused(arguments, said):
+    with pytest.raises(ConfigError, match=said):
+        cell_from_args(arguments).pivot.token_ids  # noqa: B018  a tokens: source is read when it is asked for
+
+
+def test_explicit_arguments_win_over_the_file(tmp_path):
+    file = tmp_path / "cell.yaml"
+    file.write_text("pretrained: m\nweights: rtn\nbits: 3\npivot: bos\n")
+    cell = cell_from_args({"config": str(file), "bits": 4, "pivot": None})
+    assert (cell.model.pretrained, cell.weights.bits, cell.pivot.intact) == ("m", 4, False)
+
+
+def test_a_replaced_choice_takes_its_details_with_it(tmp_path):
+    """Full precision of a quantized config is weights=none, without an error about the file's bits."""
+    file = tmp_path / "cell.yaml"
+    file.write_text("pretrained: m\nweights: rtn\nbits: 3\nkv_bits: 4\nkv_keep: 1\npivot: bos\n")
+    cell = cell_from_args({"config": str(file), "weights": None, "kv_bits": 16, "pivot": "none"})
+    assert cell == cell_from_args({"pretrained": "m", "pivot": "none"})
+    assert cell_from_args({"config": str(file), "weights": "rtn"}).weights.bits == 3
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "config: other\n", "\0"])
+def test_damaged_files(tmp_path, text):
+    file = tmp_path / "cell.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        cell_from_args({"config": str(file)})
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_law_13_every_shipped_cell_loads(name):
+    cell = cell_from_args({"config": name})
+    assert cell.pivot.intact or cell.weights.method == "none"
+    baseline = cell_from_args({"config": name, "pivot": cell.pivot.source, "intact": False})
+    assert baseline.model_copy(update={"pivot": cell.pivot}) == cell
+
+
+def test_shipped_cells_cover_the_papers_models():
+    hubs = " ".join(load_config(name)["pretrained"] for name in config_names())
+    for family in (
+        "vicuna-7b-v1.5",
+        "vicuna-33b-v1.3",
+        "llama-65b",
+        "Llama-2-70b",
+        "Meta-Llama-3-8B",
+        "Mistral-7B",
+        "opt-",
+    ):
+        assert family in hubs
+
+
+def test_token_lists():
+    for text in ("tokens:1+319+13563", "tokens:1,319,13563", "tokens: 1 319 13563"):
+        assert cell_from_args({"pretrained": "m", "pivot": text}).pivot.token_ids == (1, 319, 13563)
+
+
+def test_a_cell_is_frozen_and_survives_json():
+    cell = cell_from_args({**RTN, "kv_bits": 3, "kv_keep": 1})
+    assert CellSpec.model_validate_json(cell.model_dump_json()) == cell
+    with pytest.raises(ValueError, match="frozen"):
+        cell.backend = "dense"
