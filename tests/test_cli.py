@@ -1,5 +1,6 @@
 """The command: one message and exit code 2 for the user's faults, nothing half-written."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,11 @@ BIN = Path(sys.executable).parent
 
 
 def intactkv(*arguments, cwd=ROOT, **env):
-    import os
-
     return subprocess.run(
         [str(BIN / "intactkv"), *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
+        check=False,
         text=True,
         env={**os.environ, **env},
     )

@@ -1,6 +1,7 @@
 """A cell from flat arguments: everything acts or is refused."""
 
 import pytest
+
 from intactkv_eval.config import CellSpec, cell_from_args, config_names, load_config
 from intactkv_eval.errors import ConfigError
 

@@ -1,6 +1,7 @@
 """Writing that is never seen half done; shipped folders."""
 
 import pytest
+
 from intactkv_eval.files import shipped_folder, write_atomic
 
 

@@ -1,6 +1,7 @@
 """What of a request stands behind the pivot, and that it is counted."""
 
 import pytest
+
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.tokens import TokenText

@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
-from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from tiny import BOS, build_model
+
+from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError
+from intactkv_eval.harness.lm import IntactKVLM
 
 RTN = {"weights": "rtn", "bits": 4, "group_size": 32}
 
@@ -84,7 +85,7 @@ def test_a_pivot_of_another_model_is_refused(saved_llama, tokenizer, tmp_path):
         make(other, pivot=str(file))
     with pytest.raises(PivotError, match="dtype"):
         IntactKVLM(pretrained=str(saved_llama), dtype="bfloat16", device="cpu", pivot=str(file))
-    with pytest.raises(PivotError, match="layers|vocabulary|heads|belong"):
+    with pytest.raises(PivotError, match=r"layers|vocabulary|heads|belong"):
         make(_resized(other, tmp_path), pivot=str(file))
 
 

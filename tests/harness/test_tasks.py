@@ -8,15 +8,16 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tiny import BOS
+from transformers import AutoModelForCausalLM
+
 from intactkv_eval.errors import DataError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.data import load_dataset
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import cut_windows
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-from transformers import AutoModelForCausalLM
-from tiny import BOS
 
 TASKS = shipped_folder("tasks")
 TEXT = [f"line {i} of a small text.\n" if i % 3 else "" for i in range(60)]

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from tiny import FAMILIES, build_model
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
 from intactkv_eval.config import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import layer_devices, linear_layers, matrix_of
-from tiny import FAMILIES, build_model
-from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
 
 SPEC = WeightSpec(method="rtn", bits=4, group_size=32)
 

@@ -4,13 +4,14 @@ import multiprocessing
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from tiny import BOS, build_model
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, fingerprint_of, weight_hash
 from intactkv_eval.pivot.kv import PivotKV
-from safetensors.torch import save_file
-from tiny import BOS, build_model
-from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import copy
 
 import pytest
+from tiny import BOS, VOCAB
+
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.pivot.tokens import prompt_head, resolve_tokens, use_chat_template
-from tiny import BOS, VOCAB
 
 VICUNA_HEAD = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "

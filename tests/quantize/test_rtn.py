@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.ao.quantization.observer import PerChannelMinMaxObserver
+
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.quantized import QuantizedWeight
-from torch.ao.quantization.observer import PerChannelMinMaxObserver
 
 
 @pytest.fixture

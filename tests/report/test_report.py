@@ -4,6 +4,7 @@ import json
 from math import exp, log
 
 import pytest
+
 from intactkv_eval.config import cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
