@@ -99,6 +99,7 @@ def test_bad_calls(good, flag, value, said, tmp_path):
     done = intactkv(*replaced(good, flag, value))
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out*"))
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("intactkv: ")
     assert said in done.stderr

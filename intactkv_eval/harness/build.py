@@ -36,6 +36,10 @@ def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader
     vocabulary = config.get_text_config(decoder=True).vocab_size
     from_file = _from_file(cell)
     token_ids = from_file.token_ids if from_file else resolve_tokens(cell.pivot, tokenizer, vocabulary)
+    if cell.pivot.intact and 0 < cell.kv.keep <= len(token_ids):
+        raise ConfigError(
+            f"kv_keep={cell.kv.keep}: does nothing, the {len(token_ids)} intact pivot rows are exempt already"
+        )
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = _from_reference(cell, cell.model.reference, token_ids, load)

@@ -4,20 +4,21 @@ The first cell writes its own identity into the file; another cell is refused.
 """
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 
 _KEY = "intactkv_cell"
 
 
-def guard_response_cache(cache_hook: Any, cell: CellSpec) -> None:
-    """Claim the response cache behind `cache_hook` for `cell`. Raises ConfigError where it is another cell's."""
+def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
+    """Claim the cache behind `cache_hook` for the cell of `record`. Raises ConfigError where it is another's."""
     answers = getattr(cache_hook, "dbdict", None)
     if answers is None:
         return
-    identity = hashlib.sha256(cell.model_dump_json().encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     owner = answers.get(_KEY)
     if owner is None and len(answers):
         raise ConfigError("--use_cache: this file was filled by another model class; name a new file for this cell")

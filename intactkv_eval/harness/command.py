@@ -53,10 +53,10 @@ def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Pat
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder` and raise ConfigError where nothing can be written in it."""
+    """Raise ConfigError where nothing can be written in `folder`, or where it cannot be made. Leaves nothing behind."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None

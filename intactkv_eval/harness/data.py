@@ -44,9 +44,9 @@ def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
         raise DataError(f"data set {path} {name or ''} cannot be loaded from {where}: {error}") from error
 
 
-def source_name(path: str) -> str:
-    """Where `path` comes from now, for the record of a run."""
-    return f"local mirror of {path}" if mirror() else path
+def origin() -> str:
+    """Where data comes from now, for the record of a run: figures of a hub and of a mirror are not paired."""
+    return "local mirror" if mirror() else "hub"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -37,8 +37,10 @@ class Framing:
     def request(self, context: Sequence[int], continuation: Sequence[int], whole: bool = False) -> Request:
         """A request behind the pivot, its context cut from the left where it is too long; the pivot is never cut.
 
-        Raises ConfigError where the continuation alone does not fit, or a `whole` request's context.
+        Raises ConfigError where the continuation is empty or alone does not fit, or a `whole` request does not.
         """
+        if not continuation:
+            raise ConfigError("an empty continuation has no log-likelihood: the task asks to score an empty text")
         body = self.body(context)
         most = self.room + 1 - len(continuation)
         if whole and len(body) > most:

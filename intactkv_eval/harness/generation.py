@@ -54,10 +54,13 @@ def generate(
     else:
         ids, mask = _behind_padding(front, bodies, padding)
     needs_cache = pivoted.pivot is not None or pivoted.kv.bits < 16
+    beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
     out = pivoted.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=pivoted.new_cache(len(bodies), padding) if needs_cache else None,
+        past_key_values=pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams))
+        if needs_cache
+        else None,
         max_new_tokens=max_new_tokens,
         stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
         use_cache=True,

@@ -4,23 +4,23 @@ Everything that `hf` takes keeps its meaning (devices, parallelize, dtype, token
 launch); this class adds the cell's arguments, and does its own scoring and generation behind the pivot.
 """
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from intactkv_eval import __version__
-from intactkv_eval.config import CELL_KEYS, cell_from_args, unknown_key
+from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import build
 from intactkv_eval.harness.cache_guard import guard_response_cache
@@ -28,19 +28,12 @@ from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
+from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.scoring import Score, score
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.pivot.tokens import use_chat_template
 
 logger = logging.getLogger(__name__)
-
-# What hf hands on to transformers' from_pretrained; any other unknown key is a mistake of the user.
-_LOADING_KEYS = """
-    attn_implementation cache_dir device_map force_download ignore_mismatched_sizes load_in_4bit load_in_8bit
-    local_files_only low_cpu_mem_usage max_memory offload_buffers offload_state_dict token use_safetensors variant
-""".split()  # noqa: SIM905  read more easily as a paragraph
-_OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend", "autogptq", "gptqmodel", "tp_plan"}
-HF_KEYS = [key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS]
 
 
 class IntactKVLM(HFLM):
@@ -54,13 +47,17 @@ class IntactKVLM(HFLM):
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
-        _check_hf_keys(arguments)
+        check_hf_arguments(arguments)
         loaded = pretrained if isinstance(pretrained, PreTrainedModel) else None
         own["pretrained"] = "in-memory" if loaded is not None else pretrained
         self.cell = cell_from_args(own)
         self.hf_arguments = {key: value for key, value in arguments.items() if value is not None}
+        if self.hf_arguments.get("peft") and self.cell.weights.method != "none":
+            raise ConfigError("peft: an adapter's own layers would be quantized too; merge it into the model first")
         arguments["batch_size"] = check_batch_size(arguments.get("batch_size"))
         self._most_rows = arguments.get("max_batch_size")
+        self._longest: int | None = None
+        self._warned = False
         self.pivoted: PivotedModel | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         try:
@@ -94,24 +91,17 @@ class IntactKVLM(HFLM):
 
     def cell_record(self) -> dict[str, Any]:
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
-        pivot = self.pivoted_model.pivot
         return {
-            "cell": self.cell.model_dump(mode="json"),
-            "hf_arguments": {key: str(value) for key, value in sorted(self.hf_arguments.items())},
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "model_type": self.config.model_type,
-            "pivot_tokens": list(self.pivoted_model.token_ids),
-            "pivot_text": [self.tokenizer.convert_ids_to_tokens(token) for token in self.pivoted_model.token_ids],
-            "pivot_fingerprint": pivot.fingerprint.model_dump() if pivot is not None else None,
+            **cell_identity(self.cell, self.hf_arguments, self.pivoted_model, self.tokenizer),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "world_size": self.world_size,
-            "versions": {name: version(name) for name in ("torch", "transformers", "lm_eval")}
-            | {"intactkv_eval": __version__},
+            "versions": versions(),
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""
-        guard_response_cache(cache_hook, self.cell)
+        identity = cell_identity(self.cell, self.hf_arguments, self.pivoted_model, self.tokenizer)
+        guard_response_cache(cache_hook, identity)
         super().set_cache_hook(cache_hook)
 
     # ---- loading ----
@@ -143,6 +133,20 @@ class IntactKVLM(HFLM):
 
     # ---- scoring ----
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihood and greediness of (context, continuation) requests; ConfigError for an empty continuation."""
+        empty = next((request for request in requests if not request.args[1]), None)
+        if empty is not None:
+            raise ConfigError(f"task {empty.task_name}: an empty continuation has no log-likelihood")
+        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return scored
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows that leave room for the pivot."""
+        self._longest = max((len(self.tok_encode(request.args[0])) for request in requests), default=None)
+        rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return rolled
+
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):
             return list(context.ids), list(continuation.ids)
@@ -173,7 +177,14 @@ class IntactKVLM(HFLM):
             scores = score(
                 self.pivoted_model, framed, self._rows_for(override_bs), self.softmax_dtype or torch.float32, done
             )
+        self._warn_of_truncation()
         return [(item.log_likelihood, item.is_greedy) for item in scores]
+
+    def _warn_of_truncation(self) -> None:
+        cut = self.framing.counts["truncated"]
+        if cut and not self._warned:
+            logger.warning("%d contexts were cut from the left to fit; the results JSON counts them all", cut)
+            self._warned = True
 
     def _rows_for(self, override: int | None) -> Any:
         if self.batch_size == "auto" and override is None:
@@ -182,10 +193,23 @@ class IntactKVLM(HFLM):
         return lambda tokens: fixed
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
-        """Rows of the model's full length that fit: rolling windows and generation ask for it."""
-        return rows_that_fit(self.model, self.max_length, self.pivoted_model.device, self._most_rows)
+        """Rows that fit of the longest request's length: rolling windows and generation ask for it beforehand."""
+        longest = min(self._longest or self.max_length, self.max_length)
+        return rows_that_fit(self.model, longest, self.pivoted_model.device, self._most_rows)
 
     # ---- generation ----
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts generated behind the pivot."""
+        lengths = (
+            len(self.tok_encode(text)) + self._new_tokens(options) for text, options in (r.args for r in requests)
+        )
+        self._longest = max(lengths, default=None)
+        texts: list[str] = super().generate_until(requests, disable_tqdm)
+        return texts
+
+    def _new_tokens(self, options: Mapping[str, Any]) -> int:
+        return int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
 
     def tok_batch_encode(
         self,
@@ -231,15 +255,6 @@ class IntactKVLM(HFLM):
 def _is_exact(key: Any) -> bool:
     """A request that its task has defined in tokens."""
     return isinstance(key, tuple) and isinstance(key[0], TokenText)
-
-
-def _check_hf_keys(arguments: Mapping[str, Any]) -> None:
-    known = [*HF_KEYS, *_LOADING_KEYS]
-    for key in arguments:
-        if key in {"autogptq", "gptqmodel", "tp_plan"}:
-            raise ConfigError(f"{key}: not taken by intactkv; name a checkpoint with pretrained=..., or use --model hf")
-        if key not in known:
-            raise unknown_key(key, [*known, *CELL_KEYS])
 
 
 register()

@@ -22,7 +22,7 @@ from intactkv_eval.pivot.kv import PivotKV
 class PivotedModel:
     """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
 
-    Raises PivotError where the PivotKV's shape is not this model's.
+    Raises PivotError where the PivotKV is of other tokens, or of another number of layers.
     """
 
     def __init__(
@@ -31,8 +31,8 @@ class PivotedModel:
         if pivot is not None and pivot.token_ids != token_ids:
             raise PivotError(f"PivotKV of tokens {list(pivot.token_ids)} given for tokens {list(token_ids)}")
         self.model, self.token_ids, self.pivot, self.kv = model, token_ids, pivot, kv or KVSpec()
-        if pivot is not None:
-            self._check_shape(pivot)
+        if pivot is not None and len(pivot.keys) != len(self.devices):
+            raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +94,8 @@ class PivotedModel:
         front = self.pivot_logits.expand(len(inputs), -1, -1)
         if inputs.shape[1] == length:
             return front.clone()
-        return torch.cat([front, self.body_logits(inputs[:, length:])], dim=1)
+        body = self.body_logits(inputs[:, length:])
+        return torch.cat([front.to(body.device), body], dim=1)
 
     def _own_cache(self, batch_size: int) -> PivotCache | None:
         """The cache of a call without intact rows: needed only where the KV is quantized."""
@@ -104,16 +105,3 @@ class PivotedModel:
     def _call(self, ids: Tensor, cache: PivotCache | None) -> Tensor:
         logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
         return logits
-
-    def _check_shape(self, pivot: PivotKV) -> None:
-        if len(pivot.keys) != len(self.devices):
-            raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
-        config = self.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        if pivot.keys[0].shape[0] != heads:
-            raise PivotError(f"the PivotKV has {pivot.keys[0].shape[0]} KV heads, this model {heads}")
-        if pivot.logits.shape[1] != config.vocab_size:
-            raise PivotError(
-                f"the PivotKV was captured with a vocabulary of {pivot.logits.shape[1]}, the model's is "
-                f"{config.vocab_size}: another model's"
-            )

@@ -18,6 +18,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from intactkv_eval.errors import DataError
+from intactkv_eval.harness.data import origin
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.tokens import TokenText
@@ -42,8 +43,8 @@ class WindowTask(PythonTask):
         tokenizer = tokenizer_of(metadata)
         text = self.config.custom_dataset(**(dataset_kwargs or {}))
         self._windows = cut_windows(tokenizer(text).input_ids, size, metadata.get("max_windows"))
-        self._tokenizer = tokenizer
-        metadata["protocol"] = f"bos-window-{size}"
+        self._tokenizer, self._warned = tokenizer, False
+        metadata["protocol"], metadata["data"] = f"bos-window-{size}", origin()
         self.dataset = {"test": Dataset.from_list([{"window": i, "tokens": size} for i in range(len(self._windows))])}
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> TokenText:
@@ -63,6 +64,9 @@ class WindowTask(PythonTask):
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """The context alone."""
+        if kwargs.get("apply_chat_template") and not self._warned:
+            logger.warning("%s: a chat template has no place in this protocol and is not applied", self.config.task)
+            self._warned = True
         return self.doc_to_text(doc)
 
     def _text(self, ids: Sequence[int]) -> TokenText:

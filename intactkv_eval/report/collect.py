@@ -16,7 +16,7 @@ from intactkv_eval.errors import ConfigError
 
 _PRIMARY = ("perplexity", "acc", "word_perplexity", "exact_match", "nll")
 # What makes two runs of one task the same measurement, beside the cell.
-_SETTINGS = ("limit", "num_fewshot", "protocol", "version", "dtype", "lm_eval")
+_SETTINGS = ("limit", "num_fewshot", "protocol", "data", "version", "dtype", "lm_eval")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dic
         "limit": content["config"].get("limit"),
         "num_fewshot": content.get("n-shot", {}).get(task),
         "protocol": metadata.get("protocol"),
+        "data": metadata.get("data"),
         "version": content.get("versions", {}).get(task),
         "dtype": record.get("dtype"),
         "lm_eval": record.get("versions", {}).get("lm_eval"),

@@ -159,6 +159,26 @@ def test_long_contexts_keep_the_pivot(saved_llama):
         likelihoods(lm, [("a", "b" * 128)])
 
 
+def test_empty_texts(saved_llama):
+    """Nothing to score is an error, not a log-likelihood of 0; nothing in front of a text is the pivot alone."""
+    lm = make(saved_llama)
+    for context in ("", "a"):
+        with pytest.raises(ConfigError, match="empty continuation"):
+            likelihoods(lm, [(context, "")])
+    assert likelihoods(lm, [("", "abc")])[0] < 0
+    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("",)]), True) == [0]
+
+
+def test_beams_are_those_of_the_plain_model(llama, tokenizer):
+    lm = IntactKVLM(pretrained=llama, tokenizer=tokenizer, pivot="bos", batch_size=2)
+    options = {"until": [], "max_gen_toks": 6, "num_beams": 3, "do_sample": False}
+    texts = lm.generate_until(requests("generate_until", [("one", options), ("another", options)]), True)
+    for text, answer in zip(("one", "another"), texts, strict=True):
+        ids = torch.tensor([[BOS, *tokenizer(text).input_ids]])
+        plain = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=3, do_sample=False)
+        assert answer == tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+
+
 def test_nan_is_never_an_answer(tokenizer):
     model = build_model("llama")
     with torch.no_grad():
@@ -192,6 +212,8 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
         ({"max_length": 1, "pivot": "prompt"}, "max_length"),
         ({"pivot": "missing.safetensors"}, "does not exist"),
         ({"chat_template": "nope"}, "chat_template"),
+        ({"kv_bits": 4, "kv_keep": 1}, "kv_keep=1"),
+        ({**RTN, "peft": "adapter"}, "peft"),
     ],
     ids=str,
 )

@@ -1,6 +1,5 @@
-"""Registration: cheap at start-up, lazy, and out of the way of an lm_eval that discovers models by itself."""
+"""Registration: lazy, without imports at start-up, and out of the way of an lm_eval that discovers models by itself."""
 
-import statistics
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -41,15 +40,3 @@ def test_the_entry_point_is_declared():
 def test_start_up_imports_nothing_heavy():
     code = "import sys; print('intactkv_eval.harness.plugin' in sys.modules, 'torch' in sys.modules, 'lm_eval' in sys.modules)"
     assert run(code) == "True False False"
-
-
-def test_start_up_cost():
-    """Counted where noise is small: the time of importing and installing the hook, inside the process."""
-    code = (
-        "import sys, time\nfor name in [m for m in sys.modules if m.startswith('intactkv_eval')]: del sys.modules[name]\n"
-        "start = time.perf_counter()\nimport intactkv_eval.harness.plugin as p\np.install()\n"
-        "print((time.perf_counter() - start) * 1000)"
-    )
-    assert statistics.median(float(run(code)) for _ in range(5)) < 5, (
-        "milliseconds; the target of 1 is for a quiet machine"
-    )

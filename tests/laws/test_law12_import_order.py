@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "intactkv_eval"
 RANK = {
     "errors": 0, "files": 1, "config": 2, "weights": 3, "quantize": 4, "model": 5, "pivot": 5, "cache": 6,
-    "calibrate": 7, "harness": 8, "report": 9, "sweep": 9, "judge": 9, "bench": 10, "demo": 10, "cli": 11,
+    "calibrate": 7, "harness": 8, "report": 9, "sweep": 9, "judge": 9, "demo": 10, "bench": 11, "cli": 12,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
 

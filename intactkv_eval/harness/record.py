@@ -1,0 +1,32 @@
+"""What a run records of its cell, beside what lm_eval records of itself. Values that JSON can hold, nothing else."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from intactkv_eval import __version__
+from intactkv_eval.config import CellSpec
+from intactkv_eval.harness.pivoted import PivotedModel
+
+_SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
+
+
+def cell_identity(
+    cell: CellSpec, hf_arguments: Mapping[str, Any], pivoted: PivotedModel, tokenizer: Any
+) -> dict[str, Any]:
+    """All that decides a run's answers: two runs of one identity answer every request alike."""
+    pivot = pivoted.pivot
+    return {
+        "cell": cell.model_dump(mode="json"),
+        "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
+        "dtype": str(pivoted.model.dtype).removeprefix("torch."),
+        "model_type": pivoted.model.config.model_type,
+        "pivot_tokens": list(pivoted.token_ids),
+        "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],
+        "pivot_fingerprint": pivot.fingerprint.model_dump() if pivot is not None else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the run."""
+    return {name: version(name) for name in ("torch", "transformers", "lm_eval")} | {"intactkv_eval": __version__}
