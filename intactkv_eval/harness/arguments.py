@@ -20,6 +20,8 @@ HF_KEYS = [key for key in inspect.signature(HFLM.__init__).parameters if key not
 
 def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key that neither `hf` nor from_pretrained takes, or that this class does not hand on."""
+    if arguments.get("device_map") is not None and not arguments.get("parallelize"):
+        raise ConfigError("device_map: hf reads it only with parallelize=True; add that, or choose device=...")
     known = [*HF_KEYS, *_LOADING_KEYS]
     for key in arguments:
         if key in {"autogptq", "gptqmodel", "tp_plan"}:

@@ -16,6 +16,7 @@ from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.load import quantized_model
+from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, embedding_hash, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
@@ -46,6 +47,7 @@ def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader
     _check_origin(cell, config, needs_pivot=cell.pivot.intact and pivot is None)
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
+    check_resident(model)
     if pivot is not None:
         _check_belongs(pivot, model, cell)
     elif cell.pivot.intact:
@@ -74,6 +76,7 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
         return kept
     model = load(reference, "main")
     check_supported(model)
+    check_resident(model)
     pivot = _captured(model, reference, cell, token_ids)
     del model
     gc.collect()

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import QuantizedLinear
-from intactkv_eval.model.structure import linear_layers, matrix_of
+from intactkv_eval.model.structure import check_resident, linear_layers, matrix_of
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]
@@ -29,7 +29,7 @@ def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str 
     a place no tensor, ConfigError from the quantizer (a group_size that does not fit).
     """
     layers = linear_layers(source)
-    _refuse_offloaded(source)
+    check_resident(source)
     target = _build_on_meta(source)
     for name, layer in layers.items():
         _swap(target, name, _quantized(layer, name, quantizer, backend))
@@ -47,15 +47,6 @@ def _quantized(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer, backe
     if not torch.isfinite(matrix).all():
         raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
     return QuantizedLinear(quantizer(matrix, name), layer.bias, matrix.dtype, backend)
-
-
-def _refuse_offloaded(source: PreTrainedModel) -> None:
-    away = [name for name, tensor in source.named_parameters() if tensor.is_meta]
-    if away:
-        raise CheckpointError(
-            f"{len(away)} weights ({away[0]}, ...) are offloaded to disk or CPU by device_map and cannot be quantized "
-            "there: use more devices, or device=cpu"
-        )
 
 
 def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:

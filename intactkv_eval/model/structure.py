@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 
 
 def text_config(model: PreTrainedModel) -> object:
@@ -35,6 +35,16 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """The device of each decoder layer: they differ under device_map."""
     _, layers = decoder_layers(model)
     return [next(layer.parameters(), next(layer.buffers(), torch.empty(0))).device for layer in layers]
+
+
+def check_resident(model: PreTrainedModel) -> None:
+    """Raise CheckpointError where device_map left weights on disk: there they are neither hashed nor quantized."""
+    away = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if away:
+        raise CheckpointError(
+            f"{len(away)} weights ({away[0]}, ...) are offloaded by the device map: give the model more room, with "
+            "max_memory_per_gpu or max_cpu_memory, more devices, or device=cpu without parallelize"
+        )
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:

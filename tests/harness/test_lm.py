@@ -179,6 +179,14 @@ def test_beams_are_those_of_the_plain_model(llama, tokenizer):
         assert answer == tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("weights", [{}, RTN], ids=["fp", "rtn"])
+def test_parallelize_places_every_layer_and_its_pivot_rows(saved_llama, weights):
+    spread = make(saved_llama, **weights, parallelize=True, max_cpu_memory="4GiB")
+    assert likelihoods(spread) == pytest.approx(likelihoods(make(saved_llama, **weights)), abs=1e-6)
+    cache = spread.pivoted_model.new_cache(1)
+    assert [layer.keys.device for layer in cache.layers] == spread.pivoted_model.devices
+
+
 def test_nan_is_never_an_answer(tokenizer):
     model = build_model("llama")
     with torch.no_grad():
@@ -214,6 +222,8 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
         ({"chat_template": "nope"}, "chat_template"),
         ({"kv_bits": 4, "kv_keep": 1}, "kv_keep=1"),
         ({**RTN, "peft": "adapter"}, "peft"),
+        ({"device_map": "auto"}, "parallelize"),
+        ({"parallelize": True, "max_cpu_memory": 1}, "offloaded"),
     ],
     ids=str,
 )

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, build_model
+from tiny import BOS, FAMILIES, build_model
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from intactkv_eval.config import WeightSpec
-from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
+from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.config import KVSpec, WeightSpec
+from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import layer_devices, linear_layers, matrix_of
+from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 SPEC = WeightSpec(method="rtn", bits=4, group_size=32)
 
@@ -88,3 +90,13 @@ def test_devices_are_by_layer(llama):
     assert [device.type for device in layer_devices(llama)] == ["cpu", "cpu", "meta"]
     with pytest.raises(CheckpointError, match="offloaded"):
         quantize(llama, SPEC)
+
+
+def test_pivot_rows_go_to_each_layers_device(llama):
+    """Two devices without a GPU: the meta device stands for the second."""
+    pivot = capture(llama, (BOS, 3), fingerprint_of(llama, "main"))
+    devices = [torch.device("cpu"), torch.device("cpu"), torch.device("meta")]
+    cache = PivotCache(llama.config, 2, KVSpec(), pivot, devices)
+    assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "cpu", "meta"]
+    with pytest.raises(PivotError, match="3 layers, the model 2"):
+        PivotCache(llama.config, 2, KVSpec(), pivot, devices[:2])
