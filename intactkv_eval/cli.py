@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval import __version__
-from intactkv_eval.errors import ConfigError, IntactKVError
+from intactkv_eval.errors import IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.tables import markdown
@@ -80,9 +80,10 @@ def capture(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders (or files) with lm_eval results JSON.")],
     out: Annotated[Path | None, typer.Option(help="Write the table here instead of printing it.")] = None,
+    leaves: Annotated[bool, typer.Option("--leaves", help="The tasks inside of groups, not the groups.")] = False,
 ) -> None:
     """Print the markdown table of runs: values, deltas to baseline and full precision, share recovered."""
-    runs, foreign = collect(folders)
+    runs, foreign = collect(folders, leaves)
     if foreign:
         typer.echo(f"{foreign} results files of other model classes are left out", err=True)
     table = markdown(runs)
@@ -115,8 +116,10 @@ def main() -> None:
     except IntactKVError as error:
         typer.echo(f"intactkv: {error}", err=True)
         sys.exit(2)
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileNotFoundError) as error:
-        typer.echo(f"intactkv: {ConfigError(f'{error.filename}: {error.strerror}')}", err=True)
+    except OSError as error:
+        if error.filename is None:  # not about a file that the user named
+            raise
+        typer.echo(f"intactkv: {error.filename}: {error.strerror}", err=True)
         sys.exit(2)
 
 

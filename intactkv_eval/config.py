@@ -137,7 +137,7 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
     Raises ConfigError for an unknown key, a key that does nothing, a missing key or a value out of range.
     """
     given = {key: value for key, value in args.items() if _means_something(key, value)}
-    flat = _laid_over(load_config(given.pop("config")), given) if "config" in given else given
+    flat = _laid_over(load_config(str(given.pop("config"))), given) if "config" in given else given
     for key in flat:
         if key.isdigit():
             raise ConfigError(f"argument {key!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
@@ -220,6 +220,8 @@ def _laid_over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Explicit arguments over a config file's."""
     changed = [key for key in _REPLACES if key in given and given[key] != file.get(key)]
     gone = {part for key in changed for part in _REPLACES[key]}
+    if given.get("intact") is False:
+        gone.add("reference")
     return {**{key: value for key, value in file.items() if key not in gone}, **given}
 
 
@@ -232,10 +234,14 @@ def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
         idle = [key for key in ("bits", "group_size", "symmetric") if key in flat]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
-    if int(flat.get("kv_bits", 16)) == 16:
+    if str(flat.get("kv_bits", 16)) == "16":
         idle = [key for key in ("kv_scheme", "kv_keep") if key in flat]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
+    if flat.get("weights", "none") == "none" and flat.get("backend", "auto") != "auto":
+        raise ConfigError(f"backend={flat['backend']}: does nothing without quantized weights; drop it")
+    if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):
+        raise ConfigError("reference: does nothing where the pivot's KV comes from a file; drop one of the two")
     if not flat.get("intact", True) and "reference" in flat:
         raise ConfigError("reference: does nothing with intact=false (or pivot=none), where no pivot KV is captured")
 

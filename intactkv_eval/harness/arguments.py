@@ -11,20 +11,34 @@ from intactkv_eval.errors import ConfigError
 
 # What hf hands on to transformers' from_pretrained.
 _LOADING_KEYS = """
-    attn_implementation cache_dir device_map force_download ignore_mismatched_sizes load_in_4bit load_in_8bit
-    local_files_only low_cpu_mem_usage max_memory offload_buffers offload_state_dict token use_safetensors variant
+    attn_implementation cache_dir device_map force_download local_files_only low_cpu_mem_usage
+    max_memory offload_buffers offload_state_dict token use_safetensors variant
 """.split()  # noqa: SIM905  read more easily as a paragraph
-_OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend", "autogptq", "gptqmodel", "tp_plan"}
-HF_KEYS = [key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS]
+# What describes `pretrained` alone, and must not be applied to a full-precision `reference`.
+OF_PRETRAINED = {"quantization_config", "gguf_file", "subfolder", "peft", "delta"}
+_OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend"}
+_NOT_TAKEN = {
+    "autogptq": "name the checkpoint with pretrained=...",
+    "gptqmodel": "name the checkpoint with pretrained=...",
+    "tp_plan": "use parallelize=True",
+    "mixed_precision_dtype": "choose dtype=...",
+    "truncation": "contexts that are too long are always cut from the left, and counted",
+    "logits_cache": "equal inputs are always computed once",
+}
+HF_KEYS = [
+    key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS and key not in _NOT_TAKEN
+]
 
 
 def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that neither `hf` nor from_pretrained takes, or that this class does not hand on."""
+    """Raise ConfigError for a key that neither `hf` nor from_pretrained takes, or that would do nothing here."""
     if arguments.get("device_map") is not None and not arguments.get("parallelize"):
         raise ConfigError("device_map: hf reads it only with parallelize=True; add that, or choose device=...")
+    if arguments.get("max_length") is not None and int(arguments["max_length"]) < 1:
+        raise ConfigError(f"max_length={arguments['max_length']}: use a positive number of tokens")
     known = [*HF_KEYS, *_LOADING_KEYS]
     for key in arguments:
-        if key in {"autogptq", "gptqmodel", "tp_plan"}:
-            raise ConfigError(f"{key}: not taken by intactkv; name a checkpoint with pretrained=..., or use --model hf")
+        if key in _NOT_TAKEN:
+            raise ConfigError(f"{key}: not taken by intactkv; {_NOT_TAKEN[key]}, or use --model hf")
         if key not in known:
             raise unknown_key(key, [*known, *CELL_KEYS])

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,7 +18,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
-from intactkv_eval.pivot.capture import capture, check_supported, embedding_hash, fingerprint_of
+from intactkv_eval.pivot.capture import capture, check_supported, embedding_hash, fingerprint_of, weight_hash
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.rtn import quantize_rtn
@@ -29,7 +29,15 @@ Loader = Callable[[str, str], PreTrainedModel]
 """(name or folder, revision) -> the model on its devices."""
 
 
-def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader) -> PivotedModel:
+class Built(NamedTuple):
+    """The model of a cell, and what identifies the weights it was made from."""
+
+    pivoted: PivotedModel
+    source_hash: str
+    quant_method: str | None
+
+
+def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
@@ -52,9 +60,11 @@ def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader
         _check_belongs(pivot, model, cell)
     elif cell.pivot.intact:
         pivot = _captured(model, cell.model.pretrained, cell, token_ids)
+    source_hash = weight_hash([*model.named_parameters(), *model.named_buffers()])
     if cell.weights.method != "none":
         model = quantize(model, cell.weights, cell.backend)
-    return PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
+    pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
+    return Built(pivoted, source_hash, _quant_method(config))
 
 
 def quantize(model: PreTrainedModel, weights: WeightSpec, backend: str = "auto") -> PreTrainedModel:
@@ -75,6 +85,8 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
     model = load(reference, "main")
+    if _quant_method(model.config) is not None:
+        raise PivotError(f"reference={reference} is itself quantized: name the full-precision model")
     check_supported(model)
     check_resident(model)
     pivot = _captured(model, reference, cell, token_ids)

@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import setup_logging
+from lm_eval.utils import setup_logging, simple_parse_args_string
 
 from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
@@ -96,9 +97,13 @@ def _check(parsed: Namespace) -> None:
     if settings.get("output_path"):
         path = Path(settings["output_path"])
         check_writable(path.parent if path.suffix in {".json", ".jsonl"} else path)
+    if (settings.get("log_samples") or settings.get("predict_only")) and not settings.get("output_path"):
+        raise ConfigError("--log_samples: names no place for the samples; add --output_path")
     if settings["model"] == NAME:
-        arguments = {key: value for key, value in dict(settings.get("model_args") or {}).items() if key in CELL_KEYS}
-        cell_from_args(arguments)
+        given = settings.get("model_args") or {}
+        arguments = simple_parse_args_string(given) if isinstance(given, str) else dict(given)
+        cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
+        check_hf_arguments({key: value for key, value in arguments.items() if key not in CELL_KEYS})
     _check_tasks(settings)
 
 

@@ -34,19 +34,25 @@ class Framing:
         self.counts["prepended" if length else "unchanged"] += 1
         return list(tokens)
 
+    def _replaced(self, context: Sequence[int]) -> list[int]:
+        self.counts["first_replaced" if self.token_ids else "unchanged"] += 1
+        return list(context[1:]) if self.token_ids else list(context)
+
     def request(self, context: Sequence[int], continuation: Sequence[int], whole: bool = False) -> Request:
         """A request behind the pivot, its context cut from the left where it is too long; the pivot is never cut.
 
+        `whole`: tokens that a task has defined exactly, the first of which the pivot replaces, whatever it is.
         Raises ConfigError where the continuation is empty or alone does not fit, or a `whole` request does not.
         """
         if not continuation:
             raise ConfigError("an empty continuation has no log-likelihood: the task asks to score an empty text")
-        body = self.body(context)
+        body = self._replaced(context) if whole else self.body(context)
         most = self.room + 1 - len(continuation)
         if whole and len(body) > most:
+            fits = self.room + (2 if self.token_ids else 1)
             raise ConfigError(
-                f"a window of {len(body) + len(continuation) + 1} tokens does not fit behind a pivot of "
-                f"{len(self.token_ids)}: choose a smaller one with --metadata ppl_window={self.room + 2}"
+                f"a window of {len(context) + len(continuation)} tokens does not fit behind a pivot of "
+                f"{len(self.token_ids)}: choose a smaller one with --metadata ppl_window={fits}"
             )
         if most < (0 if self.token_ids else 1):
             raise ConfigError(

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, StoppingCriteriaList
 
 from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.arguments import check_hf_arguments
+from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
-from intactkv_eval.harness.build import build
+from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
@@ -31,6 +31,7 @@ from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.scoring import Score, score
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class IntactKVLM(HFLM):
     """
 
     _model: Any
+    AUTO_MODEL_CLASS: Any
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
@@ -58,7 +60,7 @@ class IntactKVLM(HFLM):
         self._most_rows = arguments.get("max_batch_size")
         self._longest: int | None = None
         self._warned = False
-        self.pivoted: PivotedModel | None = None
+        self.built: Built | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         try:
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
@@ -66,7 +68,7 @@ class IntactKVLM(HFLM):
             raise CheckpointError(f"{self.cell.model.pretrained}: a weight file is damaged ({error})") from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"pretrained={self.cell.model.pretrained!r} cannot be loaded: {error}") from error
-        if self.pivoted is None:
+        if self.built is None:
             self._build(lambda name, revision: self._model)
         self._set_ranks()
         self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
@@ -76,13 +78,13 @@ class IntactKVLM(HFLM):
     @property
     def pivoted_model(self) -> PivotedModel:
         """The model with the pivot in front."""
-        assert self.pivoted is not None
-        return self.pivoted
+        assert self.built is not None
+        return self.built.pivoted
 
     @property
     def max_length(self) -> int:
         """The tokens that fit behind the pivot."""
-        taken = len(self.pivoted.token_ids) if self.pivoted is not None else 0
+        taken = len(self.built.pivoted.token_ids) if self.built is not None else 0
         return int(super().max_length) - taken
 
     def get_model_info(self) -> dict[str, Any]:
@@ -92,7 +94,7 @@ class IntactKVLM(HFLM):
     def cell_record(self) -> dict[str, Any]:
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
         return {
-            **cell_identity(self.cell, self.hf_arguments, self.pivoted_model, self.tokenizer),
+            **self._identity(),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "world_size": self.world_size,
             "versions": versions(),
@@ -100,9 +102,12 @@ class IntactKVLM(HFLM):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""
-        identity = cell_identity(self.cell, self.hf_arguments, self.pivoted_model, self.tokenizer)
-        guard_response_cache(cache_hook, identity)
+        guard_response_cache(cache_hook, self._identity())
         super().set_cache_hook(cache_hook)
+
+    def _identity(self) -> dict[str, Any]:
+        assert self.built is not None
+        return cell_identity(self.cell, self.hf_arguments, self.built, self.tokenizer)
 
     # ---- loading ----
 
@@ -112,18 +117,23 @@ class IntactKVLM(HFLM):
             use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
 
     def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
-        parent = super()._create_model
+        parent, plain = super()._create_model, self.AUTO_MODEL_CLASS
 
         def load(name: str, revision: str) -> Any:
-            parent(pretrained=name, revision=revision, **kwargs)
+            own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
+            self.AUTO_MODEL_CLASS = WholeCheckpoint(plain)
+            try:
+                parent(pretrained=name, revision=revision, **own)
+            finally:
+                self.AUTO_MODEL_CLASS = plain
             model, self._model = self._model, None
             return model
 
         self._build(load)
 
     def _build(self, load: Any) -> None:
-        self.pivoted = build(self.cell, self.config, self.tokenizer, load)
-        self._model = self.pivoted.model
+        self.built = build(self.cell, self.config, self.tokenizer, load)
+        self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:
         """`hf` sets ranks for several GPUs only; under `accelerate launch --cpu` every process would be rank 0."""
@@ -205,6 +215,11 @@ class IntactKVLM(HFLM):
             len(self.tok_encode(text)) + self._new_tokens(options) for text, options in (r.args for r in requests)
         )
         self._longest = max(lengths, default=None)
+        new = max((self._new_tokens(request.args[1]) for request in requests), default=0)
+        if new >= self.max_length:
+            raise ConfigError(
+                f"max_gen_toks={new} leaves no room for a prompt: {self.max_length} tokens fit behind the pivot"
+            )
         texts: list[str] = super().generate_until(requests, disable_tqdm)
         return texts
 

@@ -1,8 +1,14 @@
-"""PythonTask: a task of lm_eval that is a YAML and a class; the YAML names the class with `class: !function`."""
+"""PythonTask: a task of lm_eval that is a YAML and a class; the YAML names the class with `class: !function`.
 
+For tasks whose requests depend on the model's tokenizer or on --metadata.
+"""
+
+import logging
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
+
+logger = logging.getLogger(__name__)
 
 
 class PythonTask(ConfigurableTask):
@@ -10,3 +16,10 @@ class PythonTask(ConfigurableTask):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+    def build_all_requests(self, *, cache_requests: bool = False, **options: Any) -> None:
+        """Without lm_eval's request cache: it knows requests by the task's name, not by tokenizer and metadata."""
+        if cache_requests:
+            logger.warning("%s: --cache_requests is not used, its requests depend on the model", self.config.task)
+        options.pop("rewrite_requests_cache", None)
+        super().build_all_requests(cache_requests=False, **options)

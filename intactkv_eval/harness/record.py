@@ -6,20 +6,20 @@ from typing import Any
 
 from intactkv_eval import __version__
 from intactkv_eval.config import CellSpec
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.build import Built
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
 
-def cell_identity(
-    cell: CellSpec, hf_arguments: Mapping[str, Any], pivoted: PivotedModel, tokenizer: Any
-) -> dict[str, Any]:
+def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built, tokenizer: Any) -> dict[str, Any]:
     """All that decides a run's answers: two runs of one identity answer every request alike."""
-    pivot = pivoted.pivot
+    pivoted, pivot = built.pivoted, built.pivoted.pivot
     return {
         "cell": cell.model_dump(mode="json"),
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
+        "source_hash": built.source_hash,
+        "quant_method": built.quant_method,
         "model_type": pivoted.model.config.model_type,
         "pivot_tokens": list(pivoted.token_ids),
         "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],

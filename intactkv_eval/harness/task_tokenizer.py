@@ -33,6 +33,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             'metadata={"tokenizer": <folder, hub id or tokenizer>}'
         )
     options = {key: given[key] for key in _KEYS if key in given}
+    if given.get("tokenizer"):
+        options.pop("gguf_file", None)  # that of `pretrained`, as in hf
     return _load(named, given.get("chat_template"), tuple(sorted(options.items())))
 
 

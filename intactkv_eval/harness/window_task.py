@@ -10,7 +10,7 @@ Source: the released code of IntactKV; GPTQ's protocol is the same without the r
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import exp
 from typing import Any
 
@@ -44,12 +44,12 @@ class WindowTask(PythonTask):
         text = self.config.custom_dataset(**(dataset_kwargs or {}))
         self._windows = cut_windows(tokenizer(text).input_ids, size, metadata.get("max_windows"))
         self._tokenizer, self._warned = tokenizer, False
-        metadata["protocol"], metadata["data"] = f"bos-window-{size}", origin()
+        metadata["protocol"], metadata["data"] = f"{_front(metadata, tokenizer)}-window-{size}", origin()
         self.dataset = {"test": Dataset.from_list([{"window": i, "tokens": size} for i in range(len(self._windows))])}
 
     def doc_to_text(self, doc: dict[str, Any], doc_to_text: Any = None) -> TokenText:
-        """w_1, the context behind the pivot."""
-        return self._text(self._windows[doc["window"]][1:2])
+        """w_0, which the pivot replaces, and w_1."""
+        return self._text(self._windows[doc["window"]][:2])
 
     def doc_to_target(self, doc: dict[str, Any], doc_to_target: Any = None) -> TokenText:
         """w_2 .. w_{N-1}, the tokens that are scored."""
@@ -71,6 +71,13 @@ class WindowTask(PythonTask):
 
     def _text(self, ids: Sequence[int]) -> TokenText:
         return TokenText(self._tokenizer.decode(ids), ids)
+
+
+def _front(metadata: Mapping[str, Any], tokenizer: Any) -> str:
+    """What replaces a window's first token: without BOS and without a pivot nothing does, and it stays."""
+    if tokenizer.bos_token_id is not None:
+        return "bos"
+    return "plain" if str(metadata.get("pivot")).lower() in {"none", "bos"} else "pivot"
 
 
 def cut_windows(tokens: Sequence[int], size: int, most: int | None = None) -> list[Sequence[int]]:

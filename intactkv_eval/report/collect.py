@@ -14,14 +14,31 @@ from pydantic import ValidationError
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 
-_PRIMARY = ("perplexity", "acc", "word_perplexity", "exact_match", "nll")
-# What makes two runs of one task the same measurement, beside the cell.
-_SETTINGS = ("limit", "num_fewshot", "protocol", "data", "version", "dtype", "lm_eval")
+_SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from."""
+
+    cell: CellSpec
+    hf_arguments: tuple[tuple[str, str], ...] = ()
+    source_hash: str | None = None
+    quant_method: str | None = None
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Nothing is quantized, neither here nor in the checkpoint."""
+        return self.cell.weights.method == "none" and self.cell.kv.bits == 16 and self.quant_method is None
 
 
 @dataclass(frozen=True)
 class Score:
-    """A task's main figure in one run. values: the metric of each document, by its id, where samples were logged."""
+    """A task's main figure in one run.
+
+    settings: all that makes two runs of one task the same measurement, beside the model. values: the metric of each
+    document, by its id, where samples were logged; `of_nll` where the figure is exp of their mean.
+    """
 
     task: str
     metric: str
@@ -30,28 +47,29 @@ class Score:
     higher_is_better: bool
     settings: Mapping[str, Any]
     values: Mapping[int, float] = field(default_factory=dict)
+    of_nll: bool = False
 
     @property
-    def protocol(self) -> str | None:
-        """The perplexity protocol's or the prompt's name, where the task has one."""
-        name = self.settings["protocol"]
-        return None if name is None else str(name)
+    def column(self) -> tuple[str, str, str]:
+        """What of two scores must be equal for them to stand in one column."""
+        return self.task, self.metric, json.dumps(self.settings, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One results file: a cell, its pivot's tokens, and its scores by task."""
+    """One results file: a model, its pivot's tokens, and its scores by task."""
 
     path: Path
     date: float
-    cell: CellSpec
+    identity: Identity
     pivot_tokens: tuple[int, ...]
     scores: Mapping[str, Score]
 
 
-def collect(folders: Iterable[Path]) -> tuple[list[Run], int]:
+def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], int]:
     """All runs below the folders (or files), oldest first, and how many results files were not of this package.
 
+    `leaves`: the tasks inside of groups instead of the groups' own figures.
     Raises ConfigError for a path that is missing, holds no results, or a results file that is damaged.
     """
     files: list[Path] = []
@@ -62,73 +80,90 @@ def collect(folders: Iterable[Path]) -> tuple[list[Run], int]:
         if not found:
             raise ConfigError(f"{folder}: holds no results_*.json; run lm_eval with --output_path {folder}")
         files += found
-    runs = [run for run in map(read_run, dict.fromkeys(files)) if run is not None]
+    runs = [run for run in (read_run(file, leaves) for file in dict.fromkeys(files)) if run is not None]
     return sorted(runs, key=lambda run: (run.date, str(run.path))), len(set(files)) - len(runs)
 
 
-def read_run(path: Path) -> Run | None:
+def read_run(path: Path, leaves: bool = False) -> Run | None:
     """The run of a results file; None where another model class made it. Raises ConfigError for a damaged file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         record = content["config"].get("intactkv")
         if record is None:
             return None
-        return Run(
-            path=path,
-            date=float(content["date"]),
+        asked = {key: value for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
+        identity = Identity(
             cell=CellSpec.model_validate(record["cell"]),
-            pivot_tokens=tuple(record["pivot_tokens"]),
-            scores={score.task: score for score in _scores(path, content, record)},
+            hf_arguments=tuple(sorted(asked.items())),
+            source_hash=record.get("source_hash"),
+            quant_method=record.get("quant_method"),
         )
+        scores = {score.task: score for score in _scores(path, content, record, leaves)}
+        return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
 
 
-def _scores(path: Path, content: dict[str, Any], record: dict[str, Any]) -> Iterable[Score]:
+def _scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:
     children = content.get("group_subtasks", {})
     shown: set[str] = set()
-    for task in _outermost_first(content["results"], children):
+    for task in _in_order(content["results"], children, leaves):
         figures = {key.partition(",")[0]: value for key, value in content["results"][task].items() if "," in key}
-        metric = next((name for name in _PRIMARY if name in figures), None)
+        metric = _main_metric(figures)
         if metric is None or task in shown:
             continue
         shown |= _below(task, children)
-        source = "nll" if metric == "perplexity" and "nll" in figures else metric
-        stderr = figures.get(f"{source}_stderr")
-        value = float(figures[metric])
-        if not isinstance(stderr, int | float):
-            stderr = None
-        elif source == "nll":
-            stderr = value * stderr if metric == "perplexity" else stderr
+        of_nll = metric == "perplexity" and "nll" in figures
+        source = "nll" if of_nll else metric
+        value, stderr = float(figures[metric]), figures.get(f"{source}_stderr")
         direction = content["higher_is_better"].get(task, {}).get(metric)
         yield Score(
             task=task,
             metric=metric,
             value=value,
-            stderr=stderr,
+            stderr=stderr * (value if of_nll else 1) if isinstance(stderr, int | float) else None,
             higher_is_better=bool(direction if direction is not None else metric in {"acc", "exact_match"}),
             settings=_settings(task, content, record),
-            values=_sample_values(path, task, source),
+            # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
+            values=_sample_values(path, task, source) if source != "perplexity" else {},
+            of_nll=of_nll,
         )
+
+
+def _main_metric(figures: Mapping[str, Any]) -> str | None:
+    """Our perplexity where there is one, else accuracy, else the first that is a number."""
+    numbers = [name for name, value in figures.items() if isinstance(value, int | float) and "_stderr" not in name]
+    wanted = ["perplexity"] if "nll" in numbers else []
+    return next(
+        (name for name in [*wanted, "acc", "exact_match", "word_perplexity", *numbers] if name in numbers), None
+    )
 
 
 def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     metadata = content.get("configs", {}).get(task, {}).get("metadata") or {}
-    found = {
-        "limit": content["config"].get("limit"),
+    limit, template = content["config"].get("limit"), content.get("chat_template_sha")
+    return {
+        "limit": None if limit is None else float(limit),
+        "documents": content.get("n-samples", {}).get(task, {}).get("effective"),
         "num_fewshot": content.get("n-shot", {}).get(task),
         "protocol": metadata.get("protocol"),
         "data": metadata.get("data"),
         "version": content.get("versions", {}).get(task),
+        "gen_kwargs": content["config"].get("gen_kwargs") or None,
+        "chat_template": template,
+        "system_instruction": content.get("system_instruction_sha"),
+        "fewshot_as_multiturn": content.get("fewshot_as_multiturn") if template else None,
         "dtype": record.get("dtype"),
         "lm_eval": record.get("versions", {}).get("lm_eval"),
     }
-    return {key: found[key] for key in _SETTINGS}
 
 
-def _outermost_first(results: Mapping[str, Any], children: Mapping[str, list[str]]) -> list[str]:
+def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], leaves: bool) -> list[str]:
+    """Outermost groups first, so that what they hold is left out; or the tasks that hold nothing."""
     inner = {child for listed in children.values() for child in listed}
-    return sorted(results, key=lambda task: (task in inner, task not in children, list(results).index(task)))
+    if leaves:
+        return [task for task in results if not children.get(task)]
+    return sorted(results, key=lambda task: (task in inner, not children.get(task), list(results).index(task)))
 
 
 def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:

@@ -5,11 +5,11 @@ recovered = (baseline - intact) / (baseline - full precision), empty where the d
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, sqrt
 
-from intactkv_eval.config import CellSpec, KVSpec, WeightSpec
-from intactkv_eval.report.collect import Run, Score
+from intactkv_eval.config import KVSpec, WeightSpec
+from intactkv_eval.report.collect import Identity, Run, Score
 
 _NOISE = 2.0  # standard errors
 
@@ -23,8 +23,8 @@ class Delta:
 
     @property
     def within_noise(self) -> bool:
-        """True where the difference cannot be told from 0."""
-        return self.value == 0 or (self.stderr is not None and abs(self.value) < _NOISE * self.stderr)
+        """True where the difference cannot be told from 0, also because its error is not known."""
+        return self.value == 0 or self.stderr is None or abs(self.value) < _NOISE * self.stderr
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Comparison:
 def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     """The score of `run` on `task` against the newest fitting runs among `runs`."""
     score = run.scores[task]
-    baseline = _score_of(_baseline_cell(run.cell), run, task, runs) if run.cell.pivot.intact else None
-    full = None if _is_full_precision(run.cell) else _score_of(_full_precision_cell(run.cell), run, task, runs)
+    intact = run.identity.cell.pivot.intact
+    baseline = _score_of(_baseline(run.identity), run, task, runs) if intact else None
+    full = None if run.identity.is_full_precision else _score_of(_full_precision(run.identity), run, task, runs)
     return Comparison(
         score=score,
         to_baseline=difference(score, baseline) if baseline else None,
@@ -52,7 +53,8 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
 
 def difference(one: Score, other: Score) -> Delta:
     """one - other."""
-    return Delta(one.value - other.value, _paired_stderr(one, other) or _unpaired_stderr(one, other))
+    paired = _paired_stderr(one, other)
+    return Delta(one.value - other.value, _unpaired_stderr(one, other) if paired is None else paired)
 
 
 def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
@@ -69,7 +71,7 @@ def _paired_stderr(one: Score, other: Score) -> float | None:
     if len(shared) < 2 or len(shared) != len(one.values) or len(shared) != len(other.values):
         return None
     weights = [1.0, 1.0]
-    if one.metric == "perplexity":
+    if one.of_nll:
         weights = [exp(sum(score.values.values()) / len(shared)) for score in (one, other)]
     terms = [weights[0] * one.values[i] - weights[1] * other.values[i] for i in shared]
     mean = sum(terms) / len(terms)
@@ -82,26 +84,30 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
     return sqrt(one.stderr**2 + other.stderr**2)
 
 
-def _score_of(cell: CellSpec, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        fits = other.cell == cell and other.pivot_tokens == run.pivot_tokens and task in other.scores
-        if fits and other.scores[task].settings == run.scores[task].settings:
+        found = replace(other.identity, source_hash=wanted.source_hash and other.identity.source_hash)
+        if found != wanted or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
+            continue
+        if other.scores[task].column == run.scores[task].column:
             return other.scores[task]
     return None
 
 
-def _baseline_cell(cell: CellSpec) -> CellSpec:
+def _baseline(identity: Identity) -> Identity:
+    """The same model, the same tokens in front, computed by itself."""
+    cell = identity.cell
     pivot = cell.pivot.model_copy(update={"intact": False})
     model = cell.model.model_copy(update={"reference": None})
-    return cell.model_copy(update={"pivot": pivot, "model": model})
+    return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model}))
 
 
-def _is_full_precision(cell: CellSpec) -> bool:
-    return cell.weights.method == "none" and cell.kv.bits == 16
-
-
-def _full_precision_cell(cell: CellSpec) -> CellSpec:
-    baseline = _baseline_cell(cell)
-    pretrained = cell.model.reference or cell.model.pretrained
-    model = baseline.model.model_copy(update={"pretrained": pretrained})
-    return baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
+def _full_precision(identity: Identity) -> Identity:
+    """Nothing quantized. A checkpoint quantized elsewhere is compared with its reference, whose weights are others."""
+    baseline = _baseline(identity).cell
+    reference = identity.cell.model.reference
+    model = baseline.model.model_copy(update={"pretrained": reference or baseline.model.pretrained})
+    cell = baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
+    source = None if reference else identity.source_hash
+    return replace(identity, cell=cell, source_hash=source, quant_method=None)

@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Run, Score
+from intactkv_eval.report.collect import Identity, Run, Score
 from intactkv_eval.report.compare import Comparison, Delta, compare
 
 NOTES = """\
@@ -16,31 +16,31 @@ the intact pivot gives back; empty where that loss is within two standard errors
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """The table of all runs: one row a cell; of several runs of one cell and task the newest counts.
+    """The table of all runs: one row a model, one column a task under its settings; of several runs the newest counts.
 
     Raises ConfigError where there is nothing to show.
     """
     if not runs:
         raise ConfigError("no run of the model class intactkv among the results: evaluate with --model intactkv")
-    tasks = list(dict.fromkeys(task for run in runs for task in run.scores))
-    rows = _rows(runs)
+    columns = {score.column: score for run in runs for score in run.scores.values()}
     header = ["model", "weights", "kv", "pivot"]
-    for task in tasks:
-        header += [_task_title(task, runs), "Δ base", "Δ fp", "recovered"]
+    for score in columns.values():
+        header += [_title(score, list(columns.values())), "Δ base", "Δ fp", "recovered"]
     lines = [_line(header), _line(["---"] * 4 + ["---:"] * (len(header) - 4))]
-    for cell, scored in rows:
-        values = _cell_columns(cell)
-        for task in tasks:
-            values += _score_columns(compare(scored[task], task, runs)) if task in scored else ["", "", "", ""]
+    for identity, scored in _rows(runs):
+        values = _cell_columns(identity)
+        for column in columns:
+            found = scored.get(column)
+            values += _score_columns(compare(found, column[0], runs)) if found else ["", "", "", ""]
         lines.append(_line(values))
     return "\n".join([*lines, "", NOTES, ""])
 
 
-def weights_label(cell: CellSpec) -> str:
-    """`fp`, or method, bits and group: `rtn w4g64`."""
-    weights = cell.weights
+def weights_label(identity: Identity) -> str:
+    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized."""
+    weights = identity.cell.weights
     if weights.method == "none":
-        return "fp"
+        return "fp" if identity.quant_method is None else f"{identity.quant_method} checkpoint"
     group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
     return f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}"
 
@@ -52,34 +52,42 @@ def pivot_label(cell: CellSpec) -> str:
     return "none" if cell.pivot.source == "bos" else f"{PurePath(cell.pivot.source).name} (computed)"
 
 
-def _rows(runs: Sequence[Run]) -> list[tuple[CellSpec, dict[str, Run]]]:
-    """Each cell with, for each task, its newest run; full precision first, then by bits, baseline before intact."""
-    found: dict[CellSpec, dict[str, Run]] = {}
+def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str], Run]]]:
+    """Each model with its newest run of each column; full precision first, then by bits, baseline before intact."""
+    found: dict[Identity, dict[tuple[str, str, str], Run]] = {}
     for run in runs:
-        found.setdefault(run.cell, {}).update(dict.fromkeys(run.scores, run))
+        found.setdefault(run.identity, {}).update({score.column: run for score in run.scores.values()})
 
-    def place(item: tuple[CellSpec, dict[str, Run]]) -> tuple[object, ...]:
-        cell = item[0]
-        quantized = cell.weights.method != "none"
-        order = (quantized, cell.weights.method, -(cell.weights.bits or 16), -cell.kv.bits)
+    def place(item: tuple[Identity, object]) -> tuple[object, ...]:
+        identity, cell = item[0], item[0].cell
+        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16), -cell.kv.bits)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
-        return cell.model.pretrained, *order, *pivot, str(cell)
+        return cell.model.pretrained, *weights, *pivot, str(identity)
 
     return sorted(found.items(), key=place)
 
 
-def _cell_columns(cell: CellSpec) -> list[str]:
+def _cell_columns(identity: Identity) -> list[str]:
+    cell = identity.cell
     kept = f" keep {cell.kv.keep}" if cell.kv.keep else ""
     kv = "16" if cell.kv.bits == 16 else f"{cell.kv.bits} {cell.kv.scheme}{kept}"
-    return [PurePath(cell.model.pretrained).name, weights_label(cell), kv, pivot_label(cell)]
+    asked = [f"{key}={value}" for key, value in identity.hf_arguments]
+    name = " ".join([PurePath(cell.model.pretrained).name, *asked])
+    return [name, weights_label(identity), kv, pivot_label(cell)]
 
 
-def _task_title(task: str, runs: Sequence[Run]) -> str:
-    score: Score = next(run.scores[task] for run in reversed(runs) if task in run.scores)
+def _title(score: Score, columns: Sequence[Score]) -> str:
+    """Task and metric, the protocol, and what sets this column apart from others of the same task."""
     arrow = "↑" if score.higher_is_better else "↓"
-    notes = [score.protocol, f"limit {score.settings['limit']:g}" if score.settings["limit"] else None]
-    named = [note for note in notes if note]
-    return f"{task} {score.metric}{arrow}" + (f" ({', '.join(named)})" if named else "")
+    notes = [score.settings["protocol"]]
+    if score.settings["limit"]:
+        notes.append(f"limit {score.settings['limit']:g}")
+    others = [other for other in columns if other.task == score.task and other is not score]
+    for key, value in score.settings.items():
+        if key not in {"protocol", "limit"} and any(other.settings[key] != value for other in others):
+            notes.append(f"{key} {value}")
+    named = ", ".join(str(note) for note in notes if note)
+    return f"{score.task} {score.metric}{arrow}" + (f" ({named})" if named else "")
 
 
 def _score_columns(found: Comparison) -> list[str]:

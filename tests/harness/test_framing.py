@@ -47,6 +47,17 @@ def test_a_continuation_that_does_not_fit_is_an_error():
         Framing((), EOS, room=3).request([9], [5, 6, 7, 8])
 
 
+def test_a_window_loses_its_first_token_whatever_it_is():
+    """Also where the second one is the pivot's own."""
+    framing = Framing((BOS,), BOS, room=10)
+    assert framing.request([9, BOS], [5, 6], whole=True).context == [BOS]
+    assert framing.request([BOS, 9], [5, 6], whole=True).context == [9]
+    assert Framing((), EOS, room=10).request([9, 8], [5], whole=True).context == [9, 8]
+    assert framing.request([9, 8], list(range(10)), whole=True).context == [8]
+    with pytest.raises(ConfigError, match="ppl_window=12"):
+        framing.request([9, 8], list(range(11)), whole=True)
+
+
 def test_exact_tokens_travel_as_text():
     import pickle
 

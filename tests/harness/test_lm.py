@@ -1,5 +1,6 @@
 """IntactKVLM through lm_eval: results and their record, batches, pivots from files, and bad input."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,7 +9,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
 
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError
@@ -230,6 +233,48 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
 def test_bad_arguments(saved_llama, arguments, said):
     with pytest.raises(IntactKVError, match=said):
         IntactKVLM(**{"pretrained": str(saved_llama), "device": "cpu", **arguments})
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(saved_llama):
+    """transformers fills it with random numbers and goes on."""
+    file = saved_llama / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        make(saved_llama)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(IntactKVError, match="shape"):
+        make(saved_llama)
+
+
+def test_a_reference_is_never_loaded_as_the_checkpoint_is(saved_llama, tokenizer, tmp_path, monkeypatch):
+    """What describes the quantized checkpoint alone does not reach the full-precision model."""
+    seen = []
+    parent = HFLM._create_model
+
+    def spy(self, pretrained, **kwargs):
+        seen.append(
+            (pretrained, kwargs["quantization_config"], kwargs["gguf_file"])
+            if "gguf_file" in kwargs
+            else (pretrained, None, None)
+        )
+        kwargs["quantization_config"] = kwargs["gguf_file"] = None
+        return parent(self, pretrained=pretrained, **kwargs)
+
+    quantized = tmp_path / "quantized"
+    build_model("llama").save_pretrained(quantized)
+    tokenizer.save_pretrained(quantized)
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (quantized / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(HFLM, "_create_model", spy)
+    with contextlib.suppress(IntactKVError, ImportError, RuntimeError):
+        make(quantized, reference=str(saved_llama))
+    assert seen[0] == (str(saved_llama), None, None)
+    with pytest.raises(PivotError, match="name the full-precision model"):
+        make(quantized)
 
 
 def test_a_truncated_checkpoint(saved_llama):

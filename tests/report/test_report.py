@@ -16,7 +16,7 @@ NONE = {"pretrained": "m", "weights": "rtn", "bits": 4, "group_size": 64, "pivot
 BOS = {**NONE, "pivot": "bos"}
 
 
-def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=True, **settings):
+def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=True, record=None, **settings):
     """A results file as lm_eval 0.4.13 writes it, with one perplexity task of these window nlls."""
     mean = sum(values) / len(values)
     spread = (sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values)) ** 0.5
@@ -28,6 +28,7 @@ def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=Tr
         "perplexity_stderr,none": "N/A",
     }
     record = {
+        **(record or {}),
         "cell": cell_from_args(cell).model_dump(mode="json"),
         "pivot_tokens": [1],
         "dtype": "float32",
@@ -126,9 +127,73 @@ def test_another_cells_baseline_is_not_used(folder, change):
 
 
 def test_another_limit_is_another_measurement(folder):
-    write(folder, BOS, [3.2, 3.3, 3.4, 3.1], 4, limit=4.0)
+    write(folder, BOS, [3.2, 3.3], 4, limit=2.0)
     runs, _ = collect([folder])
     assert compare(runs[3], "ppl_x", runs).to_baseline is None
+    assert compare(runs[2], "ppl_x", runs).recovered is not None
+    header, _, *rows = markdown(runs).splitlines()[:5]
+    assert "(bos-window-2048)" in header
+    assert "(bos-window-2048, limit 2)" in header
+    assert [row.split(" | ")[8].startswith(f"{exp(3.25):.4f}") for row in rows] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "change", [{"source_hash": "other"}, {"hf_arguments": {"gguf_file": "b"}}, {"quant_method": "gptq"}]
+)
+def test_another_model_in_the_same_place_is_another_row(folder, change):
+    write(folder, BOS, [3.2, 3.3, 3.4, 3.1], 4, record=change)
+    runs, _ = collect([folder])
+    assert compare(runs[3], "ppl_x", runs).to_baseline is None
+    assert sum(line.startswith("| m") for line in markdown(runs).splitlines()) == 5
+
+
+def test_how_fast_it_ran_is_no_identity(folder):
+    write(folder, BOS, [3.2, 3.3, 3.4, 3.1], 4, record={"hf_arguments": {"batch_size": "8", "device": "cpu"}})
+    runs, _ = collect([folder])
+    assert compare(runs[3], "ppl_x", runs).to_baseline is not None
+
+
+def test_a_quantized_checkpoint_is_compared_with_its_reference(tmp_path):
+    made = {"pretrained": "m-gptq", "reference": "m", "pivot": "bos"}
+    write(tmp_path, {"pretrained": "m", "pivot": "none"}, [3.0, 3.2, 3.1, 2.9], 1, record={"source_hash": "a"})
+    quantized = {"source_hash": "b", "quant_method": "gptq"}
+    write(tmp_path, {"pretrained": "m-gptq", "pivot": "none"}, [3.5, 3.72, 3.6, 3.41], 2, record=quantized)
+    write(tmp_path, made, [3.25, 3.46, 3.34, 3.15], 3, record=quantized)
+    runs, _ = collect([tmp_path])
+    assert compare(runs[2], "ppl_x", runs).recovered == pytest.approx(
+        (exp(3.5575) - exp(3.3)) / (exp(3.5575) - exp(3.05))
+    )
+    assert "gptq checkpoint" in markdown(runs)
+
+
+def test_an_exact_pairing_says_so(folder):
+    """The control: equal on every document is a difference of 0 with an error of 0, not the spread of the documents."""
+    write(folder, {**FP, "pivot": "bos"}, [3.0, 3.2, 3.1, 2.9], 4)
+    assert "+0.0000 ± 0.0000" in markdown(collect([folder])[0])
+
+
+def test_lm_evals_own_perplexity_is_not_paired_as_ours(tmp_path):
+    """lambada logs log-likelihoods under the name perplexity; its accuracy is the figure anyway."""
+    for date, cell in ((1, NONE), (2, BOS)):
+        path = write(tmp_path, cell, [3.0, 3.2], date)
+        content = json.loads(path.read_text())
+        content["results"]["ppl_x"] = {"perplexity,none": 20.0, "perplexity_stderr,none": 2.0}
+        path.write_text(json.dumps(content))
+    runs, _ = collect([tmp_path])
+    assert compare(runs[1], "ppl_x", runs).to_baseline.stderr == pytest.approx(8**0.5)
+    content["results"]["ppl_x"] = {"perplexity,none": 20.0, "acc,none": 0.5, "acc_stderr,none": 0.1}
+    path.write_text(json.dumps(content))
+    assert read_run(path).scores["ppl_x"].metric == "acc"
+
+
+def test_groups_or_their_leaves(tmp_path):
+    path = write(tmp_path, BOS, [3.0, 3.2], 1)
+    content = json.loads(path.read_text())
+    content["results"]["group"] = {"acc,none": 0.5, "acc_stderr,none": 0.1}
+    content["group_subtasks"] = {"group": ["ppl_x"]}
+    path.write_text(json.dumps(content))
+    assert list(read_run(path).scores) == ["group"]
+    assert list(read_run(path, leaves=True).scores) == ["ppl_x"]
 
 
 def test_the_newest_run_of_a_cell_counts(folder):
@@ -149,7 +214,8 @@ def test_table(folder):
         ["rtn w4g64", "16", "none"],
         ["rtn w4g64", "16", "bos"],
     ]
-    assert lines[4].split(" | ")[-1].startswith("95%") or "%" in lines[4]
+    full, none, bos = exp(3.05), exp(3.5575), exp(3.3)
+    assert lines[4].endswith(f"| {100 * (none - bos) / (none - full):.0f}% |")
     assert markdown(runs) == markdown(collect([folder])[0])
 
 
