@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,29 +45,37 @@ def test_pip_lines_name_what_exists():
         assert all(f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text() for extra in extras)
 
 
+@pytest.fixture
+def small_wikitext(tmp_path):
+    """A mirror with a few paragraphs in WikiText's layout: the commands run as written, offline and in seconds."""
+    folder = tmp_path / "mirror" / "Salesforce" / "wikitext"
+    (folder / "wikitext-2-raw-v1").mkdir(parents=True)
+    rows = [{"text": "The river rises in the hills and runs to the sea . " * 20} for _ in range(6)]
+    Dataset.from_list(rows).to_parquet(folder / "wikitext-2-raw-v1" / "test.parquet")
+    files = [{"split": "test", "path": "wikitext-2-raw-v1/test.parquet"}]
+    card = {"configs": [{"config_name": "wikitext-2-raw-v1", "data_files": files}]}
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    return tmp_path / "mirror"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", runnable("lm_eval") + [c for c in runnable("intactkv") if "report" not in c])
-def test_commands(command, smollm2, tmp_path, request):
-    """As written, but for the model (the demo's, offline), a limit, and the output's place."""
-    words = shlex.split(
-        command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2)).replace("results/mine", str(tmp_path))
-    )
-    if words[0] == "lm_eval" or words[1] == "eval":
-        words += ["--limit", "2", "--device", "cpu", "--metadata", "ppl_window=256"]
-    if "config=" in command:
-        words = [w.replace("config=", f"pretrained={smollm2},config=") if w.startswith("config=") else w for w in words]
-    needs_data = "wikitext" in command
-    env = {
-        **os.environ,
-        **({"INTACTKV_DATA": str(request.getfixturevalue("shared_hub"))} if needs_data else {}),
-        "INTACTKV_CACHE": str(smollm2.parent.parent),
-    }
-    cwd = ROOT if "pivots/" not in command else tmp_path
-    (tmp_path / "pivots").mkdir()
-    done = subprocess.run(
-        [str(BIN / words[0]), *words[1:]], cwd=cwd, env=env, check=False, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_commands_in_their_order(smollm2, tmp_path, small_wikitext):
+    """As written, but for the model (the demo's, offline), shorter windows, a limit, and where the output goes."""
+    env = {**os.environ, "INTACTKV_DATA": str(small_wikitext), "INTACTKV_CACHE": str(smollm2.parent.parent)}
+    for command in [line for line in COMMANDS if shlex.split(line)[0] in {"lm_eval", "intactkv"}]:
+        words = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2)))
+        if words[0] == "lm_eval" or words[1] == "eval":
+            words += ["--limit", "4", "--device", "cpu", "--metadata", "ppl_window=256"]
+        words = [f"pretrained={smollm2},{word}" if word.startswith("config=") else word for word in words]
+        words = [str(ROOT / "tasks") if word == "tasks" and words[0] == "lm_eval" else word for word in words]
+        done = subprocess.run(
+            [str(BIN / words[0]), *words[1:]], cwd=tmp_path, env=env, check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, (command, done.stderr[-3000:])
+        if "report" in words:
+            rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| SmolLM2")]
+            assert [row[3] for row in rows] == ["none", "bos"]
+            assert "±" in rows[1][5]
 
 
 def test_links():
