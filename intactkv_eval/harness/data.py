@@ -3,6 +3,7 @@
 The mirror has the hub's layout: ROOT/<org>/<name>/ as a repository lies there. Knows data sets, no models.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import datasets
 
 from intactkv_eval.errors import DataError
+from intactkv_eval.files import cache_folder
 
 ENV = "INTACTKV_DATA"
 
@@ -37,11 +39,19 @@ def load_dataset(path: str, name: str | None = None, **options: Any) -> Any:
         raise DataError(f"{ENV}={root}: holds no folder {path}; copy that hub repository there, or unset {ENV}")
     if root:
         options.pop("revision", None)
+        options["cache_dir"] = str(_cache_of(root / path))
     try:
         return datasets.load_dataset(place, name, **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         where = "the mirror" if root else f"the hub (for a local copy set {ENV})"
         raise DataError(f"data set {path} {name or ''} cannot be loaded from {where}: {error}") from error
+
+
+def _cache_of(folder: Path) -> Path:
+    """A cache for these very files: that of `datasets` takes two folders with one name and card for the same data."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    listed = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return cache_folder() / "datasets" / hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
 
 
 def origin() -> str:

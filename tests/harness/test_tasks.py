@@ -106,6 +106,22 @@ def test_missing_mirror_says_which_folder(tmp_path, monkeypatch):
         load_dataset("cais/mmlu")
 
 
+def test_two_mirrors_of_one_layout_are_two_data_sets(mirror, tmp_path, monkeypatch):
+    """Their cards are equal; `datasets` alone would give the rows of whichever was read first."""
+    import shutil
+
+    first = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"][:]
+    other = tmp_path / "other"
+    shutil.copytree(mirror, other)
+    monkeypatch.setenv("INTACTKV_DATA", str(other))
+    file = other / "Salesforce/wikitext/wikitext-2-raw-v1/test.parquet"
+    Dataset.from_list([{"text": "changed"}]).to_parquet(file)
+    assert load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"][:] == ["changed"]
+    Dataset.from_list([{"text": "changed again"}]).to_parquet(file)
+    assert load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"][:] == ["changed again"]
+    assert first == TEXT
+
+
 def test_a_task_in_tokens_needs_a_tokenizer():
     with pytest.raises(DataError, match="metadata"):
         tokenizer_of({})
