@@ -12,7 +12,7 @@ from lm_eval.tasks import TaskManager
 from tiny import BOS
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.errors import DataError
+from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.data import load_dataset
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
@@ -88,12 +88,12 @@ def test_windows():
 
 
 def test_a_window_longer_than_the_model_is_an_error(saved_llama, mirror):
-    with pytest.raises(Exception, match="does not fit"):
+    with pytest.raises(ConfigError, match="does not fit"):
         evaluate(["ppl_wikitext2"], saved_llama, {"ppl_window": 200})
 
 
 def test_a_context_is_never_cut_in_a_window(saved_llama, mirror):
-    with pytest.raises(Exception, match="ppl_window"):
+    with pytest.raises(ConfigError, match="ppl_window"):
         evaluate(["ppl_wikitext2"], saved_llama, {"ppl_window": 128}, pivot="tokens:256+3+4")
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_csv_names_the_row(tmp_path, monkeypatch, saved_llama):
     _write_mmlu(root, "anatomy", rows)
     monkeypatch.setenv("INTACTKV_DATA", str(root))
     manager = TaskManager(include_path=str(TASKS), metadata={"pretrained": str(saved_llama)})
-    with pytest.raises(Exception, match=r"anatomy_test\.csv, row 1"):
+    with pytest.raises(DataError, match=r"anatomy_test\.csv, row 1"):
         manager.load(["mmlu_0shot_anatomy"])
 
 

@@ -100,21 +100,20 @@ def test_paired_stderr_of_a_perplexity_is_its_first_order_change(folder):
     assert found.stderr == pytest.approx(resampled / (3 / 4) ** 0.5, rel=0.05)
 
 
-def test_recovered_is_empty_within_noise(tmp_path):
-    write(tmp_path, FP, [3.0, 3.2, 3.1], 1)
-    write(tmp_path, NONE, [3.3, 2.95, 3.1], 2)
-    write(tmp_path, BOS, [3.2, 3.0, 3.1], 3)
+@pytest.mark.parametrize(
+    "nlls",
+    [
+        ([3.0, 3.2, 3.1], [3.3, 2.95, 3.1], [3.2, 3.0, 3.1]),
+        ([3.5, 3.71, 3.6], [3.0, 3.2, 3.1], [2.9, 3.1, 3.0]),
+    ],
+    ids=["the loss is within noise", "quantization did not hurt"],
+)
+def test_recovered_is_empty(tmp_path, nlls):
+    for date, (cell, values) in enumerate(zip((FP, NONE, BOS), nlls, strict=True)):
+        write(tmp_path, cell, values, date)
     runs, _ = collect([tmp_path])
     assert compare(runs[2], "ppl_x", runs).recovered is None
     assert "%" not in markdown(runs).split("`pivot` none")[0]
-
-
-def test_recovered_is_empty_where_quantization_did_not_hurt(tmp_path):
-    write(tmp_path, FP, [3.5, 3.71, 3.6], 1)
-    write(tmp_path, NONE, [3.0, 3.2, 3.1], 2)
-    write(tmp_path, BOS, [2.9, 3.1, 3.0], 3)
-    runs, _ = collect([tmp_path])
-    assert compare(runs[2], "ppl_x", runs).recovered is None
 
 
 @pytest.mark.parametrize(
