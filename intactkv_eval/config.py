@@ -98,7 +98,7 @@ class CellSpec(Spec):
     weights: WeightSpec = WeightSpec()
     kv: KVSpec = KVSpec()
     pivot: PivotSpec = PivotSpec()
-    backend: Literal["auto", "dense"] = "auto"
+    backend: Literal["auto", "dense", "cpu", "triton", "gptqmodel"] = "auto"
 
     @model_validator(mode="after")
     def _quantized_whole(self) -> "CellSpec":

@@ -15,10 +15,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.linear import backends_of
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
-from intactkv_eval.pivot.capture import capture, check_supported, embedding_hash, fingerprint_of, weight_hash
+from intactkv_eval.pivot.capture import (
+    capture,
+    check_supported,
+    embedding_hash,
+    embedding_sample,
+    fingerprint_of,
+    weight_hash,
+)
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.rtn import quantize_rtn
@@ -34,11 +42,16 @@ class Built(NamedTuple):
 
     pivoted: PivotedModel
     source_hash: str
-    quant_method: str | None
+    quantization: dict[str, Any] | None
+    backends: dict[str, int]
 
 
-def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader) -> Built:
+def build(
+    cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader, quantization: dict[str, Any] | None = None
+) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
+
+    `quantization` is what the checkpoint says of its own, None for one in full precision.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -52,19 +65,19 @@ def build(cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = _from_reference(cell, cell.model.reference, token_ids, load)
-    _check_origin(cell, config, needs_pivot=cell.pivot.intact and pivot is None)
+    _check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
     if pivot is not None:
-        _check_belongs(pivot, model, cell)
+        _check_belongs(pivot, model, cell, quantization)
     elif cell.pivot.intact:
         pivot = _captured(model, cell.model.pretrained, cell, token_ids)
     source_hash = weight_hash([*model.named_parameters(), *model.named_buffers()])
     if cell.weights.method != "none":
         model = quantize(model, cell.weights, cell.backend)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
-    return Built(pivoted, source_hash, _quant_method(config))
+    return Built(pivoted, source_hash, quantization, backends_of(model))
 
 
 def quantize(model: PreTrainedModel, weights: WeightSpec, backend: str = "auto") -> PreTrainedModel:
@@ -85,7 +98,7 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
     model = load(reference, "main")
-    if _quant_method(model.config) is not None:
+    if getattr(model.config, "quantization_config", None) is not None:
         raise PivotError(f"reference={reference} is itself quantized: name the full-precision model")
     check_supported(model)
     check_resident(model)
@@ -109,11 +122,11 @@ def _captured(model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tupl
     return pivot
 
 
-def _check_origin(cell: CellSpec, config: PretrainedConfig, needs_pivot: bool) -> None:
+def _check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_pivot: bool) -> None:
     """A checkpoint that is quantized already is no source of a full-precision pivot, and is not quantized again."""
-    method = _quant_method(config)
-    if method is None:
+    if quantization is None:
         return
+    method = quantization["method"]
     if cell.weights.method != "none":
         raise ConfigError(
             f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}"
@@ -125,20 +138,13 @@ def _check_origin(cell: CellSpec, config: PretrainedConfig, needs_pivot: bool) -
         )
 
 
-def _quant_method(config: PretrainedConfig) -> str | None:
-    """How a checkpoint says it is quantized; None for GGUF too, which transformers dequantizes when it loads it."""
-    said = getattr(config, "quantization_config", None)
-    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
-    return None if method is None or "gguf" in str(method).lower() else str(method)
-
-
-def _check_belongs(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:
+def _check_belongs(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None) -> None:
     """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
-    same_model = cell.model.reference is None and _quant_method(model.config) is None
+    same_model = cell.model.reference is None and quantization is None
     found = fingerprint_of(model, cell.model.revision) if same_model else None
+    pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
     pivot.check_matches(
         dtype=str(model.dtype).removeprefix("torch."),
-        embedding_hash=embedding_hash(model),
         basis="plain",
         weight_hash=found.weight_hash if found else None,
     )

@@ -28,11 +28,13 @@ from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
+from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.scoring import Score, score
 from intactkv_eval.harness.tokens import TokenText
-from intactkv_eval.model.whole import WholeCheckpoint
+from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
+from intactkv_eval.weights.formats import Format
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,8 @@ class IntactKVLM(HFLM):
         self._longest: int | None = None
         self._warned = False
         self.built: Built | None = None
+        self._quantization: dict[str, Any] | None = None
+        self._layout: Format | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         try:
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
@@ -121,7 +125,8 @@ class IntactKVLM(HFLM):
 
         def load(name: str, revision: str) -> Any:
             own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
-            self.AUTO_MODEL_CLASS = WholeCheckpoint(plain)
+            packed = self._layout is not None and name == pretrained
+            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain)
             try:
                 parent(pretrained=name, revision=revision, **own)
             finally:
@@ -131,8 +136,20 @@ class IntactKVLM(HFLM):
 
         self._build(load)
 
+    def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
+        """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
+        super()._get_config(pretrained, *args, **kwargs)
+        found = read_quantization(pretrained, self.cell.model.revision, self._config)
+        self._quantization, self._layout = found.summary, found.layout
+        if found.layout is not None and hasattr(self._config, "quantization_config"):
+            del self._config.quantization_config
+
+    def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
+        assert self._layout is not None
+        return PackedCheckpoint(auto_class, self._layout, self._config, self.cell.backend)
+
     def _build(self, load: Any) -> None:
-        self.built = build(self.cell, self.config, self.tokenizer, load)
+        self.built = build(self.cell, self.config, self.tokenizer, load, self._quantization)
         self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:

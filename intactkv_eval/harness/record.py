@@ -19,11 +19,12 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,
-        "quant_method": built.quant_method,
+        "quantization": built.quantization,
+        "backends": built.backends,
         "model_type": pivoted.model.config.model_type,
         "pivot_tokens": list(pivoted.token_ids),
         "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],
-        "pivot_fingerprint": pivot.fingerprint.model_dump() if pivot is not None else None,
+        "pivot_fingerprint": pivot.fingerprint.model_dump(exclude={"embedding_sample"}) if pivot is not None else None,
     }
 
 

@@ -2,28 +2,29 @@
 
     y = F.linear(x, dequantize(weight), bias)
 
-The packed codes, scales and zeros are its buffers, so that a state dict holds what a checkpoint holds; the dense
-backend keeps the dequantized matrix beside them. Knows nothing of models.
+How it is computed is the backend's (intactkv_kernels), which holds the weight in the form that it wants. Knows nothing
+of models.
 """
+
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.weights.formats import gptq
+from intactkv_eval.weights.packing import unpack
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_kernels.dispatch import choose_backend
+from intactkv_kernels.dispatch import BackendLayer, build_layer, choose_backend
+from intactkv_kernels.parts import Parts
 
 
 class QuantizedLinear(nn.Module):
     """A linear layer [I] -> [O] on a quantized matrix.
 
-    `compute_dtype` is the dtype of the activations, which the dense matrix is dequantized into.
+    `compute_dtype` is the dtype of the activations. Raises ConfigError where a named backend cannot run the layer.
     """
 
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    dense: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -32,30 +33,40 @@ class QuantizedLinear(nn.Module):
         bias: Tensor | None = None,
         compute_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        name: str = "the layer",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
-        self.backend = choose_backend(backend)
-        self.register_buffer("codes", weight.codes)
-        self.register_buffer("scales", weight.scales)
-        self.register_buffer("zeros", weight.zeros)
+        self.compute_dtype = compute_dtype or weight.scales.dtype
+        parts = _parts_of(weight)
+        try:
+            self.backend = choose_backend(backend, parts, self.compute_dtype)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        self.kernel = build_layer(self.backend, parts, self.compute_dtype)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        dtype = compute_dtype or weight.scales.dtype
-        self.register_buffer("dense", weight.dequantize(dtype), persistent=False)
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized matrix [O, I]: model code asks a linear layer for its weight's dtype and device."""
-        return self.dense
+        """The dequantized matrix [O, I]: model code asks a linear layer for its weight's dtype and device.
+
+        Made anew each time where the backend keeps the weight packed.
+        """
+        return cast(BackendLayer, self.kernel).matrix(self.compute_dtype)
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The matrix as a value (shares storage with this layer)."""
-        return QuantizedWeight(self.codes, self.scales, self.zeros, self.bits, self.group_size, self.in_features)
+        """The matrix as a value."""
+        held = cast(BackendLayer, self.kernel).tensors()
+        codes, scales, zeros, order = held["codes"], held["scales"], held["zeros"], held.get("order")
+        if codes.dtype is torch.uint8:
+            return QuantizedWeight.from_codes(codes, scales, zeros, self.bits, self.group_size, order)
+        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.in_features, order)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
-        return F.linear(x, self.dense, self.bias)
+        y: Tensor = self.kernel(x, self.bias)
+        return y
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
@@ -63,3 +74,26 @@ class QuantizedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, backend={self.backend}"
         )
+
+
+def _parts_of(weight: QuantizedWeight) -> Parts:
+    bits, width = weight.bits, weight.in_features
+    return Parts(
+        weight.codes, weight.scales, weight.zeros, weight.order, bits, weight.group_size, width,
+        unpack=lambda words: unpack(words, bits, width),
+        gptq=lambda less_one: gptq.write(weight, less_one),
+    )  # fmt: skip
+
+
+def backends_of(model: nn.Module) -> dict[str, int]:
+    """How many quantized layers each backend runs."""
+    counts: dict[str, int] = {}
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            counts[module.backend] = counts.get(module.backend, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+def quantized_layers(model: nn.Module) -> dict[str, Any]:
+    """The quantized layers of a model, by full name, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -32,9 +32,9 @@ def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str 
     check_resident(source)
     target = _build_on_meta(source)
     for name, layer in layers.items():
-        _swap(target, name, _quantized(layer, name, quantizer, backend))
+        swap(target, name, _quantized(layer, name, quantizer, backend))
     _assign(target, source, swapped=set(layers))
-    _verify(target)
+    verify(target)
     target.eval().requires_grad_(False)
     devices = getattr(source, "hf_device_map", None)
     if devices and len(set(map(str, devices.values()))) > 1:
@@ -46,7 +46,7 @@ def _quantized(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer, backe
     matrix = matrix_of(layer)
     if not torch.isfinite(matrix).all():
         raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
-    return QuantizedLinear(quantizer(matrix, name), layer.bias, matrix.dtype, backend)
+    return QuantizedLinear(quantizer(matrix, name), layer.bias, matrix.dtype, backend, name)
 
 
 def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:
@@ -59,7 +59,8 @@ def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:
     return target
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -68,7 +69,8 @@ def _assign(target: PreTrainedModel, source: PreTrainedModel, swapped: set[str])
     """Give `target` every tensor of `source` that is not a swapped layer's."""
     tensors = {k: v for k, v in source.state_dict().items() if k.rpartition(".")[0] not in swapped}
     missing, unexpected = target.load_state_dict(tensors, strict=False, assign=True)
-    left_out = [key for key in missing if key.rpartition(".")[0] not in swapped]
+    held = tuple(f"{name}." for name in swapped)
+    left_out = [key for key in missing if not key.startswith(held)]
     if left_out or unexpected:
         raise CheckpointError(f"tensors without a place: {unexpected[:5]}; places without a tensor: {left_out[:5]}")
     for name, module in source.named_modules():
@@ -83,15 +85,15 @@ def _assign_buffers(target: PreTrainedModel, name: str, module: nn.Module) -> No
     A leaf without parameters is taken whole: rotary embeddings keep more than their buffers.
     """
     if not list(module.parameters()) and not list(module.children()):
-        _swap(target, name, copy.deepcopy(module))
+        swap(target, name, copy.deepcopy(module))
         return
     place = target.get_submodule(name)
     for key in module._non_persistent_buffers_set:
         place.register_buffer(key, copy.deepcopy(module._buffers[key]), persistent=False)
 
 
-def _verify(model: PreTrainedModel) -> None:
-    """No tensor may be left on meta: parameters, buffers, and tensors kept as plain attributes."""
+def verify(model: PreTrainedModel) -> None:
+    """Raise CheckpointError where a tensor is left on meta: parameters, buffers, tensors kept as plain attributes."""
     for name, module in model.named_modules():
         held = {**module._parameters, **module._buffers, **vars(module)}
         for key, value in held.items():

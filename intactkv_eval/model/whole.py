@@ -1,8 +1,21 @@
-"""Loading that fails where a checkpoint is not whole: transformers itself fills what is missing with random numbers."""
+"""Loading of what `pretrained` names: packed checkpoints natively, all others by transformers, and neither in part.
 
+transformers itself fills tensors that are missing with random numbers; here they are an error.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from transformers import PretrainedConfig
+
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.model.packed import packed_model
+from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.formats import Format
+
+_NOT_FOR_PACKED = ("quantization_config", "gguf_file", "subfolder", "offload_folder", "low_cpu_mem_usage")
+_OF_CONFIG = ("trust_remote_code", "attn_implementation")
 
 
 class WholeCheckpoint:
@@ -26,3 +39,32 @@ class WholeCheckpoint:
                 f"numbers: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
             )
         return model
+
+
+class PackedCheckpoint:
+    """The same for a packed checkpoint of `layout`, its quantized layers on `backend`."""
+
+    def __init__(self, auto_class: Any, layout: Format, config: PretrainedConfig, backend: str) -> None:
+        self._auto_class, self._layout, self._config, self._backend = auto_class, layout, config, backend
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
+        """The model. Raises CheckpointError for an option that means nothing for a packed checkpoint."""
+        idle = [key for key in _NOT_FOR_PACKED if options.pop(key, None) and key != "offload_folder"]
+        dtype, revision = options.pop("dtype", "auto"), options.pop("revision", None) or "main"
+        device_map: str | Mapping[str, Any] | None = options.pop("device_map", None)
+        max_memory = options.pop("max_memory", None)
+        for_config = {key: value for key in _OF_CONFIG if (value := options.pop(key, None)) is not None}
+        idle += [key for key, value in options.items() if value is not None]
+        if idle:
+            raise CheckpointError(f"{name} is a packed checkpoint, for which {', '.join(idle)} would do nothing")
+        return packed_model(
+            Checkpoint(checkpoint_folder(name, revision)),
+            self._layout,
+            self._config,
+            self._auto_class,
+            dtype if isinstance(dtype, torch.dtype) else None,
+            self._backend,
+            device_map,
+            max_memory,
+            **for_config,
+        )

@@ -66,12 +66,19 @@ def fingerprint_of(model: PreTrainedModel, revision: str) -> Fingerprint:
         weight_hash=weight_hash(model.named_parameters()),
         embedding_hash=embedding_hash(model),
         dtype=str(model.dtype).removeprefix("torch."),
+        embedding_sample=embedding_sample(model),
     )
 
 
 def embedding_hash(model: PreTrainedModel) -> str:
     """The hash of the input embeddings alone, which no weight-only quantizer of ours changes."""
     return weight_hash([("embeddings", model.get_input_embeddings().weight)])
+
+
+def embedding_sample(model: PreTrainedModel) -> tuple[float, ...]:
+    """256 evenly spaced numbers of the input embeddings."""
+    flat = model.get_input_embeddings().weight.detach().reshape(-1)
+    return tuple(flat[:: max(1, flat.numel() // 256)][:256].to(torch.float64).tolist())
 
 
 def weight_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -18,11 +18,14 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 
 FORMAT = "intactkv-pivot-1"
+_ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
+_TINY = 2**-14  # below it fp16 has fewer digits
 
 
 class Fingerprint(BaseModel):
     """Whose KV this is. Hashes are over a fixed sample of every tensor (see capture.weight_hash).
 
+    embedding_sample: evenly spaced numbers of the embeddings, for models that hold the same in another precision.
     basis: `plain` is the model's own; a quantizer that rotates or rescales K or V names its own.
     """
 
@@ -34,6 +37,7 @@ class Fingerprint(BaseModel):
     embedding_hash: str
     dtype: str
     basis: str = "plain"
+    embedding_sample: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +88,23 @@ class PivotKV:
                     f"belong to this model: its {name} is {found}, expected {value}. Capture it anew from the "
                     "full-precision model that was quantized, in the dtype of the evaluation: intactkv capture"
                 )
+
+    def check_embeddings(self, found_hash: str, found: tuple[float, ...]) -> None:
+        """Raise PivotError unless the embeddings are this PivotKV's, be it rounded once more to 16 bits.
+
+        Packed checkpoints store in 16 bits what the full-precision model may hold in 32.
+        """
+        own = self.fingerprint.embedding_sample
+        if found_hash == self.fingerprint.embedding_hash:
+            return
+        pairs = list(zip(own, found, strict=False)) if len(own) == len(found) else []
+        worst = max((abs(one - other) / max(abs(one), _TINY) for one, other in pairs), default=float("inf"))
+        if worst > _ROUNDING:
+            raise PivotError(
+                f"this PivotKV was captured from {self.fingerprint.model}, whose embeddings are not this model's: they "
+                f"differ by {worst:.2g} of their size (rounding to 16 bits: at most {_ROUNDING:.2g}). Capture it from "
+                "the full-precision model that was quantized: reference=..., or intactkv capture"
+            )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""

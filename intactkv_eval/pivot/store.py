@@ -55,7 +55,7 @@ def find(identity: str | None, dtype: str, token_ids: tuple[int, ...]) -> PivotK
     except PivotError as error:
         logger.warning("the kept pivot %s is not used: %s", path, error)
         return None
-    return pivot
+    return pivot if pivot.fingerprint.embedding_sample else None  # without it: kept by an earlier release
 
 
 def keep(pivot: PivotKV, identity: str | None, dtype: str) -> None:

@@ -19,17 +19,20 @@ _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
 @dataclass(frozen=True)
 class Identity:
-    """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from."""
+    """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from.
+
+    checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
+    """
 
     cell: CellSpec
     hf_arguments: tuple[tuple[str, str], ...] = ()
     source_hash: str | None = None
-    quant_method: str | None = None
+    checkpoint: str | None = None
 
     @property
     def is_full_precision(self) -> bool:
         """Nothing is quantized, neither here nor in the checkpoint."""
-        return self.cell.weights.method == "none" and self.cell.kv.bits == 16 and self.quant_method is None
+        return self.cell.weights.method == "none" and self.cell.kv.bits == 16 and self.checkpoint is None
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,22 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             cell=CellSpec.model_validate(record["cell"]),
             hf_arguments=tuple(sorted(asked.items())),
             source_hash=record.get("source_hash"),
-            quant_method=record.get("quant_method"),
+            checkpoint=_checkpoint_label(record),
         )
         scores = {score.task: score for score in _scores(path, content, record, leaves)}
         return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
+
+
+def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
+    found = record.get("quantization")
+    if found is None or "bits" not in found:
+        method = found["method"] if found else record.get("quant_method")
+        return method and f"{method} checkpoint"
+    group = "" if found["group_size"] == -1 else f"g{found['group_size']}"
+    flags = [word for word, key in (("sym", "symmetric"), ("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
+    return " ".join([found["method"], f"w{found['bits']}{group}", *flags])
 
 
 def _scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:

@@ -110,4 +110,4 @@ def _full_precision(identity: Identity) -> Identity:
     model = baseline.model.model_copy(update={"pretrained": reference or baseline.model.pretrained})
     cell = baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
     source = None if reference else identity.source_hash
-    return replace(identity, cell=cell, source_hash=source, quant_method=None)
+    return replace(identity, cell=cell, source_hash=source, checkpoint=None)

@@ -40,7 +40,7 @@ def weights_label(identity: Identity) -> str:
     """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized."""
     weights = identity.cell.weights
     if weights.method == "none":
-        return "fp" if identity.quant_method is None else f"{identity.quant_method} checkpoint"
+        return identity.checkpoint or "fp"
     group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
     return f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}"
 

@@ -1,9 +1,10 @@
 """QuantizedWeight: the one form of a quantized matrix that everything after weights/ sees.
 
-    w[o, i] = (codes[o, i] - zeros[o, g]) * scales[o, g],    g = i // group_size
+    w[o, order[j]] = (codes[o, j] - zeros[o, g]) * scales[o, g],    g = j // group_size
 
 Codes are packed (packing.py); zeros are whole numbers in the range of the codes; a symmetric weight has every zero at
-2**(bits-1). Knows no model, no quantizer and no file format.
+2**(bits-1). `order` is act-order: column j of the codes is input order[j], so that groups are contiguous in the codes;
+None where they are so in the inputs. The last group may be short. Knows no model, no quantizer and no file format.
 """
 
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ BITS = tuple(PLANES)
 class QuantizedWeight:
     """A matrix [O, I] in `bits` bits.
 
-    codes: [O, packed_words(I, bits)] int32. scales: [O, G] float. zeros: [O, G] uint8. group_size: I/G, so that
-    per-channel weights have group_size == I. Raises CheckpointError where the shapes do not fit together.
+    codes: [O, packed_words(I, bits)] int32. scales: [O, G] float. zeros: [O, G] uint8. order: [I] int32, a permutation,
+    or None. G = ceil(I / group_size): per-channel weights have group_size == I. Raises CheckpointError where the shapes
+    do not fit together.
     """
 
     codes: Tensor
@@ -31,15 +33,20 @@ class QuantizedWeight:
     bits: int
     group_size: int
     in_features: int
+    order: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)
-        groups = self.in_features // check_group_size(self.in_features, self.group_size)
-        expected = {
+        if not 1 <= self.group_size <= self.in_features:
+            raise CheckpointError(f"quantized weight: group_size {self.group_size} of a width {self.in_features}")
+        groups = -(-self.in_features // self.group_size)
+        expected: dict[str, tuple[int, ...]] = {
             "codes": (self.codes.shape[0], packed_words(self.in_features, self.bits)),
             "scales": (self.codes.shape[0], groups),
             "zeros": (self.codes.shape[0], groups),
         }
+        if self.order is not None:
+            expected["order"] = (self.in_features,)
         for name, shape in expected.items():
             found = tuple(getattr(self, name).shape)
             if found != shape:
@@ -51,12 +58,21 @@ class QuantizedWeight:
         return self.codes.shape[0]
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> "QuantizedWeight":
-        """Pack unpacked codes [O, I] (uint8); scales and zeros [O, G]."""
-        return cls(pack(codes, bits), scales, zeros.to(torch.uint8), bits, group_size, codes.shape[1])
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, order: Tensor | None = None
+    ) -> "QuantizedWeight":
+        """Pack unpacked codes [O, I] (uint8, columns in `order`); scales and zeros [O, G]."""
+        zeros = zeros.to(torch.uint8).contiguous()
+        return cls(pack(codes, bits), scales.contiguous(), zeros, bits, group_size, codes.shape[1], order)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same weight on `device`."""
+        order = None if self.order is None else self.order.to(device)
+        parts = (self.codes.to(device), self.scales.to(device), self.zeros.to(device))
+        return QuantizedWeight(*parts, self.bits, self.group_size, self.in_features, order)
 
     def unpacked(self) -> Tensor:
-        """The codes [O, I] (uint8)."""
+        """The codes [O, I] (uint8), columns in `order`."""
         return unpack(self.codes, self.bits, self.in_features)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -65,10 +81,16 @@ class QuantizedWeight:
         Computed in fp32 and rounded once: a code less its zero has at most 9 bits, so the product with a 16-bit scale
         is exact in fp32 and the result equals a multiplication done in 16 bits.
         """
-        shape = (self.out_features, -1, self.group_size)
-        whole = self.unpacked().view(shape).to(torch.float32) - self.zeros.unsqueeze(-1).to(torch.float32)
-        values = whole * self.scales.unsqueeze(-1).to(torch.float32)
-        return values.view(self.out_features, self.in_features).to(dtype or self.scales.dtype)
+        values = self.unpacked().to(torch.float32)
+        values -= self.spread(self.zeros.to(torch.float32))
+        values *= self.spread(self.scales.to(torch.float32))
+        if self.order is not None:
+            values = values[:, torch.argsort(self.order)]
+        return values.to(dtype or self.scales.dtype)
+
+    def spread(self, per_group: Tensor) -> Tensor:
+        """[O, G] -> [O, I]: each group's number for each of its columns."""
+        return per_group.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
 
 
 def check_bits(bits: int) -> int:

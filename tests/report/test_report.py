@@ -137,7 +137,7 @@ def test_another_limit_is_another_measurement(folder):
 
 
 @pytest.mark.parametrize(
-    "change", [{"source_hash": "other"}, {"hf_arguments": {"gguf_file": "b"}}, {"quant_method": "gptq"}]
+    "change", [{"source_hash": "other"}, {"hf_arguments": {"gguf_file": "b"}}, {"quantization": {"method": "fp8"}}]
 )
 def test_another_model_in_the_same_place_is_another_row(folder, change):
     write(folder, BOS, [3.2, 3.3, 3.4, 3.1], 4, record=change)
@@ -155,7 +155,17 @@ def test_how_fast_it_ran_is_no_identity(folder):
 def test_a_quantized_checkpoint_is_compared_with_its_reference(tmp_path):
     made = {"pretrained": "m-gptq", "reference": "m", "pivot": "bos"}
     write(tmp_path, {"pretrained": "m", "pivot": "none"}, [3.0, 3.2, 3.1, 2.9], 1, record={"source_hash": "a"})
-    quantized = {"source_hash": "b", "quant_method": "gptq"}
+    quantized = {
+        "source_hash": "b",
+        "quantization": {
+            "method": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "symmetric": True,
+            "act_order": True,
+            "mixed": False,
+        },
+    }
     write(tmp_path, {"pretrained": "m-gptq", "pivot": "none"}, [3.5, 3.72, 3.6, 3.41], 2, record=quantized)
     write(tmp_path, made, [3.25, 3.46, 3.34, 3.15], 3, record=quantized)
     runs, _ = collect([tmp_path])

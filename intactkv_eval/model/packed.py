@@ -1,0 +1,196 @@
+"""A quantized model from a packed checkpoint: build on meta, read layer by layer, swap, assign, verify.
+
+At no time is more of the checkpoint in memory than what is built of it and one layer. Knows nothing of pivots.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_max_memory, set_module_tensor_to_device
+from torch import Tensor, nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from intactkv_eval.errors import CheckpointError
+from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.load import swap, verify
+from intactkv_eval.weights.checkpoint import Checkpoint
+from intactkv_eval.weights.formats import Format
+from intactkv_eval.weights.formats.layer import LayerTensors
+
+# Buffers that older releases saved and that models compute themselves.
+_COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$")
+
+
+def packed_model(
+    checkpoint: Checkpoint,
+    layout: Format,
+    config: PretrainedConfig,
+    auto_class: Any,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model of a packed checkpoint, its quantized layers on `backend`. `dtype` None: the config's.
+
+    `options` go to the auto class' from_config. Raises CheckpointError for a tensor that is missing, is not what the
+    config says, or has no place; ConfigError where the backend cannot run a layer.
+    """
+    model = _skeleton(config, auto_class, dtype, options)
+    names = _Names(checkpoint, model)
+    places = _devices(model, device_map, max_memory)
+    packed = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and names.has(f"{name}.{layout.main}")
+    }
+    if not packed:
+        raise CheckpointError(f"{checkpoint.folder}: no layer holds {layout.main}, though its config says quantized")
+    if any(layer is model.get_output_embeddings() for layer in packed.values()):
+        model.config.tie_word_embeddings = False  # packed codes are no embedding matrix
+    for name, layer in packed.items():
+        swap(model, name, _read_layer(names, layout, name, layer, model.dtype, backend, places.of(name)))
+    _assign(model, names, places)
+    model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta and buffer.device != places.of(name):
+            set_module_tensor_to_device(model, name, places.of(name))
+    verify(model)
+    model.name_or_path = str(checkpoint.folder)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    model.eval().requires_grad_(False)
+    if len(places.all) > 1:
+        dispatch_model(model, device_map=dict(places.table))
+    return model
+
+
+class _Names:
+    """The checkpoint's tensors by the model's names: some checkpoints leave the base model's prefix out, or add it."""
+
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+        self.checkpoint = checkpoint
+        prefix = f"{model.base_model_prefix}."
+        modules = {name for name, _ in model.named_modules()}
+        self._stored: dict[str, str] = {}
+        self.taken: set[str] = set()
+        for stored in sorted(checkpoint.names):
+            asked = (stored, prefix + stored, stored.removeprefix(prefix))
+            name = next((one for one in asked if one.rpartition(".")[0] in modules), stored)
+            self._stored[name] = stored
+
+    @property
+    def all(self) -> frozenset[str]:
+        return frozenset(self._stored)
+
+    def has(self, name: str) -> bool:
+        return name in self._stored
+
+    def take(self, wanted: list[str]) -> dict[str, Tensor]:
+        """Read these tensors, each once: what is never taken has no place."""
+        stored = {name: self._stored.pop(name) for name in wanted}
+        self.taken |= set(wanted)
+        found = self.checkpoint.read(stored.values())
+        return {name: found[key] for name, key in stored.items()}
+
+
+class _Places:
+    """Where each module goes."""
+
+    def __init__(self, table: Mapping[str, Any]) -> None:
+        self.table = {name: torch.device(place) for name, place in table.items()}
+        self.all = set(self.table.values())
+
+    def of(self, name: str) -> torch.device:
+        while name not in self.table:
+            name = name.rpartition(".")[0]
+        return self.table[name]
+
+
+def _skeleton(
+    config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    """The model with its parameters on meta and the buffers that it computes for itself in place."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model: PreTrainedModel = auto_class.from_config(config, dtype=dtype or config.dtype or torch.float16, **options)
+    return model
+
+
+def _devices(model: PreTrainedModel, device_map: Any, max_memory: Mapping[Any, Any] | None) -> _Places:
+    if device_map is None:
+        return _Places({"": "cpu"})
+    if not isinstance(device_map, str):
+        return _Places(device_map)
+    # Packed layers take a byte or less for each weight: counted as one, so that the map errs to the safe side.
+    small = {
+        f"{name}.weight": torch.int8 for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))
+    }
+    found = infer_auto_device_map(
+        model,
+        max_memory=get_max_memory(max_memory),
+        no_split_module_classes=list(model._no_split_modules or ()),
+        special_dtypes=small,
+        dtype=model.dtype,
+    )
+    if "disk" in found.values() or ("cpu" in found.values() and len(set(found.values())) > 1):
+        raise CheckpointError(
+            f"device_map={device_map}: the model does not fit on the devices, and offloaded layers are not supported: "
+            "give it more room with max_memory_per_gpu, or use device=cpu without parallelize"
+        )
+    return _Places(found)
+
+
+def _read_layer(
+    names: _Names,
+    layout: Format,
+    name: str,
+    layer: nn.Linear | Conv1D,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+) -> QuantizedLinear:
+    held = [key for key in (*layout.tensors, "bias") if names.has(f"{name}.{key}")]
+    tensors = {key.rpartition(".")[2]: value for key, value in names.take([f"{name}.{key}" for key in held]).items()}
+    bias = tensors.pop("bias", None)
+    inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    weight = layout.read(LayerTensors(name, tensors, inputs, outputs))
+    if bias is None and layer.bias is not None:
+        raise CheckpointError(f"{name}.bias: expected the tensor, found only {', '.join(sorted(held))}")
+    if bias is not None:
+        if tuple(bias.shape) != (outputs,):
+            raise CheckpointError(f"{name}.bias: expected shape {(outputs,)}, found {tuple(bias.shape)}")
+        # Some writers add a bias of zeros to layers that have none.
+        bias = None if layer.bias is None and not bias.any() else bias.to(device, dtype)
+    return QuantizedLinear(weight.to(device), bias, dtype, backend, name)
+
+
+def _assign(model: PreTrainedModel, names: _Names, places: _Places) -> None:
+    """Everything that is not packed: embeddings, norms, layers left in full precision."""
+    wanted = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    for name in sorted(wanted & names.all):
+        (value,) = names.take([name]).values()
+        expected = model.get_parameter_or_buffer(name)
+        if value.shape != expected.shape:
+            raise CheckpointError(f"{name}: expected shape {tuple(expected.shape)}, found {tuple(value.shape)}")
+        value = value.to(expected.dtype) if value.is_floating_point() else value
+        set_module_tensor_to_device(model, name, places.of(name), value=value)
+    tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    missing = sorted(wanted - names.taken - tied)
+    ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    left = [name for name in sorted(names.all) if not any(re.search(pattern, name) for pattern in ignored)]
+    left = [name for name in left if name not in tied]
+    if missing or left:
+        raise CheckpointError(
+            f"{names.checkpoint.folder}: tensors that are missing: {missing[:3] or 'none'}; that have no place in "
+            f"{type(model).__name__}: {left[:3] or 'none'}"
+        )

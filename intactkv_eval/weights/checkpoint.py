@@ -1,0 +1,125 @@
+"""A checkpoint's files: config, and tensors read from safetensors by name, sharded or not, from a folder or the hub.
+
+Nothing is held: a tensor is read when it is asked for and is the caller's. Pickles are refused unread. Knows no model.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from intactkv_eval.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Where older releases of AutoGPTQ and AutoAWQ wrote what config.json says today, and the method that it means.
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+
+
+class Checkpoint:
+    """The weight files of one folder, by tensor name. Raises CheckpointError where they are not whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file_of = _listed(folder)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every tensor's name."""
+        return frozenset(self._file_of)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of these names, on the CPU, with storage of their own."""
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._file_of[name], []).append(name)
+        found: dict[str, Tensor] = {}
+        for file, inside in wanted.items():
+            # Opened anew each time: a mapped file counts as memory for as long as it is open.
+            with _opened(self.folder / file) as tensors:
+                found.update({name: tensors.get_tensor(name).clone() for name in inside})
+        return found
+
+
+def quantization_of(folder: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The `quantization_config` of a model: config.json's own, or that of an older release's separate file."""
+    if config is not None:
+        return config
+    for name, method in _BESIDE.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None
+
+
+def checkpoint_folder(pretrained: str, revision: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint: `pretrained` itself, or a snapshot of the hub's (without `weights`: its JSON only).
+
+    Raises CheckpointError where neither is there.
+    """
+    if Path(pretrained).is_dir():
+        return Path(pretrained)
+    patterns = ["*.json", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{pretrained}: neither a folder nor to be had from the hub ({error})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    files = [SINGLE] if (folder / SINGLE).is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
+    if len(files) == 1:
+        with _opened(folder / files[0]) as tensors:
+            return dict.fromkeys(tensors.keys(), files[0])
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    if files:
+        raise CheckpointError(f"{folder}: {len(files)} safetensors files and no {INDEX} that says what is in which")
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: its weights are a pickle ({pickles[0]}), which can run any code when it is read; expected "
+            "safetensors: convert it where you trust it (AutoModelForCausalLM ... save_pretrained), or take another"
+        )
+    raise CheckpointError(f"{folder}: no weights: expected {SINGLE} or {INDEX} with its shards")
+
+
+def _indexed(folder: Path) -> dict[str, str]:
+    found = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{folder / INDEX}: expected weight_map, the file of each tensor")
+    held: dict[str, set[str]] = {}
+    for file in sorted(set(found.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{folder / INDEX}: names {file!r}, which is outside the folder")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder}: the shard {file} that {INDEX} names is missing; download it anew")
+        with _opened(folder / file) as tensors:
+            held[file] = set(tensors.keys())
+    absent = [name for name, file in found.items() if name not in held[file]]
+    if absent:
+        raise CheckpointError(f"{folder / found[absent[0]]}: {absent[0]} should be in it by {INDEX}, and is not")
+    return dict(found)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it anew") from None

@@ -1,0 +1,120 @@
+"""AWQ checkpoints (AutoAWQ, GPTQModel): 4-bit qweight, qzeros, scales; two layouts.
+
+    gemm    qweight [I, O/8]  eight codes of a row a word, in the order 0 2 4 6 1 3 5 7;  qzeros [G, O/8] likewise;
+            scales [G, O]
+    gemv    qweight [O, I/8]  eight codes a word, in order;  qzeros [O, Z] eight zeros a word, in order, Z the words of
+            the groups rounded up to the kernel's width;  scales [O, 8*Z]
+    w[o, i] = (code - zero[g]) * scale[g],  g = i // group_size
+
+The scales that AWQ's search found are folded into the norms and layers before: nothing of them is in these tensors.
+Source: AutoAWQ 0.2.9 (WQLinear_GEMM, WQLinear_GEMV, packing_utils), the layout of llm-awq's gemm and gemv kernels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intactkv_eval.errors import CheckpointError
+from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
+from intactkv_eval.weights.formats.layer import LayerTensors
+from intactkv_eval.weights.quantized import QuantizedWeight
+
+NAME = "awq"
+TENSORS = ("qweight", "qzeros", "scales")
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in each nibble of a gemm word, lowest first
+BITS = 4
+
+
+@dataclass(frozen=True)
+class AWQFormat:
+    """The format as a checkpoint's config describes it. Raises CheckpointError for a config that it cannot be."""
+
+    config: Mapping[str, Any]
+    tensors: tuple[str, ...] = TENSORS
+    main: str = "qweight"
+
+    def __post_init__(self) -> None:
+        if self._bits() != BITS:
+            raise CheckpointError(f"quantization_config: AWQ with bits {self._bits()!r}; the format knows 4 only")
+        if self._layout() not in {"gemm", "gemv"}:
+            raise CheckpointError(
+                f"quantization_config: AWQ version {self._layout()!r}; read natively are gemm and gemv"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "method": NAME,
+            "bits": BITS,
+            "group_size": self._group_size(),
+            "symmetric": not self.config.get("zero_point", True),
+            "act_order": False,
+            "mixed": False,
+        }
+
+    def read(self, layer: LayerTensors) -> QuantizedWeight:
+        """The layer's weight, exactly. Raises CheckpointError where a tensor is not what the config says."""
+        inputs, size = layer.in_features, self._group_size()
+        size = inputs if size == -1 else size
+        if size < 1 or inputs % size:
+            raise CheckpointError(f"{layer.name}: group_size {size} does not divide its {inputs} in_features")
+        parts = _read_gemm if self._layout() == "gemm" else _read_gemv
+        codes, scales, zeros = parts(layer, size)
+        return QuantizedWeight.from_codes(codes, scales, zeros, BITS, size)
+
+    def _bits(self) -> object:
+        return self.config.get("bits", self.config.get("w_bit"))
+
+    def _group_size(self) -> int:
+        return int(self.config.get("group_size", self.config.get("q_group_size", 128)))
+
+    def _layout(self) -> str:
+        said = self.config.get("version", self.config.get("checkpoint_format", self.config.get("format", "gemm")))
+        return str(said).lower()
+
+
+def _read_gemm(layer: LayerTensors, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, outputs = layer.in_features, layer.out_features
+    _whole_words(layer, outputs, "out")
+    codes = from_gemm_words(layer.words("qweight", (inputs, outputs // 8)))
+    groups = inputs // size
+    zeros = from_gemm_words(layer.words("qzeros", (groups, outputs // 8)))
+    return codes.t().contiguous(), layer.scales("scales", (groups, outputs)).t(), zeros.t()
+
+
+def _read_gemv(layer: LayerTensors, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, outputs, groups = layer.in_features, layer.out_features, layer.in_features // size
+    _whole_words(layer, inputs, "in")
+    codes = unpack_stream(layer.words("qweight", (outputs, inputs // 8)), BITS, inputs)
+    words = gemv_zero_words(inputs, size)
+    zeros = unpack_stream(layer.words("qzeros", (outputs, words)), BITS, groups)
+    return codes, layer.scales("scales", (outputs, words * 8))[:, :groups], zeros
+
+
+def _whole_words(layer: LayerTensors, width: int, along: str) -> None:
+    if width % 8:
+        raise CheckpointError(f"{layer.name}: {width} {along}_features are no multiple of 8, as AWQ's words need")
+
+
+def gemv_zero_words(inputs: int, group_size: int) -> int:
+    """Words of zeros in a gemv row: the groups' words, rounded up to what a warp of the kernel reads at once."""
+    multiple = {128: 1, 64: 2, 32: 4}.get(group_size, 1)
+    words = -(-(inputs // group_size) // 8)
+    return -(-words // multiple) * multiple
+
+
+def from_gemm_words(words: Tensor) -> Tensor:
+    """Words [R, C/8] (int32) -> values [R, C] (uint8)."""
+    plain = unpack_stream(words, BITS, words.shape[1] * 8).view(words.shape[0], -1, 8)
+    values = torch.empty_like(plain)
+    values[:, :, list(ORDER)] = plain
+    return values.view(words.shape[0], -1)
+
+
+def to_gemm_words(values: Tensor) -> Tensor:
+    """Values [R, C] (below 16) -> words [R, C/8] (int32)."""
+    eights = values.view(values.shape[0], -1, 8)[:, :, list(ORDER)]
+    return pack_stream(eights.reshape(values.shape), BITS)

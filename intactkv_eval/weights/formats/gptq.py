@@ -1,0 +1,133 @@
+"""GPTQ checkpoints (AutoGPTQ, GPTQModel, optimum): qweight, qzeros, scales, g_idx.
+
+    qweight [ceil(I*b/32), O]  codes, a dense bit stream down each column    scales [G, O]
+    qzeros  [G, ceil(O*b/32)]  zeros, a dense bit stream along each row      g_idx  [I]  the group of each input
+    w[o, i] = (code[i, o] - zero[g_idx[i], o]) * scale[g_idx[i], o]
+
+Format `gptq_v2` stores the zeros as they are. Format `gptq` (v1) stores them minus one, and what a zero of 0 becomes
+then depends on the writer: see `_zeros`. Source: the packing and reading code of AutoGPTQ 0.7.1 and GPTQModel 7.7.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intactkv_eval.errors import CheckpointError
+from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
+from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, group_order
+from intactkv_eval.weights.quantized import QuantizedWeight
+
+NAME = "gptq"
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
+    """The tensors of one layer: format `gptq` (v1) with `less_one`, else `gptq_v2`. Scales keep their dtype.
+
+    Raises CheckpointError where the format cannot hold the layer.
+    """
+    inputs, outputs, bits = weight.in_features, weight.out_features, weight.bits
+    if inputs * bits % 32 or outputs * bits % 32:
+        raise CheckpointError(f"GPTQ: {outputs} x {inputs} codes of {bits} bits do not fill 32-bit words")
+    zeros = weight.zeros.to(torch.int16) - int(less_one)
+    if int(zeros.min()) < 0 or int(zeros.max()) > 2**bits - 1:
+        raise CheckpointError("GPTQ: a zero is outside of what the format's version holds")
+    codes, index = weight.unpacked(), torch.arange(inputs, device=weight.codes.device) // weight.group_size
+    if weight.order is not None:
+        back = torch.argsort(weight.order)
+        codes, index = codes[:, back], index[back]
+    return {
+        "qweight": pack_stream(codes, bits).t().contiguous(),
+        "qzeros": pack_stream(zeros.t(), bits),
+        "scales": weight.scales.t().contiguous(),
+        "g_idx": index.to(torch.int32),
+    }
+
+
+@dataclass(frozen=True)
+class GPTQFormat:
+    """The format as a checkpoint's config describes it. Raises CheckpointError for a config that it cannot be."""
+
+    config: Mapping[str, Any]
+    tensors: tuple[str, ...] = TENSORS
+    main: str = "qweight"
+
+    def __post_init__(self) -> None:
+        check_config_bits(self.config.get("bits"), "quantization_config")
+        said = self.config.get("checkpoint_format", "gptq")
+        if said not in {"gptq", "gptq_v2"}:
+            raise CheckpointError(
+                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Kernel "
+                "formats (marlin, bitblas, ...) hold repacked weights: use the checkpoint that they were made from"
+            )
+        if self.config.get("pack_dtype", "int32") != "int32":
+            raise CheckpointError(f"quantization_config: pack_dtype is {self.config['pack_dtype']!r}; expected 'int32'")
+
+    def summary(self) -> dict[str, Any]:
+        """What a run records of it."""
+        return {
+            "method": NAME,
+            "bits": self.config["bits"],
+            "group_size": self.config.get("group_size", 128),
+            "symmetric": bool(self.config.get("sym", True)),
+            "act_order": bool(self.config.get("desc_act", False)),
+            "mixed": bool(self.config.get("dynamic")),
+        }
+
+    def read(self, layer: LayerTensors) -> QuantizedWeight:
+        """The layer's weight, exactly. Raises CheckpointError where a tensor is not what the config says."""
+        settings = self._settings(layer.name)
+        bits = check_config_bits(settings.get("bits"), f"quantization_config of {layer.name}")
+        inputs, outputs = layer.in_features, layer.out_features
+        size = int(settings.get("group_size", 128))
+        size = inputs if size == -1 else min(size, inputs)
+        groups = -(-inputs // size)
+        codes = unpack_stream(layer.words("qweight", (-(-inputs * bits // 32), outputs)).t(), bits, inputs)
+        stored = layer.words("qzeros", (groups, -(-outputs * bits // 32)))
+        scales = layer.scales("scales", (groups, outputs)).t().contiguous()
+        zeros = self._zeros(layer, stored, bits, per_channel=size == inputs).t()
+        order = None
+        if layer.has("g_idx"):
+            index = layer.integers("g_idx", (inputs,), groups)
+            order = group_order(layer, "g_idx", index, size)
+        elif settings.get("desc_act"):
+            raise layer.error("g_idx", "the tensor (desc_act is true)", "none")
+        if order is not None:
+            codes = codes[:, order.long()]
+        return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
+
+    def _settings(self, name: str) -> Mapping[str, Any]:
+        """The config with GPTQModel's per-module overrides (`dynamic`: regular expressions, `+:` or none in front)."""
+        for pattern, override in (self.config.get("dynamic") or {}).items():
+            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+                return {**self.config, **override}
+        return self.config
+
+    def _zeros(self, layer: LayerTensors, stored: Tensor, bits: int, per_channel: bool) -> Tensor:
+        """The zeros [G, O] that the writing library itself computes with.
+
+        v1 stores zero - 1. GPTQModel subtracts in whole words, so that a zero of 0 borrows from its neighbour and
+        adding in whole words gives all back (3 bits: field by field, modulo 8). AutoGPTQ stores a zero of 0 as the
+        largest code and reads that as 0, but with act-order or 3 bits as 2**bits.
+        """
+        outputs, top = layer.out_features, 2**bits - 1
+        if self.config.get("checkpoint_format", "gptq") == "gptq_v2":
+            return unpack_stream(stored, bits, outputs)
+        if self._by_gptqmodel() and bits != 3:
+            ones = pack_stream(torch.ones(1, 32 // bits, dtype=torch.uint8, device=stored.device), bits)
+            return unpack_stream(stored + ones, bits, outputs)
+        zeros = unpack_stream(stored, bits, outputs).to(torch.int16) + 1
+        wraps = self._by_gptqmodel() or (bits != 3 and (per_channel or not self.config.get("desc_act")))
+        if wraps:
+            zeros = zeros & top
+        if int(zeros.max()) > 255:
+            raise layer.error("qzeros", "zeros up to 255", "a zero of 256, which AutoGPTQ writes where it meant 0")
+        return zeros.to(torch.uint8)
+
+    def _by_gptqmodel(self) -> bool:
+        writers = (self.config.get("meta") or {}).get("quantizer") or []
+        return any("gptqmodel" in str(writer) for writer in ([writers] if isinstance(writers, str) else writers))

@@ -1,0 +1,90 @@
+"""One layer's tensors as a checkpoint holds them, and the checks that every format makes of them.
+
+Knows no format; every error names the tensor, what was expected and what was found.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from intactkv_eval.errors import CheckpointError
+from intactkv_eval.weights.quantized import BITS
+
+
+class LayerTensors:
+    """The tensors of the linear layer `name` [in_features] -> [out_features], by their names in the format."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor], in_features: int, out_features: int) -> None:
+        self.name, self._tensors = name, tensors
+        self.in_features, self.out_features = in_features, out_features
+
+    def has(self, key: str) -> bool:
+        """Whether the checkpoint holds `key` for this layer."""
+        return key in self._tensors
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """The shape of `key`, or None where the checkpoint does not hold it."""
+        return tuple(self._tensors[key].shape) if key in self._tensors else None
+
+    def words(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """The packed int32 tensor `key`. Raises CheckpointError for another dtype or shape."""
+        return self._get(key, (torch.int32,), shape)
+
+    def scales(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """The scales `key`. Raises CheckpointError for another dtype or shape, NaN, inf."""
+        found = self._get(key, (torch.float16, torch.bfloat16, torch.float32), shape)
+        if not torch.isfinite(found).all():
+            bad = int((~torch.isfinite(found)).sum())
+            raise self.error(key, "finite scales", f"{bad} NaN or infinite of {found.numel()}")
+        return found
+
+    def integers(self, key: str, shape: tuple[int, ...], below: int) -> Tensor:
+        """Whole numbers 0 <= n < below, as int64. Raises CheckpointError for others, or another dtype or shape."""
+        found = self._get(key, (torch.int32, torch.int64), shape).to(torch.int64)
+        if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < below):
+            raise self.error(key, f"numbers from 0 to {below - 1}", f"{int(found.min())} to {int(found.max())}")
+        return found
+
+    def error(self, key: str, expected: object, found: object) -> CheckpointError:
+        """The error to raise about one tensor."""
+        return CheckpointError(
+            f"{self.name}.{key}: expected {expected}, found {found}. The checkpoint is damaged, or its config is "
+            "another's; download or quantize it anew"
+        )
+
+    def _get(self, key: str, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> Tensor:
+        if key not in self._tensors:
+            raise self.error(key, "the tensor", f"only {', '.join(sorted(self._tensors))}")
+        found = self._tensors[key]
+        if found.dtype not in dtypes:
+            raise self.error(key, " or ".join(_name(dtype) for dtype in dtypes), _name(found.dtype))
+        if tuple(found.shape) != shape:
+            raise self.error(key, f"shape {shape}", tuple(found.shape))
+        return found
+
+
+def check_config_bits(bits: object, source: str) -> int:
+    """The bit width that a config says, or CheckpointError where it is none that we read."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        raise CheckpointError(f"{source}: bits is {bits!r}; supported are {', '.join(map(str, BITS))}")
+    return bits
+
+
+def group_order(layer: LayerTensors, key: str, group_index: Tensor, group_size: int) -> Tensor | None:
+    """The act-order of a layer from each input's group [I]: None where the groups are contiguous already.
+
+    Raises CheckpointError where a group has not `group_size` inputs (the last may have fewer).
+    """
+    natural = torch.arange(layer.in_features, device=group_index.device) // group_size
+    if torch.equal(group_index, natural):
+        return None
+    order = torch.argsort(group_index, stable=True)
+    if not torch.equal(group_index[order], natural):
+        counts = torch.bincount(group_index)
+        raise layer.error(key, f"{group_size} inputs in every group", f"{int(counts.min())} to {int(counts.max())}")
+    return order.to(torch.int32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
