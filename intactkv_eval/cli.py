@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval import __version__
+from intactkv_eval.config import weight_spec
 from intactkv_eval.errors import IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
@@ -65,15 +66,39 @@ def capture(
     chat_template: Annotated[str | None, typer.Option(help="A template of model_configs/chat_templates.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    lightllm: Annotated[Path | None, typer.Option(help="Put the pivot into this checkpoint for LightLLM too.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of LightLLM.")] = 1,
 ) -> None:
     """Save the pivot's full-precision KV: later runs take pivot=FILE.safetensors and no full-precision model."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
     arguments["chat_template"] = chat_template
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
+    if lightllm is not None:
+        _late("pivot.lightllm", "write_lightllm")(kept, lightllm, ranks)
     typer.echo(
         f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}"
     )
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The new folder to write.")],
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1 per channel.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="Zero in the middle of the codes.")] = False,
+    layout: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = "gptq",
+    dtype: Annotated[str, typer.Option(help="Of what stays in full precision: auto, float16, bfloat16.")] = "auto",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Round a model to nearest (RTN) and write a checkpoint that transformers, GPTQModel and vLLM load."""
+    spec = weight_spec("rtn", bits, group_size, symmetric)
+    count = _late("harness.quantize_command", "quantize_to_folder")(
+        model, out, layout, spec, dtype, revision, trust_remote_code
+    )
+    typer.echo(f"{out}: {count} layers in {bits} bits, format {layout}")
 
 
 @app.command()

@@ -5,7 +5,7 @@
     q = clamp(round(w / s) + z, 0, 2**b - 1)
 
 Zero is kept inside the range of every group, so the zero point always has a code. Scales are rounded to the weight's
-own dtype before the codes are chosen, as a checkpoint would store them.
+own dtype (or that of the checkpoint that will hold them) before the codes are chosen.
 Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric form is GPTQ's.
 """
 
@@ -16,9 +16,14 @@ from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_g
 
 
 def quantize_rtn(
-    weight: Tensor, bits: int, group_size: int, symmetric: bool = False, layer: str = "the layer"
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    layer: str = "the layer",
+    scale_dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
-    """Quantize `weight` [O, I] in groups of `group_size` inputs (-1: the whole row).
+    """Quantize `weight` [O, I] in groups of `group_size` inputs (-1: the whole row). Scales in `scale_dtype`.
 
     Raises ConfigError for bits or a group_size that do not fit; `layer` is its name in that message.
     """
@@ -32,8 +37,9 @@ def quantize_rtn(
         low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
         spread = high - low
     # A group of zeros has no spread; and a scale must stay a normal number in its dtype, or w / s overflows.
-    smallest = torch.finfo(weight.dtype).tiny
-    scales = (spread / top).clamp(min=smallest).to(weight.dtype)
+    scale_dtype = scale_dtype or weight.dtype
+    smallest = torch.finfo(scale_dtype).tiny
+    scales = (spread / top).clamp(min=smallest).to(scale_dtype)
     steps = scales.to(torch.float32)
     zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)
     codes = (torch.round(groups / steps.unsqueeze(-1)) + zeros.unsqueeze(-1)).clamp(0, top)

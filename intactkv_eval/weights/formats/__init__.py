@@ -1,10 +1,13 @@
 """Checkpoint formats, one file each. A foreign format dies here: what leaves is QuantizedWeight."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 from intactkv_eval.weights.formats import awq, compressed_tensors, gptq
 from intactkv_eval.weights.formats.layer import LayerTensors
+from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 
@@ -29,10 +32,24 @@ class Format(Protocol):
         ...
 
 
+class Writer(NamedTuple):
+    """describe: the `quantization_config`. encode: the tensors of one layer, by their names in the format."""
+
+    describe: Callable[[Scheme], dict[str, Any]]
+    encode: Callable[[QuantizedWeight, Scheme], dict[str, Tensor]]
+
+
 FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
     gptq.NAME: gptq.GPTQFormat,
     awq.NAME: awq.AWQFormat,
     compressed_tensors.NAME: compressed_tensors.CompressedTensorsFormat,
+}
+
+# What writes each: the config, and one layer's tensors.
+WRITERS: dict[str, Writer] = {
+    gptq.NAME: Writer(gptq.describe, gptq.encode),
+    awq.NAME: Writer(awq.describe, awq.encode),
+    compressed_tensors.NAME: Writer(compressed_tensors.describe, compressed_tensors.encode),
 }
 
 

@@ -20,12 +20,39 @@ from torch import Tensor
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors
+from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "awq"
 TENSORS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in each nibble of a gemm word, lowest first
 BITS = 4
+
+
+def describe(scheme: Scheme) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint that `encode` wrote: layout gemm."""
+    return {
+        "quant_method": NAME,
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(scheme.kept),
+        "meta": {"quantizer": [scheme.made_by]},
+    }
+
+
+def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of one layer in layout gemm. Raises CheckpointError where the format cannot hold it."""
+    if weight.bits != BITS or weight.order is not None:
+        raise CheckpointError("AWQ holds weights of 4 bits without act-order: use --format gptq")
+    if weight.out_features % 8 or weight.in_features % weight.group_size:
+        raise CheckpointError(f"AWQ: {weight.out_features} outputs and groups of {weight.group_size} do not fit it")
+    return {
+        "qweight": to_gemm_words(weight.unpacked().t().contiguous()),
+        "qzeros": to_gemm_words(weight.zeros.t().contiguous()),
+        "scales": weight.scales.t().contiguous().to(torch.float16),
+    }
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,58 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.weights.formats.bitstream import unpack_stream
+from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, group_order
+from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "compressed-tensors"
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+
+def describe(scheme: Scheme) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint that `encode` wrote."""
+    grouped = scheme.group_size != -1
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if grouped else "channel",
+        "group_size": scheme.group_size if grouped else None,
+        "dynamic": False,
+        "actorder": None,
+    }
+    return {
+        "quant_method": NAME,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": weights,
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+        "ignore": list(scheme.kept),
+        "kv_cache_scheme": None,
+        "version": scheme.made_by,
+    }
+
+
+def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of one layer. Raises CheckpointError where the format cannot hold it."""
+    if weight.order is not None:
+        raise CheckpointError("compressed-tensors: act-order is not written: use --format gptq")
+    tensors = {
+        "weight_packed": pack_stream(weight.unpacked(), weight.bits),
+        "weight_scale": weight.scales.contiguous(),
+        "weight_shape": torch.tensor([weight.out_features, weight.in_features]),
+    }
+    if not scheme.symmetric:
+        tensors["weight_zero_point"] = pack_stream(weight.zeros.t(), weight.bits).t().contiguous()
+    return tensors
 
 
 @dataclass(frozen=True)

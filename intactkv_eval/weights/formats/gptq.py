@@ -19,6 +19,7 @@ from torch import Tensor
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, group_order
+from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "gptq"
@@ -46,6 +47,30 @@ def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
         "scales": weight.scales.t().contiguous(),
         "g_idx": index.to(torch.int32),
     }
+
+
+def describe(scheme: Scheme) -> dict[str, Any]:
+    """The `quantization_config` of a checkpoint that `encode` wrote.
+
+    Asymmetric ones are gptq_v2, which holds a zero of 0; GPTQModel trusts asymmetric v1 files of its own only.
+    """
+    return {
+        "quant_method": NAME,
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
+        "pack_dtype": "int32",
+        "lm_head": False,
+        "meta": {"quantizer": [scheme.made_by]},
+    }
+
+
+def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of one layer, scales in fp16. Raises CheckpointError where the format cannot hold it."""
+    tensors = write(weight, less_one=scheme.symmetric)
+    return {**tensors, "scales": tensors["scales"].to(torch.float16)}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,43 @@
+"""A PivotKV as LightLLM serves it: two keys of config.json, and one file for each tensor-parallel rank.
+
+    prompt_cache_token_ids: [id, ...]    prompt_cache_kv_buffer: {"rank_0": file, ...}
+    file: torch.save of {"kv_buffer": [L, P, 2*H/ranks, D]}, the rank's key heads before its value heads
+
+Source: LightLLM, server/router/model_infer/mode_backend/base_backend.py (preload_prompt_cache_kv_buffer) and its memory
+manager (load_index_kv_buffer).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from intactkv_eval.errors import PivotError
+from intactkv_eval.files import write_atomic
+from intactkv_eval.pivot.kv import PivotKV
+
+
+def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
+    """Put `pivot` into the checkpoint `folder`, for `ranks` tensor-parallel ranks.
+
+    Raises PivotError where there is no config.json, or the heads cannot be shared out or are not alike in all layers.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise PivotError(f"{folder}: no config.json; name the folder of the checkpoint that LightLLM will serve")
+    shapes = {tuple(tensor.shape) for tensor in (*pivot.keys, *pivot.values)}
+    if len(shapes) != 1:
+        raise PivotError(f"LightLLM holds keys and values of one shape; this PivotKV has {sorted(shapes)}")
+    heads = pivot.keys[0].shape[0]
+    if ranks < 1 or heads % ranks:
+        raise PivotError(f"{heads} kv heads cannot be shared out evenly among {ranks} ranks")
+    keys, values = (torch.stack(part).transpose(1, 2) for part in (pivot.keys, pivot.values))  # [L, P, H, D]
+    names = {}
+    for rank in range(ranks):
+        own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
+        buffer = torch.cat((keys[:, :, own], values[:, :, own]), dim=2).contiguous()
+        names[f"rank_{rank}"] = name = f"prompt_cache_rank_{rank}.pt"
+        write_atomic(folder / name, lambda partial, buffer=buffer: torch.save({"kv_buffer": buffer}, partial))  # type: ignore[misc]
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= {"prompt_cache_token_ids": list(pivot.token_ids), "prompt_cache_kv_buffer": names}
+    write_atomic(file, lambda partial: partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))

@@ -1,0 +1,87 @@
+"""Write a quantized checkpoint that transformers, GPTQModel and vLLM load: whole or not at all.
+
+Knows no model: names and tensors in, a folder out. config.json says what was done, by whom.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.weights.checkpoint import INDEX
+from intactkv_eval.weights.formats import WRITERS
+from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.quantized import QuantizedWeight
+
+SHARD = "5GB"
+_BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.jinja", "generation_config.json")
+
+
+def export(
+    out: Path,
+    layout: str,
+    scheme: Scheme,
+    config: Mapping[str, Any],
+    layers: Mapping[str, QuantizedWeight],
+    others: Mapping[str, Tensor],
+    beside: Path | None = None,
+) -> None:
+    """Write `layers` in `layout` and the `others` (biases, norms, embeddings) as they are, into the new folder `out`;
+    tokenizer and generation settings come from the folder `beside`.
+
+    Raises ConfigError for an unknown layout or a folder that holds something; CheckpointError for a layer that the
+    layout cannot hold, by name.
+    """
+    if layout not in WRITERS:
+        raise ConfigError(f"--format {layout}: use one of {', '.join(WRITERS)}")
+    check_new(out)
+    tensors = dict(others)
+    for name, weight in layers.items():
+        try:
+            held = WRITERS[layout].encode(weight, scheme)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+        tensors.update({f"{name}.{key}": value.contiguous() for key, value in held.items()})
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
+        _save(Path(partial), tensors)
+        said = {**config, "quantization_config": WRITERS[layout].describe(scheme)}
+        (Path(partial) / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        if beside is not None:
+            _copy(beside, Path(partial))
+        for file in Path(partial).iterdir():
+            file.chmod(0o644)
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+        Path(partial).mkdir()  # for TemporaryDirectory to remove
+    out.chmod(0o755)
+
+
+def check_new(out: Path) -> None:
+    """Raise ConfigError unless `out` is a new or empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--out {out}: already holds something; name a new folder, or remove it first")
+
+
+def _copy(source: Path, out: Path) -> None:
+    for pattern in _BESIDE:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+
+
+def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
