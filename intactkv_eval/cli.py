@@ -4,6 +4,7 @@ Heavy imports wait for the command that needs them: `intactkv --help` and `intac
 """
 
 import sys
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 
 from intactkv_eval import __version__
 from intactkv_eval.config import weight_spec
-from intactkv_eval.errors import IntactKVError
+from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.tables import markdown
@@ -25,6 +26,14 @@ app = typer.Typer(
     add_completion=False,
 )
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+class Bench(str, Enum):
+    """What `intactkv bench` measures."""
+
+    scoring = "scoring"
+    decode = "decode"
+    loading = "loading"
 
 
 def _late(module: str, name: str) -> Any:
@@ -120,12 +129,23 @@ def report(
 
 @app.command()
 def bench(
+    what: Annotated[Bench, typer.Argument(help="What to measure.")] = Bench.scoring,
     model: Annotated[str | None, typer.Option(help="A folder or hub id; the demo's model if none.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch, for all alike.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch when scoring, for all alike.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 3,
 ) -> None:
-    """Time log-likelihood scoring against lm_eval's own hf in one run; a ratio is shown only if the answers agree."""
-    typer.echo(_late("bench", "scoring")(model, batch_size, repeats))
+    """Measure against lm_eval's own hf in one run; a ratio is shown only if the answers agree.
+
+    scoring: log-likelihoods. decode: tokens a second on packed weights. loading: peak memory of a packed checkpoint.
+    """
+    if what is Bench.loading:
+        if model is None:
+            raise ConfigError("bench loading: name the packed checkpoint's folder with --model")
+        typer.echo(_late("bench.loading", "loading")(Path(model)))
+    elif what is Bench.decode:
+        typer.echo(_late("bench.decode", "decode")(model, repeats))
+    else:
+        typer.echo(_late("bench.scoring", "scoring")(model, batch_size, repeats))
 
 
 @app.command()

@@ -34,12 +34,16 @@ class ModelSpec(Spec):
 
 
 class WeightSpec(Spec):
-    """How the linear layers of the decoder are quantized. group_size -1 is one scale per output channel."""
+    """How the linear layers of the decoder are quantized. group_size -1 is one scale per output channel.
 
-    method: Literal["none", "rtn"] = "none"
+    search: llm-awq's search result, whose scales and clips are applied before rounding (method `awq`).
+    """
+
+    method: Literal["none", "rtn", "awq"] = "none"
     bits: Literal[2, 3, 4, 8] | None = None
     group_size: int | None = None
     symmetric: bool = False
+    search: str | None = None
 
     @field_validator("group_size")
     @classmethod
@@ -104,6 +108,8 @@ class CellSpec(Spec):
     def _quantized_whole(self) -> "CellSpec":
         if self.weights.method != "none" and self.weights.bits is None:
             raise ValueError(f"weights={self.weights.method} needs bits=2, 3, 4 or 8")
+        if (self.weights.method == "awq") != (self.weights.search is not None):
+            raise ValueError("weights=awq needs awq_search=FILE.pt (llm-awq's search result); nothing else takes it")
         return self
 
 
@@ -117,6 +123,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "bits": ("weights", "bits"),
     "group_size": ("weights", "group_size"),
     "symmetric": ("weights", "symmetric"),
+    "awq_search": ("weights", "search"),
     "kv_bits": ("kv", "bits"),
     "kv_scheme": ("kv", "scheme"),
     "kv_keep": ("kv", "keep"),
@@ -219,7 +226,7 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 # A key that is given explicitly takes with it what the file said about the choice it replaces.
 _REPLACES = {
-    "weights": ("bits", "group_size", "symmetric"),
+    "weights": ("bits", "group_size", "symmetric", "awq_search"),
     "kv_bits": ("kv_scheme", "kv_keep"),
     "pivot": ("intact", "reference"),
 }
@@ -240,15 +247,13 @@ def _means_something(key: str, value: Any) -> bool:
 
 def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
     if flat.get("weights", "none") == "none":
-        idle = [key for key in ("bits", "group_size", "symmetric") if key in flat]
+        idle = [key for key in ("bits", "group_size", "symmetric", "awq_search") if key in flat]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
     if str(flat.get("kv_bits", 16)) == "16":
         idle = [key for key in ("kv_scheme", "kv_keep") if key in flat]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
-    if flat.get("weights", "none") == "none" and flat.get("backend", "auto") != "auto":
-        raise ConfigError(f"backend={flat['backend']}: does nothing without quantized weights; drop it")
     if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):
         raise ConfigError("reference: does nothing where the pivot's KV comes from a file; drop one of the two")
     if not flat.get("intact", True) and "reference" in flat:

@@ -3,6 +3,7 @@
 Knows models and cells; no lm_eval.
 """
 
+import copy
 import gc
 import logging
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import backends_of
 from intactkv_eval.model.load import quantized_model
@@ -29,10 +31,13 @@ from intactkv_eval.pivot.capture import (
 )
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
+from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
 from intactkv_eval.quantize.rtn import quantize_rtn
 
 logger = logging.getLogger(__name__)
 
+IN_MEMORY = "in-memory"
+"""What stands for the name of a model that was given loaded."""
 Loader = Callable[[str, str], PreTrainedModel]
 """(name or folder, revision) -> the model on its devices."""
 
@@ -44,6 +49,7 @@ class Built(NamedTuple):
     source_hash: str
     quantization: dict[str, Any] | None
     backends: dict[str, int]
+    basis_residual: float | None = None
 
 
 def build(
@@ -69,23 +75,40 @@ def build(
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
+    search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
+    residual = None
     if pivot is not None:
         _check_belongs(pivot, model, cell, quantization)
-    elif cell.pivot.intact:
-        pivot = _captured(model, cell.model.pretrained, cell, token_ids)
+        if quantization is not None and "bits" in quantization:
+            method, checkpoint = quantization["method"], cell.model.pretrained
+            pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
     source_hash = weight_hash([*model.named_parameters(), *model.named_buffers()])
+    if search is not None:
+        if pivot is not None:
+            raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
+        model = copy.deepcopy(model) if cell.model.pretrained == IN_MEMORY else model
+        apply_scales(model, search)
+    if cell.pivot.intact and pivot is None:
+        pivot = _captured(model, cell.model.pretrained, cell, token_ids, search)
     if cell.weights.method != "none":
-        model = quantize(model, cell.weights, cell.backend)
+        model = quantize(model, cell.weights, cell.backend, search)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
-    return Built(pivoted, source_hash, quantization, backends_of(model))
+    return Built(pivoted, source_hash, quantization, backends_of(model), residual)
 
 
-def quantize(model: PreTrainedModel, weights: WeightSpec, backend: str = "auto") -> PreTrainedModel:
-    """`model` with its decoder's linear layers quantized as `weights` says; `model` itself is unchanged."""
+def quantize(
+    model: PreTrainedModel, weights: WeightSpec, backend: str = "auto", search: AWQSearch | None = None
+) -> PreTrainedModel:
+    """`model` with its decoder's linear layers quantized as `weights` says; `model` itself is unchanged.
+
+    `search`: whose clips are applied first; its scales must be in `model` already.
+    """
     if weights.bits is None or weights.group_size is None:
         raise ConfigError("quantized weights need bits and group_size")
-    bits, size = weights.bits, weights.group_size
-    return quantized_model(model, lambda w, name: quantize_rtn(w, bits, size, weights.symmetric, name), backend)
+    bits, size, clips = weights.bits, weights.group_size, search.clips if search else {}
+    return quantized_model(
+        model, lambda w, name: quantize_rtn(clipped(w, clips.get(name)), bits, size, weights.symmetric, name), backend
+    )
 
 
 def _from_file(cell: CellSpec) -> PivotKV | None:
@@ -110,10 +133,15 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
     return pivot
 
 
-def _captured(model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tuple[int, ...]) -> PivotKV:
+def _captured(
+    model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tuple[int, ...], search: AWQSearch | None = None
+) -> PivotKV:
     revision = "main" if name == cell.model.reference else cell.model.revision
     identity = store.source_identity(name, revision) if isinstance(name, str) else None
     fingerprint = fingerprint_of(model, revision)
+    if search is not None:
+        identity = identity and f"{identity} awq_search {search.digest}"
+        fingerprint = fingerprint.model_copy(update={"basis": f"awq-search:{search.digest}"})
     kept = store.find(identity, cell.model.dtype, token_ids)
     if kept is not None and kept.fingerprint == fingerprint:
         return kept
@@ -124,6 +152,9 @@ def _captured(model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tupl
 
 def _check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_pivot: bool) -> None:
     """A checkpoint that is quantized already is no source of a full-precision pivot, and is not quantized again."""
+    packed = quantization is not None and "bits" in quantization
+    if cell.backend != "auto" and cell.weights.method == "none" and not packed:
+        raise ConfigError(f"backend={cell.backend}: does nothing without quantized weights; drop it")
     if quantization is None:
         return
     method = quantization["method"]

@@ -22,7 +22,7 @@ from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
-from intactkv_eval.harness.build import Built, build
+from intactkv_eval.harness.build import IN_MEMORY, Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
@@ -53,7 +53,7 @@ class IntactKVLM(HFLM):
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
         check_hf_arguments(arguments)
         loaded = pretrained if isinstance(pretrained, PreTrainedModel) else None
-        own["pretrained"] = "in-memory" if loaded is not None else pretrained
+        own["pretrained"] = IN_MEMORY if loaded is not None else pretrained
         self.cell = cell_from_args(own)
         self.hf_arguments = {key: value for key, value in arguments.items() if value is not None}
         if self.hf_arguments.get("peft") and self.cell.weights.method != "none":

@@ -4,7 +4,9 @@ At no time is more of the checkpoint in memory than what is built of it and one 
 """
 
 import copy
+import ctypes
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +57,11 @@ def packed_model(
         raise CheckpointError(f"{checkpoint.folder}: no layer holds {layout.main}, though its config says quantized")
     if any(layer is model.get_output_embeddings() for layer in packed.values()):
         model.config.tie_word_embeddings = False  # packed codes are no embedding matrix
+    _assign(model, names, places)  # the embeddings first: read and copied they need room that layers will take
     for name, layer in packed.items():
         swap(model, name, _read_layer(names, layout, name, layer, model.dtype, backend, places.of(name)))
-    _assign(model, names, places)
+        _give_back_freed_memory()
+    _check_whole(model, names)
     model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta and buffer.device != places.of(name):
@@ -72,6 +76,13 @@ def packed_model(
     return model
 
 
+def _give_back_freed_memory() -> None:
+    """glibc keeps what the temporaries of each layer leave between them: twice the model, after hundreds of layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class _Names:
     """The checkpoint's tensors by the model's names: some checkpoints leave the base model's prefix out, or add it."""
 
@@ -80,14 +91,13 @@ class _Names:
         prefix = f"{model.base_model_prefix}."
         modules = {name for name, _ in model.named_modules()}
         self._stored: dict[str, str] = {}
-        self.taken: set[str] = set()
         for stored in sorted(checkpoint.names):
             asked = (stored, prefix + stored, stored.removeprefix(prefix))
             name = next((one for one in asked if one.rpartition(".")[0] in modules), stored)
             self._stored[name] = stored
 
     @property
-    def all(self) -> frozenset[str]:
+    def unread(self) -> frozenset[str]:
         return frozenset(self._stored)
 
     def has(self, name: str) -> bool:
@@ -96,7 +106,6 @@ class _Names:
     def take(self, wanted: list[str]) -> dict[str, Tensor]:
         """Read these tensors, each once: what is never taken has no place."""
         stored = {name: self._stored.pop(name) for name in wanted}
-        self.taken |= set(wanted)
         found = self.checkpoint.read(stored.values())
         return {name: found[key] for name, key in stored.items()}
 
@@ -177,17 +186,20 @@ def _read_layer(
 def _assign(model: PreTrainedModel, names: _Names, places: _Places) -> None:
     """Everything that is not packed: embeddings, norms, layers left in full precision."""
     wanted = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    for name in sorted(wanted & names.all):
+    for name in sorted(wanted & names.unread):
         (value,) = names.take([name]).values()
         expected = model.get_parameter_or_buffer(name)
         if value.shape != expected.shape:
             raise CheckpointError(f"{name}: expected shape {tuple(expected.shape)}, found {tuple(value.shape)}")
         value = value.to(expected.dtype) if value.is_floating_point() else value
         set_module_tensor_to_device(model, name, places.of(name), value=value)
+
+
+def _check_whole(model: PreTrainedModel, names: _Names) -> None:
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    missing = sorted(wanted - names.taken - tied)
+    missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in tied)
     ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
-    left = [name for name in sorted(names.all) if not any(re.search(pattern, name) for pattern in ignored)]
+    left = [name for name in sorted(names.unread) if not any(re.search(pattern, name) for pattern in ignored)]
     left = [name for name in left if name not in tied]
     if missing or left:
         raise CheckpointError(

@@ -101,9 +101,9 @@ class PivotKV:
         worst = max((abs(one - other) / max(abs(one), _TINY) for one, other in pairs), default=float("inf"))
         if worst > _ROUNDING:
             raise PivotError(
-                f"this PivotKV was captured from {self.fingerprint.model}, whose embeddings are not this model's: they "
-                f"differ by {worst:.2g} of their size (rounding to 16 bits: at most {_ROUNDING:.2g}). Capture it from "
-                "the full-precision model that was quantized: reference=..., or intactkv capture"
+                f"this PivotKV was captured from {self.fingerprint.model} and does not belong to this model: their "
+                f"embeddings differ by {worst:.2g} of their size (rounding to 16 bits: at most {_ROUNDING:.2g}). "
+                "Capture it from the full-precision model that was quantized: reference=..., or intactkv capture"
             )
 
     def save(self, path: Path) -> None:

@@ -49,15 +49,16 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
 def _pack_plane(values: Tensor, width: int) -> Tensor:
     rows, columns = values.shape
     per_word = WORD_BITS // width
-    padded = values.new_zeros(rows, plane_words(columns, width) * per_word, dtype=torch.int64)
-    padded[:, :columns] = values
-    shifts = torch.arange(per_word, device=values.device) * width
-    words = (padded.view(rows, -1, per_word) << shifts).sum(dim=-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = torch.zeros(rows, plane_words(columns, width), dtype=torch.int32, device=values.device)
+    for place in range(min(per_word, columns)):
+        part = values[:, place::per_word]
+        words[:, : part.shape[1]] |= part.to(torch.int32) << (place * width)
+    return words
 
 
 def _unpack_plane(words: Tensor, width: int, columns: int) -> Tensor:
     per_word = WORD_BITS // width
-    shifts = torch.arange(per_word, device=words.device, dtype=torch.int32) * width
-    values: Tensor = (words.unsqueeze(-1) >> shifts) & (2**width - 1)
-    return values.reshape(words.shape[0], -1)[:, :columns].to(torch.uint8)
+    values = torch.empty(words.shape[0], words.shape[1], per_word, dtype=torch.uint8, device=words.device)
+    for place in range(per_word):
+        values[:, :, place] = (words >> (place * width)) & (2**width - 1)
+    return values.view(words.shape[0], -1)[:, :columns]

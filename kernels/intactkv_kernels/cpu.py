@@ -134,7 +134,7 @@ def container_block() -> int | None:
 
 
 def _container(codes: Tensor, spare: int) -> Tensor:
-    parts = F.pad(codes, (0, 0, 0, spare)).chunk(max(1, len(codes) // 4096))
+    parts = F.pad(codes, (0, 0, 0, spare)).view(-1, OUTPUTS, codes.shape[1])
     pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
     return torch.cat([pack(part.int(), 1) for part in parts])
 

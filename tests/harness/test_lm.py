@@ -131,7 +131,9 @@ def test_simple_evaluate_records_the_cell(saved_llama):
         bootstrap_iters=1,
     )
     record = found["config"]["intactkv"]
-    assert record["cell"]["weights"] == {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False}
+    expected = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False, "search": None}
+    assert record["cell"]["weights"] == expected
+    assert record["backends"] == {"dense": 21}
     assert record["cell"]["pivot"]["intact"] is False
     assert record["pivot_tokens"] == [BOS]
     assert record["pivot_fingerprint"] is None

@@ -31,7 +31,7 @@ def test_every_linear_of_the_layers_and_nothing_else(model):
 def test_output_is_the_model_with_dequantized_weights(model, dtype):
     """Against the other way to simulate: the same model with its matrices overwritten."""
     model = model.to(dtype)
-    made = quantize(model, SPEC)
+    made = quantize(model, SPEC, "dense")
     with torch.no_grad():
         for name, layer in linear_layers(model).items():
             dense = made.get_submodule(name).quantized_weight().dequantize(dtype)

@@ -172,7 +172,7 @@ def test_a_quantized_checkpoint_is_compared_with_its_reference(tmp_path):
     assert compare(runs[2], "ppl_x", runs).recovered == pytest.approx(
         (exp(3.5575) - exp(3.3)) / (exp(3.5575) - exp(3.05))
     )
-    assert "gptq checkpoint" in markdown(runs)
+    assert "gptq w4g128 sym act-order" in markdown(runs)
 
 
 def test_an_exact_pairing_says_so(folder):

@@ -1,0 +1,84 @@
+"""Which tensors of a packed checkpoint and of its reference tell the basis of V, in the architectures that AWQ scales.
+
+The reference's are read from its files, one layer at a time: the model need not be loaded for it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv_eval.errors import PivotError
+from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.structure import decoder_layers
+from intactkv_eval.pivot.basis import check_residuals, recover, to_basis
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+
+
+class _Names(NamedTuple):
+    norm: str
+    value: str
+    output: str
+
+
+# GPTQ leaves the weights where they are; AWQ, also inside of compressed-tensors, may not.
+_MAY_BE_SCALED = {"awq", "compressed-tensors"}
+_LAYERS = (
+    _Names("input_layernorm", "self_attn.v_proj", "self_attn.o_proj"),  # Llama, Mistral, Qwen, Gemma
+    _Names("self_attn_layer_norm", "self_attn.v_proj", "self_attn.out_proj"),  # OPT
+)
+
+
+def in_basis_of(
+    pivot: PivotKV, model: PreTrainedModel, method: str, checkpoint: str, reference: str | None
+) -> tuple[PivotKV, float | None]:
+    """`pivot`, captured from `reference`, in the basis of the packed `model`; and the worst residual.
+
+    Raises PivotError where it cannot be told (no reference, an architecture that is not known) though the format may
+    hold scaled values, or where the residual says that the checkpoint is of another model.
+    """
+    prefix, layers = decoder_layers(model)
+    names = next((names for names in _LAYERS if _fits(layers[0], names)), None)
+    if method not in _MAY_BE_SCALED and (reference is None or names is None):
+        return pivot, None
+    if reference is None:
+        raise PivotError(
+            f"{checkpoint} ({method}) may have V scaled: name the full-precision model with reference=..., so that the "
+            "scale can be recovered; a PivotKV file alone does not tell it"
+        )
+    if names is None:
+        raise PivotError(f"{type(model).__name__}: it is not known where AWQ folds scales into V in this architecture")
+    source = Checkpoint(checkpoint_folder(reference, "main"))
+    gemma = 1 if "gemma" in model.config.model_type else 0  # Gemma's norms multiply by 1 + weight
+    found = []
+    for index, layer in enumerate(layers):
+        value, output = (layer.get_submodule(name) for name in (names.value, names.output))
+        wanted = [f"{prefix}.{index}.{names.value}.weight", f"{prefix}.{index}.{names.norm}.weight"]
+        full, norm_full = _read(source, wanted, model.base_model_prefix)
+        norm = layer.get_parameter(f"{names.norm}.weight").detach().cpu()
+        folded = (value.in_features, value.out_features) == (output.in_features, output.out_features)
+        found.append(recover(_matrix(value), full, norm_full.float() + gemma, norm.float() + gemma, folded))
+    worst = check_residuals(found, checkpoint, reference)
+    return to_basis(pivot, [layer.ratio for layer in found]), worst
+
+
+def _matrix(layer: torch.nn.Module) -> Tensor:
+    if isinstance(layer, QuantizedLinear):
+        return layer.quantized_weight().dequantize(torch.float32).cpu()
+    return layer.get_parameter("weight").detach().cpu()
+
+
+def _fits(layer: torch.nn.Module, names: _Names) -> bool:
+    held = {name for name, _ in layer.named_modules()}
+    return set(names) <= held
+
+
+def _read(source: Checkpoint, wanted: list[str], prefix: str) -> list[Tensor]:
+    stored = [name if name in source.names else name.removeprefix(f"{prefix}.") for name in wanted]
+    absent = [name for name in stored if name not in source.names]
+    if absent:
+        raise PivotError(f"reference {source.folder}: holds no tensor {absent[0]}: it is not of this architecture")
+    found = source.read(stored)
+    return [found[name] for name in stored]
