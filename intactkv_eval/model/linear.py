@@ -45,7 +45,8 @@ class QuantizedLinear(nn.Module):
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
         self.kernel = build_layer(self.backend, parts, self.compute_dtype)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._run = self.kernel.forward  # no hooks inside: a module's own call costs as much as a small product
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
     def weight(self) -> Tensor:
@@ -65,7 +66,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
-        y: Tensor = self.kernel(x, self.bias)
+        y: Tensor = self._run(x, self._parameters["bias"])
         return y
 
     def extra_repr(self) -> str:

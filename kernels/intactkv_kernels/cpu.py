@@ -10,7 +10,7 @@ The containers lie as torch lays them out for this processor's vector width; `co
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from intactkv_kernels.native import library
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that torch's operator knows
 OUTPUTS = 64  # outputs are padded to whole blocks of the widest layout
-TILE = 256  # outputs that are dequantized at once: the tile stays in the cache until it is multiplied
+TILE = 512  # outputs that are dequantized at once: the tile stays in the cache until it is multiplied
 SHIFT = {2: 6, 3: 4, 4: 0, 8: 0}  # what is added to a code, so that the middle of its range lies at 8
 # Measured (docs/kernels.md): up to this many rows the operator is faster than a dequantized tile; with and without cc.
-FEW_ROWS = {True: 24, False: 64}
+FEW_ROWS = {True: 32, False: 256}
+
+_INT4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # (x, container, group, table)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,16 @@ class PackedWeight:
     group_size: int
     in_features: int
     out_features: int
+
+    @cached_property
+    def operator_group(self) -> int:
+        """The group size that the operator is called with."""
+        return self.in_features // self.table.shape[0]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """One container, inputs in order, no padding of the outputs."""
+        return len(self.containers) == 1 and self.order is None and self.out_features == self.scales.shape[1]
 
 
 def why_not(bits: int, group_size: int, in_features: int) -> str | None:
@@ -95,10 +107,15 @@ def prepare(
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., I] -> y [..., O] in the dtype of x."""
     rows = x.reshape(-1, weight.in_features)
+    if weight.is_plain and x.dtype is torch.bfloat16 and rows.shape[0] <= FEW_ROWS[True]:
+        # The common case of decoding, with as little of Python in it as can be.
+        product: Tensor = _INT4(rows.contiguous(), weight.containers[0], weight.operator_group, weight.table)
+        product = product if bias is None else product + bias
+        return product.view(*x.shape[:-1], weight.out_features)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
     if x.dtype is torch.bfloat16 and len(rows) <= FEW_ROWS[library() is not None]:
-        y = _operator(rows.contiguous(), weight)
+        y = _operator(rows, weight)
     else:
         y = _multiplied(rows, weight)
     if weight.out_features != y.shape[1]:
@@ -140,15 +157,14 @@ def _container(codes: Tensor, spare: int) -> Tensor:
 
 
 def _operator(rows: Tensor, weight: PackedWeight) -> Tensor:
-    size = weight.in_features // weight.table.shape[0]
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    size, rows = weight.operator_group, rows.contiguous()
     if len(weight.containers) == 1:
-        only: Tensor = multiply(rows, weight.containers[0], size, weight.table)
+        only: Tensor = _INT4(rows, weight.containers[0], size, weight.table)
         return only
     step, shift = weight.table.unbind(-1)
     low = torch.stack((step, torch.zeros_like(step)), dim=-1)
     high = torch.stack((step * 16, shift), dim=-1)
-    both: Tensor = multiply(rows, weight.containers[0], size, low) + multiply(rows, weight.containers[1], size, high)
+    both: Tensor = _INT4(rows, weight.containers[0], size, low) + _INT4(rows, weight.containers[1], size, high)
     return both
 
 

@@ -79,7 +79,8 @@ def add(case, bits, desc_act, zeros, group_size=32, width=64, height=32, bias=Fa
     layer = kind(bits, group_size, width, height, bias=bias)
     layer.pack(linear, scales.clone(), zero.clone(), g_idx.clone())
     packed = {name: t.clone().contiguous() for name, t in layer.state_dict().items()}
-    assert packed["scales"].dtype == torch.float16 and torch.equal(packed["g_idx"], g_idx), case
+    assert packed["scales"].dtype == torch.float16, case
+    assert torch.equal(packed["g_idx"], g_idx), case
     name = kind.__module__.rsplit(".", 1)[1]
     cases[case] = {
         "bits": bits, "group_size": group_size, "desc_act": desc_act, "sym": zeros == "sym", "in_features": width,
