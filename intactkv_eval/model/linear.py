@@ -42,9 +42,9 @@ class QuantizedLinear(nn.Module):
         parts = _parts_of(weight)
         try:
             self.backend = choose_backend(backend, parts, self.compute_dtype)
-        except ValueError as error:
+            self.kernel = build_layer(self.backend, parts, self.compute_dtype)
+        except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"{name}: {error}") from None
-        self.kernel = build_layer(self.backend, parts, self.compute_dtype)
         self._run = self.kernel.forward  # no hooks inside: a module's own call costs as much as a small product
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 

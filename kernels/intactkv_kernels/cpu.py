@@ -8,6 +8,7 @@ multiplied by tiles dequantized exactly, (code - zero) * scale in fp32, rounded 
 The containers lie as torch lays them out for this processor's vector width; `container_block` finds out how.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -25,6 +26,7 @@ SHIFT = {2: 6, 3: 4, 4: 0, 8: 0}  # what is added to a code, so that the middle 
 # Measured (docs/kernels.md): up to this many rows the operator is faster than a dequantized tile; with and without cc.
 FEW_ROWS = {True: 32, False: 256}
 
+_SCRATCH = threading.local()
 _INT4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # (x, container, group, table)
 
 
@@ -176,11 +178,11 @@ def _multiplied(rows: Tensor, weight: PackedWeight) -> Tensor:
 
 
 def _tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first output, the tile [I, up to TILE] in `dtype`), in order. A tile is overwritten by the next."""
+    """(first output, the tile [I, up to TILE] in `dtype`), in order. A tile is overwritten by the thread's next."""
     outputs = weight.scales.shape[1]
     native = library()
     kind = dtype if native is not None and dtype is torch.bfloat16 else torch.float32
-    room = torch.empty(weight.in_features * TILE, dtype=kind)
+    room = _room(weight.in_features * TILE, kind)
     for start in range(0, outputs, TILE):
         width = min(TILE, outputs - start)
         scales = weight.scales[:, start : start + width].float().contiguous()
@@ -198,6 +200,15 @@ def _tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tens
                 weight.in_features, weight.group_size, width, container_block(), out.data_ptr(),
             )  # fmt: skip
         yield start, out.to(dtype)
+
+
+def _room(count: int, dtype: torch.dtype) -> Tensor:
+    """The calling thread's scratch: memory taken anew from the system for every layer costs more than filling it."""
+    held: Tensor | None = getattr(_SCRATCH, str(dtype), None)
+    if held is None or held.numel() < count:
+        held = torch.empty(count, dtype=dtype)
+        setattr(_SCRATCH, str(dtype), held)
+    return held[:count]
 
 
 def _codes_tile(weight: PackedWeight, start: int, width: int) -> Tensor:

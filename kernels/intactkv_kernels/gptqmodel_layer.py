@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from intactkv_kernels.parts import Parts, dequantized
 
+_WORST = 2e-2  # relative, in 16 bits
+
 
 class GPTQModelLinear(nn.Module):
     """A linear layer of GPTQModel's. The weight's own tensors are kept beside it: its kernels repack theirs."""
@@ -20,11 +22,24 @@ class GPTQModelLinear(nn.Module):
         super().__init__()
         self._parts = parts
         self.kernel = _built(parts, dtype)
+        self._check(dtype)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> y [..., O]."""
         y = cast(Tensor, self.kernel(x))
         return y if bias is None else y + bias
+
+    @torch.inference_mode()
+    def _check(self, dtype: torch.dtype) -> None:
+        """Raise ValueError where the kernel does not compute this weight: one that drops zeros has been seen."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(4, self._parts.in_features, generator=generator).to(self._parts.words.device, dtype)
+        expected = x.double() @ self.matrix(torch.float32).double().t()
+        error = float((self.kernel(x).double() - expected).norm() / expected.norm())
+        if not error < _WORST:
+            raise ValueError(
+                f"gptqmodel's {type(self.kernel).__name__} is off by {error:.2f} of the result; use backend=auto"
+            )
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [O, I]."""
@@ -83,7 +98,13 @@ def _built(parts: Parts, dtype: torch.dtype) -> nn.Module:
         setattr(layer, name, tensor.to(dtype) if name == "scales" else tensor)
     if hasattr(layer, "qzero_format"):
         layer.qzero_format(1 if wants_v1 else 2)
-    layer.post_init()
+    if hasattr(layer, "scratch_space_fixed"):  # ExLlama v2 works in memory that the caller provides
+        from gptqmodel.utils.exllamav2 import ScratchSpace  # noqa: PLC0415
+
+        scratch = ScratchSpace(scratch_bytes=layer.scratch_space_fixed(), dev=parts.words.device)
+        layer.post_init(scratch_space=scratch)
+    else:
+        layer.post_init()
     made: nn.Module = layer.eval()
     return made
 
