@@ -7,7 +7,7 @@ import copy
 import ctypes
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def packed_model(
         raise CheckpointError(f"{checkpoint.folder}: no layer holds {layout.main}, though its config says quantized")
     if any(layer is model.get_output_embeddings() for layer in packed.values()):
         model.config.tie_word_embeddings = False  # packed codes are no embedding matrix
-    _assign(model, names, places)  # the embeddings first: read and copied they need room that layers will take
+    _assign(model, names, places, packed)  # the embeddings first: read and copied they need room that layers will take
     for name, layer in packed.items():
         swap(model, name, _read_layer(names, layout, name, layer, model.dtype, backend, places.of(name)))
         _give_back_freed_memory()
@@ -183,10 +183,10 @@ def _read_layer(
     return QuantizedLinear(weight.to(device), bias, dtype, backend, name)
 
 
-def _assign(model: PreTrainedModel, names: _Names, places: _Places) -> None:
-    """Everything that is not packed: embeddings, norms, layers left in full precision."""
+def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Collection[str]) -> None:
+    """Everything that is not a packed layer's: embeddings, norms, layers left in full precision."""
     wanted = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
-    for name in sorted(wanted & names.unread):
+    for name in sorted(name for name in wanted & names.unread if name.rpartition(".")[0] not in packed):
         (value,) = names.take([name]).values()
         expected = model.get_parameter_or_buffer(name)
         if value.shape != expected.shape:

@@ -86,7 +86,8 @@ def test_tensors(folder, changes, message):
         ({"group_size": 16}, r"qzeros: expected shape \(4, 16\), found \(2, 16\)"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({"quant_method": "awq", "version": "marlin"}, "AWQ version 'marlin'"),
-        ({"quant_method": "awq", "version": "gemm", "bits": 3}, "AWQ with bits 3"),
+        ({"quant_method": "awq", "version": "gemm", "bits": 6}, "bits is 6; supported are 2, 3, 4, 8"),
+        ({"quant_method": "awq", "version": "gemv", "bits": 3}, "layout gemv of 3 bits"),
     ],
 )
 def test_config(folder, said, message):

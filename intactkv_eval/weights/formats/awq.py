@@ -1,13 +1,13 @@
-"""AWQ checkpoints (AutoAWQ, GPTQModel): 4-bit qweight, qzeros, scales; two layouts.
+"""AWQ checkpoints (AutoAWQ, GPTQModel): qweight, qzeros, scales; 4 bits, two layouts.
 
     gemm    qweight [I, O/8]  eight codes of a row a word, in the order 0 2 4 6 1 3 5 7;  qzeros [G, O/8] likewise;
-            scales [G, O]
+            scales [G, O].  GPTQModel's other widths are dense bit streams along the row, in order.
     gemv    qweight [O, I/8]  eight codes a word, in order;  qzeros [O, Z] eight zeros a word, in order, Z the words of
             the groups rounded up to the kernel's width;  scales [O, 8*Z]
     w[o, i] = (code - zero[g]) * scale[g],  g = i // group_size
 
 The scales that AWQ's search found are folded into the norms and layers before: nothing of them is in these tensors.
-Source: AutoAWQ 0.2.9 (WQLinear_GEMM, WQLinear_GEMV, packing_utils), the layout of llm-awq's gemm and gemv kernels.
+Source: AutoAWQ 0.2.9 (WQLinear_GEMM, WQLinear_GEMV, packing_utils); GPTQModel 7.7 (quantization/awq/utils).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
-from intactkv_eval.weights.formats.layer import LayerTensors
+from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -64,8 +64,7 @@ class AWQFormat:
     main: str = "qweight"
 
     def __post_init__(self) -> None:
-        if self._bits() != BITS:
-            raise CheckpointError(f"quantization_config: AWQ with bits {self._bits()!r}; the format knows 4 only")
+        check_config_bits(self._bits(), "quantization_config")
         if self._layout() not in {"gemm", "gemv"}:
             raise CheckpointError(
                 f"quantization_config: AWQ version {self._layout()!r}; read natively are gemm and gemv"
@@ -75,7 +74,7 @@ class AWQFormat:
         """What a run records of it."""
         return {
             "method": NAME,
-            "bits": BITS,
+            "bits": self._bits(),
             "group_size": self._group_size(),
             "symmetric": not self.config.get("zero_point", True),
             "act_order": False,
@@ -88,9 +87,10 @@ class AWQFormat:
         size = inputs if size == -1 else size
         if size < 1 or inputs % size:
             raise CheckpointError(f"{layer.name}: group_size {size} does not divide its {inputs} in_features")
+        bits = check_config_bits(self._bits(), "quantization_config")
         parts = _read_gemm if self._layout() == "gemm" else _read_gemv
-        codes, scales, zeros = parts(layer, size)
-        return QuantizedWeight.from_codes(codes, scales, zeros, BITS, size)
+        codes, scales, zeros = parts(layer, size, bits)
+        return QuantizedWeight.from_codes(codes, scales, zeros, bits, size)
 
     def _bits(self) -> object:
         return self.config.get("bits", self.config.get("w_bit"))
@@ -103,16 +103,21 @@ class AWQFormat:
         return str(said).lower()
 
 
-def _read_gemm(layer: LayerTensors, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    inputs, outputs = layer.in_features, layer.out_features
-    _whole_words(layer, outputs, "out")
-    codes = from_gemm_words(layer.words("qweight", (inputs, outputs // 8)))
-    groups = inputs // size
-    zeros = from_gemm_words(layer.words("qzeros", (groups, outputs // 8)))
+def _read_gemm(layer: LayerTensors, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    inputs, outputs, groups = layer.in_features, layer.out_features, layer.in_features // size
+    if bits == BITS:
+        _whole_words(layer, outputs, "out")
+    width = -(-outputs * bits // 32)
+    codes, zeros = (
+        from_gemm_words(words) if bits == BITS else unpack_stream(words, bits, outputs)
+        for words in (layer.words("qweight", (inputs, width)), layer.words("qzeros", (groups, width)))
+    )
     return codes.t().contiguous(), layer.scales("scales", (groups, outputs)).t(), zeros.t()
 
 
-def _read_gemv(layer: LayerTensors, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _read_gemv(layer: LayerTensors, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    if bits != BITS:
+        raise CheckpointError(f"{layer.name}: layout gemv of {bits} bits; it knows {BITS} only")
     inputs, outputs, groups = layer.in_features, layer.out_features, layer.in_features // size
     _whole_words(layer, inputs, "in")
     codes = unpack_stream(layer.words("qweight", (outputs, inputs // 8)), BITS, inputs)
