@@ -15,6 +15,7 @@ from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
 from intactkv_eval.weights.formats import Format
 
 _NOT_FOR_PACKED = ("quantization_config", "gguf_file", "subfolder", "offload_folder", "low_cpu_mem_usage")
+_OF_HUB = ("cache_dir", "token", "local_files_only", "force_download")
 _OF_CONFIG = ("trust_remote_code", "attn_implementation")
 
 
@@ -54,11 +55,12 @@ class PackedCheckpoint:
         device_map: str | Mapping[str, Any] | None = options.pop("device_map", None)
         max_memory = options.pop("max_memory", None)
         for_config = {key: value for key in _OF_CONFIG if (value := options.pop(key, None)) is not None}
+        for_hub = {key: value for key in _OF_HUB if (value := options.pop(key, None)) is not None}
         idle += [key for key, value in options.items() if value is not None]
         if idle:
             raise CheckpointError(f"{name} is a packed checkpoint, for which {', '.join(idle)} would do nothing")
         return packed_model(
-            Checkpoint(checkpoint_folder(name, revision)),
+            Checkpoint(checkpoint_folder(name, revision, **for_hub)),
             self._layout,
             self._config,
             self._auto_class,

@@ -56,16 +56,16 @@ def quantization_of(folder: Path, config: dict[str, Any] | None) -> dict[str, An
     return None
 
 
-def checkpoint_folder(pretrained: str, revision: str, weights: bool = True) -> Path:
+def checkpoint_folder(pretrained: str, revision: str, weights: bool = True, **hub: Any) -> Path:
     """The folder of a checkpoint: `pretrained` itself, or a snapshot of the hub's (without `weights`: its JSON only).
 
-    Raises CheckpointError where neither is there.
+    `hub` are options of huggingface_hub's snapshot_download. Raises CheckpointError where neither is there.
     """
     if Path(pretrained).is_dir():
         return Path(pretrained)
     patterns = ["*.json", *(["*.safetensors"] if weights else [])]
     try:
-        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(pretrained, revision=revision, allow_patterns=patterns, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{pretrained}: neither a folder nor to be had from the hub ({error})") from None
 
