@@ -102,7 +102,10 @@ def quantize(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
 ) -> None:
-    """Round a model to nearest (RTN) and write a checkpoint that transformers, GPTQModel and vLLM load."""
+    """Round a model to nearest (RTN) and write a checkpoint that transformers, GPTQModel and vLLM load.
+
+    (transformers cannot load asymmetric compressed-tensors, whoever wrote them; vLLM can.)
+    """
     spec = weight_spec("rtn", bits, group_size, symmetric)
     count = _late("harness.quantize_command", "quantize_to_folder")(
         model, out, layout, spec, dtype, revision, trust_remote_code
@@ -131,21 +134,25 @@ def report(
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")] = Bench.scoring,
     model: Annotated[str | None, typer.Option(help="A folder or hub id; the demo's model if none.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a batch when scoring, for all alike.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each; the median counts.")] = 3,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="scoring: rows a batch, for all alike (8).")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each (3); the median counts.")] = None,
 ) -> None:
     """Measure against lm_eval's own hf in one run; a ratio is shown only if the answers agree.
 
     scoring: log-likelihoods. decode: tokens a second on packed weights. loading: peak memory of a packed checkpoint.
     """
+    if batch_size is not None and what is not Bench.scoring:
+        raise ConfigError(f"--batch-size: does nothing for bench {what.value}")
+    if repeats is not None and what is Bench.loading:
+        raise ConfigError("--repeats: does nothing for bench loading, whose peak is the same each time")
     if what is Bench.loading:
         if model is None:
             raise ConfigError("bench loading: name the packed checkpoint's folder with --model")
         typer.echo(_late("bench.loading", "loading")(Path(model)))
     elif what is Bench.decode:
-        typer.echo(_late("bench.decode", "decode")(model, repeats))
+        typer.echo(_late("bench.decode", "decode")(model, repeats or 3))
     else:
-        typer.echo(_late("bench.scoring", "scoring")(model, batch_size, repeats))
+        typer.echo(_late("bench.scoring", "scoring")(model, batch_size or 8, repeats or 3))
 
 
 @app.command()

@@ -226,7 +226,7 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 # A key that is given explicitly takes with it what the file said about the choice it replaces.
 _REPLACES = {
-    "weights": ("bits", "group_size", "symmetric", "awq_search"),
+    "weights": ("bits", "group_size", "symmetric", "awq_search", "backend"),
     "kv_bits": ("kv_scheme", "kv_keep"),
     "pivot": ("intact", "reference"),
 }

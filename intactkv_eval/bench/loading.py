@@ -40,7 +40,7 @@ def loading(folder: Path, backend: str = "auto") -> str:
         [sys.executable, "-c", _PROGRAM, str(folder), backend], check=False, capture_output=True, text=True
     )
     if done.returncode:
-        raise CheckpointError(f"{folder}: cannot be loaded: {done.stderr.strip().splitlines()[-1]}")
+        raise CheckpointError(f"{folder}: cannot be loaded: {(done.stderr.strip() or 'killed').splitlines()[-1]}")
     before, after, embedding = json.loads(done.stdout.splitlines()[-1])
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors") if "dequantized" not in file.name)
     bound = 1.2 * size + embedding

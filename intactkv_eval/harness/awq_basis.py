@@ -3,18 +3,21 @@
 The reference's are read from its files, one layer at a time: the model need not be loaded for it.
 """
 
+import logging
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.errors import PivotError
+from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.basis import check_residuals, recover, to_basis
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+
+logger = logging.getLogger(__name__)
 
 
 class _Names(NamedTuple):
@@ -50,15 +53,24 @@ def in_basis_of(
         )
     if names is None:
         raise PivotError(f"{type(model).__name__}: it is not known where AWQ folds scales into V in this architecture")
-    source = Checkpoint(checkpoint_folder(reference, "main"))
-    gemma = 1 if "gemma" in model.config.model_type else 0  # Gemma's norms multiply by 1 + weight
+    may_be_scaled = method in _MAY_BE_SCALED
+    try:
+        source = Checkpoint(checkpoint_folder(reference, "main"))
+    except CheckpointError as error:
+        if may_be_scaled:
+            raise
+        logger.warning("%s is not compared with reference=%s: %s", checkpoint, reference, error)
+        return pivot, None
+    kind = model.config.model_type
+    gemma = 1 if "gemma" in kind and "gemma3n" not in kind else 0  # Gemma's norms multiply by 1 + weight
     found = []
     for index, layer in enumerate(layers):
         value, output = (layer.get_submodule(name) for name in (names.value, names.output))
         wanted = [f"{prefix}.{index}.{names.value}.weight", f"{prefix}.{index}.{names.norm}.weight"]
         full, norm_full = _read(source, wanted, model.base_model_prefix)
         norm = layer.get_parameter(f"{names.norm}.weight").detach().cpu()
-        folded = (value.in_features, value.out_features) == (output.in_features, output.out_features)
+        alike = (value.in_features, value.out_features) == (output.in_features, output.out_features)
+        folded = may_be_scaled and alike
         found.append(recover(_matrix(value), full, norm_full.float() + gemma, norm.float() + gemma, folded))
     worst = check_residuals(found, checkpoint, reference)
     return to_basis(pivot, [layer.ratio for layer in found]), worst

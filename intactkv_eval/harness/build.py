@@ -5,6 +5,7 @@ Knows models and cells; no lm_eval.
 
 import copy
 import gc
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.model.linear import backends_of
+from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
@@ -50,14 +51,21 @@ class Built(NamedTuple):
     quantization: dict[str, Any] | None
     backends: dict[str, int]
     basis_residual: float | None = None
+    search_digest: str | None = None
 
 
 def build(
-    cell: CellSpec, config: PretrainedConfig, tokenizer: Any, load: Loader, quantization: dict[str, Any] | None = None
+    cell: CellSpec,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    load: Loader,
+    quantization: dict[str, Any] | None = None,
+    changed: bool = False,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
-    `quantization` is what the checkpoint says of its own, None for one in full precision.
+    `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
+    what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -82,18 +90,30 @@ def build(
         if quantization is not None and "bits" in quantization:
             method, checkpoint = quantization["method"], cell.model.pretrained
             pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
-    source_hash = weight_hash([*model.named_parameters(), *model.named_buffers()])
+    source_hash = _source_hash(model)
     if search is not None:
         if pivot is not None:
             raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
         model = copy.deepcopy(model) if cell.model.pretrained == IN_MEMORY else model
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
-        pivot = _captured(model, cell.model.pretrained, cell, token_ids, search)
+        pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
     if cell.weights.method != "none":
         model = quantize(model, cell.weights, cell.backend, search)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
-    return Built(pivoted, source_hash, quantization, backends_of(model), residual)
+    digest = search.digest if search else None
+    return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
+
+
+def _source_hash(model: PreTrainedModel) -> str:
+    """Of the weights as they were loaded; of packed layers what they hold, not how a backend lays it out."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    packed = quantized_layers(model)
+    if not packed:
+        return weight_hash(tensors)
+    plain = weight_hash([(name, tensor) for name, tensor in tensors if ".kernel." not in name])
+    parts = [plain, *(f"{name} {layer.digest}" for name, layer in packed.items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def quantize(
@@ -134,10 +154,14 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
 
 
 def _captured(
-    model: PreTrainedModel, name: str, cell: CellSpec, token_ids: tuple[int, ...], search: AWQSearch | None = None
+    model: PreTrainedModel,
+    name: str | None,
+    cell: CellSpec,
+    token_ids: tuple[int, ...],
+    search: AWQSearch | None = None,
 ) -> PivotKV:
     revision = "main" if name == cell.model.reference else cell.model.revision
-    identity = store.source_identity(name, revision) if isinstance(name, str) else None
+    identity = store.source_identity(name, revision) if name is not None else None
     fingerprint = fingerprint_of(model, revision)
     if search is not None:
         identity = identity and f"{identity} awq_search {search.digest}"

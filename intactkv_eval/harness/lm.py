@@ -28,13 +28,14 @@ from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
-from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.scoring import Score, score
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.weights.formats import Format
+from intactkv_kernels.native import library
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class IntactKVLM(HFLM):
         self._longest: int | None = None
         self._warned = False
         self.built: Built | None = None
-        self._quantization: dict[str, Any] | None = None
+        self._quantization = quantization_in_memory(loaded) if loaded is not None else None
         self._layout: Format | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         try:
@@ -102,6 +103,8 @@ class IntactKVLM(HFLM):
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "world_size": self.world_size,
             "versions": versions(),
+            "basis_residual": self.built.basis_residual if self.built else None,
+            "c_kernel": library() is not None if self.built and "cpu" in self.built.backends else None,
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -149,7 +152,8 @@ class IntactKVLM(HFLM):
         return PackedCheckpoint(auto_class, self._layout, self._config, self.cell.backend)
 
     def _build(self, load: Any) -> None:
-        self.built = build(self.cell, self.config, self.tokenizer, load, self._quantization)
+        changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
+        self.built = build(self.cell, self.config, self.tokenizer, load, self._quantization, changed)
         self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.model.linear import backends_of
 from intactkv_eval.weights.checkpoint import checkpoint_folder, quantization_of
 from intactkv_eval.weights.formats import Format, format_of
 
@@ -14,6 +15,14 @@ class Quantization(NamedTuple):
 
     summary: dict[str, Any] | None
     layout: Format | None
+
+
+def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What a loaded model says of its own quantization, or shows by its layers; None for one in full precision."""
+    said = getattr(model.config, "quantization_config", None)
+    if said is not None:
+        return {"method": str((said if isinstance(said, dict) else said.to_dict()).get("quant_method"))}
+    return {"method": "packed layers"} if backends_of(model) else None
 
 
 def read_quantization(pretrained: str, revision: str, config: PretrainedConfig) -> Quantization:

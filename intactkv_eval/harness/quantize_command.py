@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,7 +33,7 @@ def quantize_to_folder(
     if weights.bits is None or weights.group_size is None:
         raise ConfigError("quantize needs --bits and --group-size")
     check_new(out)
-    model = _load(pretrained, dtype, revision, trust_remote_code)
+    model, tokenizer = _load(pretrained, dtype, revision, trust_remote_code)
     layers: dict[str, QuantizedWeight] = {}
     for name, layer in tqdm(linear_layers(model).items(), desc="Quantizing"):
         matrix = matrix_of(layer)
@@ -40,20 +41,22 @@ def quantize_to_folder(
             raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged")
         # fp16 is what the scales of all three formats are read as.
         layers[name] = quantize_rtn(matrix, weights.bits, weights.group_size, weights.symmetric, name, torch.float16)
-    scheme = Scheme(weights.bits, weights.group_size, weights.symmetric, f"intactkv_eval:{__version__} rtn")
+    kept = tuple(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and n not in layers)
+    made_by = f"intactkv_eval:{__version__} rtn"
+    scheme = Scheme(weights.bits, weights.group_size, weights.symmetric, made_by, kept)
     packed = {f"{name}.weight" for name in layers}
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     others = {name: tensor.contiguous() for name, tensor in state.items() if name not in packed | tied}
     model.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as beside:
-        AutoTokenizer.from_pretrained(pretrained, revision=revision).save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
         model.generation_config.save_pretrained(beside)
         export(out, layout, scheme, model.config.to_diff_dict(), layers, others, Path(beside))
     return len(layers)
 
 
-def _load(pretrained: str, dtype: str, revision: str, trust_remote_code: bool) -> PreTrainedModel:
+def _load(pretrained: str, dtype: str, revision: str, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
     if dtype not in {"auto", "float32", "bfloat16", "float16"}:
         raise ConfigError(f"--dtype {dtype}: use auto, float32, bfloat16 or float16")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -61,9 +64,10 @@ def _load(pretrained: str, dtype: str, revision: str, trust_remote_code: bool) -
         config = AutoConfig.from_pretrained(pretrained, **options)
         if read_quantization(pretrained, revision, config).summary is not None:
             raise ConfigError(f"{pretrained} is quantized already: name the full-precision model")
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
         model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(
             pretrained, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{pretrained!r} cannot be loaded: {error}") from error
-    return model
+    return model, tokenizer

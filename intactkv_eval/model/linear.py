@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.bits, self.group_size = weight.bits, weight.group_size
+        self.bits, self.group_size, self.digest = weight.bits, weight.group_size, weight.digest()
         self.compute_dtype = compute_dtype or weight.scales.dtype
         parts = _parts_of(weight)
         try:

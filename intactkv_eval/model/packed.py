@@ -5,6 +5,7 @@ At no time is more of the checkpoint in memory than what is built of it and one 
 
 import copy
 import ctypes
+import logging
 import re
 import sys
 from collections.abc import Collection, Mapping
@@ -24,6 +25,8 @@ from intactkv_eval.model.load import swap, verify
 from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats import Format
 from intactkv_eval.weights.formats.layer import LayerTensors
+
+logger = logging.getLogger(__name__)
 
 # Buffers that older releases saved and that models compute themselves.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$")
@@ -62,7 +65,6 @@ def packed_model(
         swap(model, name, _read_layer(names, layout, name, layer, model.dtype, backend, places.of(name)))
         _give_back_freed_memory()
     _check_whole(model, names)
-    model.tie_weights()
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta and buffer.device != places.of(name):
             set_module_tensor_to_device(model, name, places.of(name))
@@ -118,9 +120,12 @@ class _Places:
         self.all = set(self.table.values())
 
     def of(self, name: str) -> torch.device:
-        while name not in self.table:
-            name = name.rpartition(".")[0]
-        return self.table[name]
+        place = name
+        while place not in self.table:
+            if not place:
+                raise CheckpointError(f"device_map: says nothing of {name}; name every module, or '' for the rest")
+            place = place.rpartition(".")[0]
+        return self.table[place]
 
 
 def _skeleton(
@@ -185,7 +190,8 @@ def _read_layer(
 
 def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Collection[str]) -> None:
     """Everything that is not a packed layer's: embeddings, norms, layers left in full precision."""
-    wanted = {name for name, tensor in model.state_dict().items() if tensor.is_meta}
+    state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
+    wanted = {name for name, tensor in state.items() if tensor.is_meta or name in buffers}
     for name in sorted(name for name in wanted & names.unread if name.rpartition(".")[0] not in packed):
         (value,) = names.take([name]).values()
         expected = model.get_parameter_or_buffer(name)
@@ -193,6 +199,21 @@ def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Coll
             raise CheckpointError(f"{name}: expected shape {tuple(expected.shape)}, found {tuple(value.shape)}")
         value = value.to(expected.dtype) if value.is_floating_point() else value
         set_module_tensor_to_device(model, name, places.of(name), value=value)
+    _tie(model)
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tied tensors are one, whichever of the two names was stored; stored apart and unlike, they stay apart."""
+    pairs: Mapping[str, str] = dict(model.all_tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    for target, source in pairs.items():
+        one, other = model.get_parameter(target), model.get_parameter(source)
+        if other.is_meta and not one.is_meta:
+            set_module_tensor_to_device(model, source, one.device, value=one.detach())
+        elif not one.is_meta and not other.is_meta and not torch.equal(one, other.to(one.device)):
+            logger.warning("%s and %s are stored apart and differ: they are not tied", target, source)
+            model.config.tie_word_embeddings = False
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
 
 
 def _check_whole(model: PreTrainedModel, names: _Names) -> None:

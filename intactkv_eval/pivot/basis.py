@@ -7,7 +7,8 @@ which divides V by t. K is unchanged. So, with W the full-precision v_proj and Q
     s = norm_full / norm_checkpoint (exactly)        Q[o] ~ ratio[o] * (W * s)[o],   ratio = 1 / t, by least squares
     V in the checkpoint's basis = ratio * V          residual = |Q - ratio * (W * s)| / |Q|
 
-The residual is the quantization error where the checkpoint is of this model, and about 1 where it is not.
+The residual is the quantization error where the checkpoint is of this model, and about 1 where it is not. Where nothing
+can have been scaled the ratio is 1: least squares would only add its own error.
 Source: llm-awq and AutoAWQ, their scaling of layers (apply_scale); METHOD of the paper: V is captured after it.
 """
 
@@ -22,11 +23,11 @@ from torch import Tensor
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.kv import PivotKV
 
-# Rounding alone leaves 0.1 (4 bits) to 0.3 (3 bits, small groups clipped); weights of another model about 1.
-WORST_RESIDUAL = 0.5
-# Least squares over a row of hundreds of rounded weights is right to well under this.
-_NOISE = 0.05
+# Rounding alone leaves 0.1 (4 bits), 0.25 (3 bits), 0.6 (2 bits, per channel); weights of another model 1 or more.
+WORST_RESIDUAL = 0.9
 _ROUNDING = 2**-7  # of a norm's weights, stored in 16 bits by the one or the other
+_NOISE = 0.02  # of the median of ratios that are all 1
+_SCALED = 0.3  # beyond it the median of ratios is no rounding's, not even at 2 bits
 
 
 class LayerBasis(NamedTuple):
@@ -39,17 +40,23 @@ class LayerBasis(NamedTuple):
 def recover(quantized: Tensor, full: Tensor, norm_full: Tensor, norm_quantized: Tensor, folded: bool) -> LayerBasis:
     """The basis of V in one layer: dequantized and full-precision v_proj [H*D, I], the weights [I] of the norm before.
 
-    `folded`: v_proj and o_proj have equal shapes, so AWQ scales between them. A ratio that is 1 but for noise is taken
-    for 1 where nothing else was scaled: least squares would only add its own error.
+    `folded`: the format may scale V, and v_proj and o_proj have equal shapes, which is where AWQ does it. Raises
+    PivotError where V is scaled although it should not be.
     """
     scale = norm_full.double() / norm_quantized.double()
-    untouched = not folded or bool((scale - 1).abs().max() < _ROUNDING)
     scaled, found = full.double() * scale, quantized.double()
     energy = scaled.square().sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
     ratio = (found * scaled).sum(dim=1) / energy
-    if untouched and bool((ratio - 1).abs().max() < _NOISE):
-        ratio = torch.ones_like(ratio)
+    away = float((ratio - 1).abs().median())
+    untouched = bool((scale - 1).abs().max() < _ROUNDING) and away < _NOISE
     residual = (found - ratio[:, None] * scaled).norm() / found.norm()
+    if not folded and away > _SCALED and float(residual) < WORST_RESIDUAL:
+        raise PivotError(
+            f"v_proj is scaled by {float(ratio.median()):.2f} against the reference where no known writer scales it: "
+            "the pivot's values cannot be brought into its basis"
+        )
+    if not folded or untouched:
+        ratio = torch.ones_like(ratio)
     return LayerBasis(ratio, float(residual) if torch.isfinite(residual) else float("inf"))
 
 
@@ -81,6 +88,6 @@ def to_basis(pivot: PivotKV, ratios: Sequence[Tensor]) -> PivotKV:
         values.append((value.double() * factor.double()).to(value.dtype))
     if all(bool((ratio == 1).all()) for ratio in ratios):
         return pivot
-    digest = hashlib.sha256(torch.cat([ratio.double().cpu() for ratio in ratios]).numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(torch.cat([ratio.half().cpu() for ratio in ratios]).numpy().tobytes()).hexdigest()
     fingerprint = pivot.fingerprint.model_copy(update={"basis": f"awq:{digest[:16]}"})
     return replace(pivot, values=tuple(values), fingerprint=fingerprint)

@@ -9,12 +9,29 @@ manager (load_index_kv_buffer).
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.kv import PivotKV
+
+
+def _check_fits(pivot: PivotKV, config: dict[str, Any], folder: Path) -> None:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in {"awq", "compressed-tensors"} and pivot.fingerprint.basis == "plain":
+        raise PivotError(
+            f"{folder} is quantized by {method}, which may have V scaled: this pivot is in the full-precision model's "
+            "basis, and would be quietly wrong in it"
+        )
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    found = (len(pivot.keys), pivot.keys[0].shape[0])
+    if found != (config.get("num_hidden_layers"), heads):
+        raise PivotError(
+            f"{folder}: a model of {config.get('num_hidden_layers')} layers and {heads} kv heads; this pivot has "
+            f"{found[0]} and {found[1]}"
+        )
 
 
 def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
@@ -25,6 +42,11 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise PivotError(f"{folder}: no config.json; name the folder of the checkpoint that LightLLM will serve")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        _check_fits(pivot, config, folder)
+    except (ValueError, AttributeError) as error:
+        raise PivotError(f"{file}: cannot be read as a model's config ({error})") from None
     shapes = {tuple(tensor.shape) for tensor in (*pivot.keys, *pivot.values)}
     if len(shapes) != 1:
         raise PivotError(f"LightLLM holds keys and values of one shape; this PivotKV has {sorted(shapes)}")
@@ -38,6 +60,5 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
         buffer = torch.cat((keys[:, :, own], values[:, :, own]), dim=2).contiguous()
         names[f"rank_{rank}"] = name = f"prompt_cache_rank_{rank}.pt"
         write_atomic(folder / name, lambda partial, buffer=buffer: torch.save({"kv_buffer": buffer}, partial))  # type: ignore[misc]
-    config = json.loads(file.read_text(encoding="utf-8"))
     config |= {"prompt_cache_token_ids": list(pivot.token_ids), "prompt_cache_kv_buffer": names}
     write_atomic(file, lambda partial: partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))

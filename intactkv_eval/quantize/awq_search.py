@@ -82,7 +82,8 @@ def _divide(front: nn.Module, name: str, factor: Tensor) -> None:
         raise CheckpointError(
             f"awq_search: {name} ({type(front).__name__}) is neither a norm nor a linear layer that fits"
         )
-    offset = 1 if "gemma" in type(front).__name__.lower() else 0  # Gemma's norms multiply by 1 + weight
+    kind = type(front).__name__.lower()
+    offset = 1 if "gemma" in kind and "gemma3n" not in kind else 0  # Gemma's norms multiply by 1 + weight
     weight.copy_((weight.float() + offset) / factor - offset)
     bias: Any = getattr(front, "bias", None)
     if bias is not None:

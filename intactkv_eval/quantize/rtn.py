@@ -38,7 +38,8 @@ def quantize_rtn(
         spread = high - low
     # A group of zeros has no spread; and a scale must stay a normal number in its dtype, or w / s overflows.
     scale_dtype = scale_dtype or weight.dtype
-    smallest = torch.finfo(scale_dtype).tiny
+    # fp16 is held to 2**-20, where it still has four bits: its normal numbers end within reach of real weights.
+    smallest = 2**-20 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
     scales = (spread / top).clamp(min=smallest).to(scale_dtype)
     steps = scales.to(torch.float32)
     zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)

@@ -22,12 +22,14 @@ class Identity:
     """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from.
 
     checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
+    awq_search: the digest of the search result that was applied.
     """
 
     cell: CellSpec
     hf_arguments: tuple[tuple[str, str], ...] = ()
     source_hash: str | None = None
     checkpoint: str | None = None
+    awq_search: str | None = None
 
     @property
     def is_full_precision(self) -> bool:
@@ -100,6 +102,7 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             hf_arguments=tuple(sorted(asked.items())),
             source_hash=record.get("source_hash"),
             checkpoint=_checkpoint_label(record),
+            awq_search=record.get("awq_search"),
         )
         scores = {score.task: score for score in _scores(path, content, record, leaves)}
         return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)

@@ -107,7 +107,8 @@ def _full_precision(identity: Identity) -> Identity:
     """Nothing quantized. A checkpoint quantized elsewhere is compared with its reference, whose weights are others."""
     baseline = _baseline(identity).cell
     reference = identity.cell.model.reference
-    model = baseline.model.model_copy(update={"pretrained": reference or baseline.model.pretrained})
+    other = {"pretrained": reference, "revision": "main"} if reference else {}
+    model = baseline.model.model_copy(update=other)
     cell = baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
     source = None if reference else identity.source_hash
-    return replace(identity, cell=cell, source_hash=source, checkpoint=None)
+    return replace(identity, cell=cell, source_hash=source, checkpoint=None, awq_search=None)

@@ -7,6 +7,7 @@ Codes are packed (packing.py); zeros are whole numbers in the range of the codes
 None where they are so in the inputs. The last group may be short. Knows no model, no quantizer and no file format.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,15 @@ class QuantizedWeight:
         order = None if self.order is None else self.order.to(device)
         parts = (self.codes.to(device), self.scales.to(device), self.zeros.to(device))
         return QuantizedWeight(*parts, self.bits, self.group_size, self.in_features, order)
+
+    def digest(self) -> str:
+        """SHA-256 over shape and a sample of up to 1024 elements of each tensor: the same wherever it is held."""
+        found = hashlib.sha256(f"{self.bits} {self.group_size} {self.in_features}".encode())
+        for tensor in (self.codes, self.scales, self.zeros, *(() if self.order is None else (self.order,))):
+            flat = tensor.reshape(-1)
+            found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+            found.update(flat[:: max(1, flat.numel() // 1024)][:1024].double().cpu().numpy().tobytes())
+        return found.hexdigest()[:32]
 
     def unpacked(self) -> Tensor:
         """The codes [O, I] (uint8), columns in `order`."""

@@ -206,7 +206,8 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
     """The calling thread's scratch: memory taken anew from the system for every layer costs more than filling it."""
     held: Tensor | None = getattr(_SCRATCH, str(dtype), None)
     if held is None or held.numel() < count:
-        held = torch.empty(count, dtype=dtype)
+        with torch.inference_mode(False):  # scratch of inference mode could not be written outside of it
+            held = torch.empty(count, dtype=dtype)
         setattr(_SCRATCH, str(dtype), held)
     return held[:count]
 

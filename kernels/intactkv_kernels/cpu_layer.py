@@ -30,6 +30,8 @@ class CpuLinear(nn.Module):
         containers = tuple(held[f"container{place}"] for place in range(len(self._weight.containers)))
         if containers[0].device.type != "cpu":
             raise RuntimeError("backend=cpu: its layers run on the CPU only; load the model with device=cpu")
+        if held["table"].dtype is not torch.bfloat16:
+            raise RuntimeError("a packed layer cannot be cast to another dtype: load the model with dtype=...")
         others = {name: held[name] for name in ("table", "scales", "zeros", "order")}
         self._weight = replace(self._weight, containers=containers, **others)
         return self

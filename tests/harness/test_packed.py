@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import build_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
@@ -101,3 +103,63 @@ def test_older_writers_config_beside_the_weights(packed):
     lm = make(packed, pivot="none", dtype="float32")
     assert lm.cell_record()["quantization"]["method"] == "gptq"
     assert torch.isfinite(torch.tensor(scores(lm))).all()
+
+
+def test_identity_is_the_weights_not_their_layout(packed):
+    """A baseline and an intact run of two machines, on two backends, are still runs of one model."""
+    hashes = {make(packed, pivot="none", dtype="bfloat16", backend=name).cell_record()["source_hash"] for name in ("dense", "cpu")}  # fmt: skip
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(("bits", "group"), [("2", "32"), ("3", "-1"), ("2", "-1")])
+def test_coarse_gptq_keeps_the_plain_basis(saved_llama, tmp_path, bits, group):
+    """GPTQ scales nothing: the pivot is not touched, however coarse the codes, nor the checkpoint refused."""
+    out = tmp_path / "coarse"
+    CliRunner().invoke(app, ["quantize", str(saved_llama), "--out", str(out), "--bits", bits, "--group-size", group, "--symmetric"])  # fmt: skip
+    lm = make(out, reference=str(saved_llama), dtype="float32")
+    plain = make(saved_llama, dtype="float32").pivoted_model.pivot
+    for found, expected in zip(lm.pivoted_model.pivot.values, plain.values, strict=True):
+        assert torch.equal(found, expected)
+    assert lm.cell_record()["pivot_fingerprint"]["basis"] == "plain"
+    assert lm.cell_record()["basis_residual"] > 0.2
+
+
+def test_a_quantized_model_in_memory_is_not_taken_for_full_precision(packed, tokenizer):
+    model = make(packed, pivot="none", dtype="float32").model
+    with pytest.raises(PivotError, match="is quantized"):
+        IntactKVLM(model, tokenizer=tokenizer, device="cpu", batch_size=1)
+    lm = IntactKVLM(model, tokenizer=tokenizer, device="cpu", batch_size=1, pivot="none")
+    assert lm.cell_record()["quantization"] == {"method": "packed layers"}
+
+
+def rewrite(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_tied_embeddings_by_either_name_and_stored_apart(tmp_path, tokenizer):
+    config = LlamaConfig(**{**build_model("llama").config.to_dict(), "tie_word_embeddings": True})
+    source, out = tmp_path / "tied", tmp_path / "packed"
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    CliRunner().invoke(app, ["quantize", str(source), "--out", str(out), "--group-size", "32"])
+    whole = scores(make(out, pivot="none", dtype="float32"))
+    rewrite(out, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert scores(make(out, pivot="none", dtype="float32")) == whole
+    rewrite(out, lambda t: t.update({"model.embed_tokens.weight": t["lm_head.weight"] + 1}))
+    lm = make(out, pivot="none", dtype="float32")
+    assert (lm.model.model.embed_tokens.weight - lm.model.lm_head.weight).mean() == pytest.approx(1, abs=1e-5)
+
+
+def test_a_pickled_reference_is_no_obstacle_to_gptq(packed, saved_llama, caplog):
+    model = AutoModelForCausalLM.from_pretrained(saved_llama)
+    pickled = saved_llama.parent / "pickled"
+    saved_llama.rename(pickled)
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    lm = make(packed, reference=str(pickled), dtype="float32")
+    assert lm.cell_record()["basis_residual"] is None
+    assert "is not compared with reference" in caplog.text

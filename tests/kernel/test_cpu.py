@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -48,6 +49,17 @@ def test_without_a_compiler_the_weights_are_the_same(bits, dtype, monkeypatch):
     by_c = cpu.dequantize(made, dtype)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert torch.equal(cpu.dequantize(made, dtype), by_c)
+
+
+def test_scratch_of_inference_mode_serves_outside_of_it(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "_SCRATCH", threading.local())
+    _, made = packed(4)
+    x = torch.randn(300, 192)
+    with torch.inference_mode():
+        inside = cpu.linear(x, made)
+    with torch.no_grad():
+        assert torch.equal(cpu.linear(x, made), inside)
 
 
 def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch, tmp_path, caplog):

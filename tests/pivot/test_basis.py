@@ -183,6 +183,7 @@ def test_search_results_are_applied_on_the_fly(folders):
     assert down.abs().max() <= 0.2 * (1 + 1 / 15) + 1e-4  # half a step more, by the rounding of the zero
     assert scaled.model.layers[0].mlp.down_proj.weight.abs().max() > 0.25
     assert lm.cell_record()["pivot_fingerprint"]["basis"].startswith("awq-search:")
+    assert lm.cell_record()["awq_search"] == load_search(folders / "search.pt").digest
     again = IntactKVLM(str(folders / "reference"), pivot="tokens:256+7+8", dtype="float32", device="cpu")
     assert again.pivoted_model.pivot.fingerprint.basis == "plain"  # the store keeps the two apart
 

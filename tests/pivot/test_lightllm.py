@@ -35,3 +35,15 @@ def test_bad_calls(llama, saved_llama, tmp_path):
         write_lightllm(pivot, saved_llama, 3)
     with pytest.raises(PivotError, match=r"no config\.json"):
         write_lightllm(pivot, tmp_path / "nowhere")
+    file = saved_llama / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(PivotError, match="a model of 4 layers and 2 kv heads; this pivot has 3 and 2"):
+        write_lightllm(pivot, saved_llama)
+    file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(PivotError, match="may have V scaled"):
+        write_lightllm(pivot, saved_llama)
+    file.write_text("{")
+    with pytest.raises(PivotError, match="cannot be read as a model's config"):
+        write_lightllm(pivot, saved_llama)
+    assert not list(saved_llama.glob("prompt_cache*"))
