@@ -144,12 +144,13 @@ def test_gptqmodel_reads_the_same(smollm2, tmp_path, layout, bits, symmetric):
                           capture_output=True, text=True, env=env, cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = load_file(tmp_path / "theirs.safetensors")
-    ours = load(out)
+    ours = load(out, torch.float16)
     layers = quantized_layers(ours)
     assert set(layers) | {"logits"} == set(theirs)
     for name, layer in layers.items():
         assert torch.equal(layer.quantized_weight().dequantize(torch.float16), theirs[name])
     with torch.no_grad():
-        logits = ours(torch.arange(100, 164)[None]).logits[0]
-    assert (theirs["logits"] - logits).norm() < 5e-3 * logits.norm()  # they compute in fp16, we in fp32
+        logits = ours(torch.arange(100, 164)[None]).logits[0].float()
+    # In two bits this model is broken, and fp16 rounding alone moves its logits by a few per cent.
+    assert (theirs["logits"] - logits).norm() < (0.1 if bits == 2 else 5e-3) * logits.norm()
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == bits
