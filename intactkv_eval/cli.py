@@ -102,9 +102,9 @@ def quantize(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
 ) -> None:
-    """Round a model to nearest (RTN) and write a checkpoint that transformers, GPTQModel and vLLM load.
+    """Round a model to nearest (RTN) and write a quantized checkpoint: GPTQModel and transformers load it.
 
-    (transformers cannot load asymmetric compressed-tensors, whoever wrote them; vLLM can.)
+    Of compressed-tensors transformers itself loads only symmetric ones (--symmetric), whoever wrote them.
     """
     spec = weight_spec("rtn", bits, group_size, symmetric)
     count = _late("harness.quantize_command", "quantize_to_folder")(
