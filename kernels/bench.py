@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def _line(asked: argparse.Namespace, bits: int, rows: int) -> str:
         lambda turn: layers[turn % packed_copies](x),
     ]
     slow, fast = _milliseconds(rivals, asked.repeats, device)
-    return f"| {bits} | {rows} | {slow:.2f} | {fast:.2f} | {slow / fast:.2f} | {error:.1e} |"
+    ratio = median(one / other for one, other in zip(slow, fast, strict=True))
+    return f"| {bits} | {rows} | {median(slow):.2f} | {median(fast):.2f} | {ratio:.2f} | {error:.1e} |"
 
 
 def _error(layer: nn.Module, codes: Tensor, scales: Tensor, zeros: Tensor, x: Tensor) -> float:
@@ -69,8 +71,8 @@ def _error(layer: nn.Module, codes: Tensor, scales: Tensor, zeros: Tensor, x: Te
     return float((found - expected).norm() / expected.norm())
 
 
-def _milliseconds(rivals: list[Callable[[int], Tensor]], repeats: int, device: str) -> list[float]:
-    """The fastest of each, the rivals taken in turns: what is slower is slower by what else the machine did."""
+def _milliseconds(rivals: list[Callable[[int], Tensor]], repeats: int, device: str) -> list[list[float]]:
+    """Of each rival, taken in turns: neighbours in time are compared, so that a slow spell strikes both."""
     times: list[list[float]] = [[] for _ in rivals]
     with torch.inference_mode():
         for turn in range(-3, repeats):
@@ -81,7 +83,7 @@ def _milliseconds(rivals: list[Callable[[int], Tensor]], repeats: int, device: s
                 _wait(device)
                 if turn >= 0:
                     times[place].append(1e3 * (time.perf_counter() - start))
-    return [min(part) for part in times]
+    return times
 
 
 def _wait(device: str) -> None:
@@ -95,7 +97,7 @@ def _heading(asked: argparse.Namespace) -> str:
     compiled = "" if on_gpu else f", {'with' if library() else 'without'} a C compiler"
     return (
         f"{asked.size} x {asked.size}, groups of {asked.group_size}, bf16, {where} ({platform.machine()}){compiled}, "
-        f"torch {torch.__version__}, the fastest of {asked.repeats} turns"
+        f"torch {torch.__version__}, medians of {asked.repeats} turns, ratios within a turn"
     )
 
 
@@ -114,7 +116,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2, 8])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--markdown", type=Path)
     return parser.parse_args()
 
