@@ -35,12 +35,12 @@ class PackedWeight:
     """A weight [O, I] as this kernel wants it.
 
     containers: one or two (high nibbles second) of torch's packed int4, uint8, O padded to a multiple of 64.
-    table: [I/operator_group, O padded, 2] bf16, scale and shift. scales: [G, O padded], zeros: [G, O padded] uint8,
-    which the table is made from. order: [I] int64 or None (act-order).
+    tables: for each container [I/operator_group, O padded, 2] bf16, scale and shift. scales: [G, O padded] and zeros:
+    [G, O padded] uint8, which the tables are made from. order: [I] int64 or None (act-order).
     """
 
     containers: tuple[Tensor, ...]
-    table: Tensor
+    tables: tuple[Tensor, ...]
     scales: Tensor
     zeros: Tensor
     order: Tensor | None
@@ -52,12 +52,7 @@ class PackedWeight:
     @cached_property
     def operator_group(self) -> int:
         """The group size that the operator is called with."""
-        return self.in_features // self.table.shape[0]
-
-    @cached_property
-    def is_plain(self) -> bool:
-        """One container, inputs in order, no padding of the outputs."""
-        return len(self.containers) == 1 and self.order is None and self.out_features == self.scales.shape[1]
+        return self.in_features // self.tables[0].shape[0]
 
 
 def why_not(bits: int, group_size: int, in_features: int) -> str | None:
@@ -91,11 +86,12 @@ def prepare(
     step = scales.to(torch.bfloat16).float()
     # With 8 bits the high container carries the shift: 16 * (high - 8) + (low - 8) = code - 136.
     middle = 136 if bits == 8 else 8 - SHIFT[bits]
-    table = torch.stack((step, (middle - zeros.float()) * step), dim=-1).to(torch.bfloat16)
+    shift = (middle - zeros.float()) * step
+    pairs = ((step, torch.zeros_like(step)), (16 * step, shift)) if bits == 8 else ((step, shift),)
     groups = torch.arange(0, inputs, size) // group_size
     return PackedWeight(
         tuple(_container(part, spare) for part in containers),
-        table[groups].contiguous(),
+        tuple(torch.stack(pair, dim=-1).to(torch.bfloat16)[groups].contiguous() for pair in pairs),
         scales,
         zeros,
         None if order is None else order.long(),
@@ -109,11 +105,6 @@ def prepare(
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., I] -> y [..., O] in the dtype of x."""
     rows = x.reshape(-1, weight.in_features)
-    if weight.is_plain and x.dtype is torch.bfloat16 and rows.shape[0] <= FEW_ROWS[True]:
-        # The common case of decoding, with as little of Python in it as can be.
-        product: Tensor = _INT4(rows.contiguous(), weight.containers[0], weight.operator_group, weight.table)
-        product = product if bias is None else product + bias
-        return product.view(*x.shape[:-1], weight.out_features)
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
     if x.dtype is torch.bfloat16 and len(rows) <= FEW_ROWS[library() is not None]:
@@ -135,8 +126,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def codes_of(weight: PackedWeight) -> Tensor:
     """The codes [O, I] (uint8) that `prepare` was given."""
-    parts = [_nibbles(part, 0, part.shape[0]).t() << 4 * place for place, part in enumerate(weight.containers)]
-    whole = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    whole = _codes_tile(weight, 0, weight.scales.shape[1]).t()
     return (whole[: weight.out_features] - SHIFT[weight.bits]).contiguous()
 
 
@@ -160,14 +150,10 @@ def _container(codes: Tensor, spare: int) -> Tensor:
 
 def _operator(rows: Tensor, weight: PackedWeight) -> Tensor:
     size, rows = weight.operator_group, rows.contiguous()
-    if len(weight.containers) == 1:
-        only: Tensor = _INT4(rows, weight.containers[0], size, weight.table)
-        return only
-    step, shift = weight.table.unbind(-1)
-    low = torch.stack((step, torch.zeros_like(step)), dim=-1)
-    high = torch.stack((step * 16, shift), dim=-1)
-    both: Tensor = _INT4(rows, weight.containers[0], size, low) + _INT4(rows, weight.containers[1], size, high)
-    return both
+    y: Tensor = _INT4(rows, weight.containers[0], size, weight.tables[0])
+    for container, table in zip(weight.containers[1:], weight.tables[1:], strict=True):
+        y = y + _INT4(rows, container, size, table)
+    return y
 
 
 def _multiplied(rows: Tensor, weight: PackedWeight) -> Tensor:
@@ -213,14 +199,11 @@ def _room(count: int, dtype: torch.dtype) -> Tensor:
 
 
 def _codes_tile(weight: PackedWeight, start: int, width: int) -> Tensor:
-    parts = [_nibbles(part, start, width) << 4 * place for place, part in enumerate(weight.containers)]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
-
-
-def _nibbles(container: Tensor, start: int, width: int) -> Tensor:
+    """Containers [I, width] (uint8) of the outputs from `start`: codes, SHIFT added."""
     block = container_block()
     assert block is not None
-    return _unpacked(container[start : start + width], block)
+    low, *high = (_unpacked(part[start : start + width], block) for part in weight.containers)
+    return low + (high[0] << 4) if high else low
 
 
 def _unpacked(container: Tensor, block: int) -> Tensor:

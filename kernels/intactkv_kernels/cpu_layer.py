@@ -18,22 +18,24 @@ class CpuLinear(nn.Module):
         made = cpu.prepare(
             parts.unpack(parts.words), parts.scales, parts.zeros, parts.bits, parts.group_size, parts.order
         )
-        for place, container in enumerate(made.containers):
+        for place, (container, table) in enumerate(zip(made.containers, made.tables, strict=True)):
             self.register_buffer(f"container{place}", container)
-        for name in ("table", "scales", "zeros", "order"):
+            self.register_buffer(f"table{place}", table)
+        for name in ("scales", "zeros", "order"):
             self.register_buffer(name, getattr(made, name))
-        self.dtype, self._weight = dtype, made
+        self._weight = made
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held: dict[str, Any] = dict(self._buffers)
-        containers = tuple(held[f"container{place}"] for place in range(len(self._weight.containers)))
+        count = range(len(self._weight.containers))
+        containers, tables = (tuple(held[f"{name}{place}"] for place in count) for name in ("container", "table"))
         if containers[0].device.type != "cpu":
             raise RuntimeError("backend=cpu: its layers run on the CPU only; load the model with device=cpu")
-        if held["table"].dtype is not torch.bfloat16:
+        if tables[0].dtype is not torch.bfloat16:
             raise RuntimeError("a packed layer cannot be cast to another dtype: load the model with dtype=...")
-        others = {name: held[name] for name in ("table", "scales", "zeros", "order")}
-        self._weight = replace(self._weight, containers=containers, **others)
+        others = {name: held[name] for name in ("scales", "zeros", "order")}
+        self._weight = replace(self._weight, containers=containers, tables=tables, **others)
         return self
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,7 +64,7 @@ class CpuLinear(nn.Module):
 
 def _as_operator(x: Tensor, weight: cpu.PackedWeight, bias: Tensor | None) -> Tensor:
     y: Tensor = _operator(
-        x, list(weight.containers), weight.table, weight.scales, weight.zeros, weight.order, bias,
+        x, list(weight.containers), list(weight.tables), weight.scales, weight.zeros, weight.order, bias,
         weight.bits, weight.group_size, weight.out_features,
     )  # fmt: skip
     return y
@@ -72,7 +74,7 @@ def _as_operator(x: Tensor, weight: cpu.PackedWeight, bias: Tensor | None) -> Te
 def _operator(
     x: Tensor,
     containers: list[Tensor],
-    table: Tensor,
+    tables: list[Tensor],
     scales: Tensor,
     zeros: Tensor,
     order: Tensor | None,
@@ -82,7 +84,7 @@ def _operator(
     out_features: int,
 ) -> Tensor:
     weight = cpu.PackedWeight(
-        tuple(containers), table, scales, zeros, order, bits, group_size, x.shape[-1], out_features
+        tuple(containers), tuple(tables), scales, zeros, order, bits, group_size, x.shape[-1], out_features
     )
     return cpu.linear(x, weight, bias)
 

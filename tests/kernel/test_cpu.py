@@ -76,6 +76,7 @@ def test_a_compiler_that_fails_is_reported_and_done_without(monkeypatch, tmp_pat
         native.library.cache_clear()
 
 
+@pytest.mark.skipif(cpu.container_block() != 64, reason="this processor has no wider vectors than those to be tried")
 def test_a_processor_with_narrower_vectors(tmp_path):
     """torch packs in blocks of 32 there; the same tests in a process that is told so."""
     program = (
@@ -90,4 +91,4 @@ def test_a_processor_with_narrower_vectors(tmp_path):
     env = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in {"32", "64"}
+    assert done.stdout.strip() == "32"
