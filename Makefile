@@ -35,6 +35,7 @@ test-gpu: $(VENV)/.test
 kernels: $(VENV)/.test
 	$(BIN)/python kernels/compile_report.py --write docs/kernels.md
 	$(BIN)/python kernels/bench.py --device cpu --markdown docs/kernels.md
+	$(BIN)/python kernels/bench.py --device cpu --crossover --markdown docs/kernels.md
 
 # GPTQModel wants another torch, so it gets a venv of its own; several gigabytes.
 test-gptqmodel: $(VENV)/.test $(VENV)/.demo

@@ -1,6 +1,7 @@
 """Speed of the packed linear layers against dense torch in the same run, gate first: no ratio on a red gate.
 
     python kernels/bench.py [--device cpu|cuda] [--size 4096] [--rows 1 512 ...] [--group-size 128] [--markdown FILE]
+    python kernels/bench.py --crossover     both ways of the cpu backend, 4 bits: where the one overtakes the other
 
 Each measurement walks round as many copies of the weight as no cache holds, as the layers of a model would. The gate is
 the relative RMS error against the fp32 reference. With --markdown the table is put between the markers of that file.
@@ -19,28 +20,49 @@ from torch.nn import functional as F
 
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_kernels import cpu
 from intactkv_kernels.native import library
 from intactkv_kernels.reference import quantized_linear
 
 GATE = 8e-3  # relative RMS, bf16: the tolerance of the tests
 BEYOND_CACHE = 256 * 2**20  # bytes of weights to walk round
-MARKERS = ("<!-- bench -->", "<!-- /bench -->")
+CROSSOVER_ROWS = (8, 16, 24, 32, 48)
 
 
 def main() -> None:
     """Measure, print, and write where asked."""
     asked = _arguments()
     torch.manual_seed(0)
+    if asked.crossover:
+        _report(asked, "crossover", _crossover(asked))
+        return
     lines = [_heading(asked), "", "| bits | rows | dense ms | packed ms | times dense's speed | error |",
              "| ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for bits in asked.bits:
         for rows in asked.rows:
             lines.append(_line(asked, bits, rows))
             print(lines[-1], flush=True)
-    table = "\n".join(lines)
-    print(table)
-    if asked.markdown:
-        _put(asked.markdown, table)
+    _report(asked, "bench", lines)
+
+
+def _crossover(asked: argparse.Namespace) -> list[str]:
+    """Rows of x against dense, the int4 operator and dequantized tiles, whichever `cpu` would choose."""
+    size = asked.size
+    weight = quantize_rtn((torch.randn(size, size) / size**0.5).to(torch.float16), 4, asked.group_size)
+    copies = max(2, -(-BEYOND_CACHE // (size * size // 2)))
+    packed = [cpu.prepare(weight.unpacked(), weight.scales, weight.zeros, 4, weight.group_size) for _ in range(copies)]
+    dense = [weight.dequantize(torch.bfloat16) for _ in range(max(2, -(-BEYOND_CACHE // (size * size * 2))))]
+    lines = [_heading(asked), "", "| rows | dense ms | int4 operator ms | tiles ms |", "| ---: | ---: | ---: | ---: |"]
+    for rows in CROSSOVER_ROWS:
+        x = torch.randn(rows, size).to(torch.bfloat16)
+        rivals: list[Callable[[int], Tensor]] = [
+            lambda turn, x=x: F.linear(x, dense[turn % len(dense)]),  # type: ignore[misc]
+            lambda turn, x=x: cpu.few_rows(x, packed[turn % copies]),  # type: ignore[misc]
+            lambda turn, x=x: cpu.many_rows(x, packed[turn % copies]),  # type: ignore[misc]
+        ]
+        times = [median(part) for part in _milliseconds(rivals, asked.repeats, "cpu")]
+        lines.append(f"| {rows} | {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} |")
+    return lines
 
 
 def _line(asked: argparse.Namespace, bits: int, rows: int) -> str:
@@ -101,11 +123,15 @@ def _heading(asked: argparse.Namespace) -> str:
     )
 
 
-def _put(file: Path, table: str) -> None:
-    text = file.read_text(encoding="utf-8")
-    before, _, rest = text.partition(MARKERS[0])
-    _, _, after = rest.partition(MARKERS[1])
-    file.write_text(f"{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}", encoding="utf-8")
+def _report(asked: argparse.Namespace, name: str, lines: list[str]) -> None:
+    """Print; and put between the markers of that name where a file is asked for."""
+    table = "\n".join(lines)
+    print(table)
+    if asked.markdown:
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = asked.markdown.read_text(encoding="utf-8").partition(begin)
+        after = rest.partition(end)[2]
+        asked.markdown.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -118,6 +144,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 512])
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--crossover", action="store_true")
     return parser.parse_args()
 
 

@@ -38,5 +38,5 @@ def read_quantization(pretrained: str, revision: str, config: PretrainedConfig) 
     method = str((found or {}).get("quant_method", "")).lower().rpartition(".")[2]
     if found is None or not method or method == "gguf":
         return Quantization(None, None)  # GGUF is dequantized by transformers when it is loaded
-    layout = format_of(found)
+    layout = format_of({**found, "quant_method": method})
     return Quantization(layout.summary() if layout else {"method": method}, layout)

@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intactkv_eval import __version__
 from intactkv_eval.config import WeightSpec
-from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.quantization import read_quantization
-from intactkv_eval.model.structure import linear_layers, matrix_of
+from intactkv_eval.model.load import quantized_matrix
+from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.weights.formats import WRITERS
+from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -28,22 +30,21 @@ def quantize_to_folder(
 
     Raises ConfigError or CheckpointError before anything is written.
     """
-    if layout not in WRITERS:
-        raise ConfigError(f"--format {layout}: use one of {', '.join(WRITERS)}")
+    if layout not in FORMATS:
+        raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
     if weights.bits is None or weights.group_size is None:
         raise ConfigError("quantize needs --bits and --group-size")
     check_new(out)
     model, tokenizer = _load(pretrained, dtype, revision, trust_remote_code)
-    layers: dict[str, QuantizedWeight] = {}
-    for name, layer in tqdm(linear_layers(model).items(), desc="Quantizing"):
-        matrix = matrix_of(layer)
-        if not torch.isfinite(matrix).all():
-            raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged")
-        # fp16 is what the scales of all three formats are read as.
-        layers[name] = quantize_rtn(matrix, weights.bits, weights.group_size, weights.symmetric, name, torch.float16)
+    bits, size, symmetric = weights.bits, weights.group_size, weights.symmetric
+
+    def rtn(matrix: Tensor, name: str) -> QuantizedWeight:
+        return quantize_rtn(matrix, bits, size, symmetric, name, torch.float16)  # as all three formats hold scales
+
+    found = tqdm(linear_layers(model).items(), desc="Quantizing")
+    layers = {name: quantized_matrix(layer, name, rtn) for name, layer in found}
     kept = tuple(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and n not in layers)
-    made_by = f"intactkv_eval:{__version__} rtn"
-    scheme = Scheme(weights.bits, weights.group_size, weights.symmetric, made_by, kept)
+    scheme = Scheme(bits, size, symmetric, f"intactkv_eval:{__version__} rtn", kept)
     packed = {f"{name}.weight" for name in layers}
     state = model.state_dict()
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()

@@ -58,11 +58,7 @@ class QuantizedLinear(nn.Module):
 
     def quantized_weight(self) -> QuantizedWeight:
         """The matrix as a value."""
-        held = cast(BackendLayer, self.kernel).tensors()
-        codes, scales, zeros, order = held["codes"], held["scales"], held["zeros"], held.get("order")
-        if codes.dtype is torch.uint8:
-            return QuantizedWeight.from_codes(codes, scales, zeros, self.bits, self.group_size, order)
-        return QuantizedWeight(codes, scales, zeros, self.bits, self.group_size, self.in_features, order)
+        return _weight_of(cast(BackendLayer, self.kernel).tensors(), self.bits, self.group_size, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
@@ -77,11 +73,19 @@ class QuantizedLinear(nn.Module):
         )
 
 
+def _weight_of(held: dict[str, Tensor], bits: int, group_size: int, width: int) -> QuantizedWeight:
+    codes, scales, zeros, order = held["codes"], held["scales"], held["zeros"], held.get("order")
+    if codes.dtype is torch.uint8:
+        return QuantizedWeight.from_codes(codes, scales, zeros, bits, group_size, order)
+    return QuantizedWeight(codes, scales, zeros, bits, group_size, width, order)
+
+
 def _parts_of(weight: QuantizedWeight) -> Parts:
-    bits, width = weight.bits, weight.in_features
+    bits, size, width = weight.bits, weight.group_size, weight.in_features
     return Parts(
-        weight.codes, weight.scales, weight.zeros, weight.order, bits, weight.group_size, width,
+        weight.codes, weight.scales, weight.zeros, weight.order, bits, size, width,
         unpack=lambda words: unpack(words, bits, width),
+        dequantize=lambda held, dtype: _weight_of(held, bits, size, width).dequantize(dtype),
         gptq=lambda less_one: gptq.write(weight, less_one),
     )  # fmt: skip
 

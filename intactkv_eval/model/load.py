@@ -32,7 +32,8 @@ def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str 
     check_resident(source)
     target = _build_on_meta(source)
     for name, layer in layers.items():
-        swap(target, name, _quantized(layer, name, quantizer, backend))
+        weight = quantized_matrix(layer, name, quantizer)
+        swap(target, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype, backend, name))
     _assign(target, source, swapped=set(layers))
     verify(target)
     target.eval().requires_grad_(False)
@@ -42,11 +43,12 @@ def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str 
     return target
 
 
-def _quantized(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer, backend: str) -> QuantizedLinear:
+def quantized_matrix(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer) -> QuantizedWeight:
+    """The layer's matrix, quantized. Raises CheckpointError where it holds NaN or inf, and as the quantizer does."""
     matrix = matrix_of(layer)
     if not torch.isfinite(matrix).all():
         raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
-    return QuantizedLinear(quantizer(matrix, name), layer.bias, matrix.dtype, backend, name)
+    return quantizer(matrix, name)
 
 
 def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:

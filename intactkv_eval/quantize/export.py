@@ -17,7 +17,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.weights.checkpoint import INDEX
-from intactkv_eval.weights.formats import WRITERS
+from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -40,20 +40,20 @@ def export(
     Raises ConfigError for an unknown layout or a folder that holds something; CheckpointError for a layer that the
     layout cannot hold, by name.
     """
-    if layout not in WRITERS:
-        raise ConfigError(f"--format {layout}: use one of {', '.join(WRITERS)}")
+    if layout not in FORMATS:
+        raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
     check_new(out)
     tensors = dict(others)
     for name, weight in layers.items():
         try:
-            held = WRITERS[layout].encode(weight, scheme)
+            held = FORMATS[layout].encode(weight, scheme)
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
         tensors.update({f"{name}.{key}": value.contiguous() for key, value in held.items()})
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
         _save(Path(partial), tensors)
-        said = {**config, "quantization_config": WRITERS[layout].describe(scheme)}
+        said = {**config, "quantization_config": FORMATS[layout].describe(scheme)}
         (Path(partial) / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if beside is not None:
             _copy(beside, Path(partial))

@@ -108,9 +108,9 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     if weight.order is not None:
         rows = rows.index_select(1, weight.order)
     if x.dtype is torch.bfloat16 and len(rows) <= FEW_ROWS[library() is not None]:
-        y = _operator(rows, weight)
+        y = few_rows(rows, weight)
     else:
-        y = _multiplied(rows, weight)
+        y = many_rows(rows, weight)
     if weight.out_features != y.shape[1]:
         y = y[:, : weight.out_features]
     if bias is not None:
@@ -148,7 +148,8 @@ def _container(codes: Tensor, spare: int) -> Tensor:
     return torch.cat([pack(part.int(), 1) for part in parts])
 
 
-def _operator(rows: Tensor, weight: PackedWeight) -> Tensor:
+def few_rows(rows: Tensor, weight: PackedWeight) -> Tensor:
+    """rows [M, I] bf16, in the codes' order -> [M, O padded], by torch's int4 operator."""
     size, rows = weight.operator_group, rows.contiguous()
     y: Tensor = _INT4(rows, weight.containers[0], size, weight.tables[0])
     for container, table in zip(weight.containers[1:], weight.tables[1:], strict=True):
@@ -156,7 +157,8 @@ def _operator(rows: Tensor, weight: PackedWeight) -> Tensor:
     return y
 
 
-def _multiplied(rows: Tensor, weight: PackedWeight) -> Tensor:
+def many_rows(rows: Tensor, weight: PackedWeight) -> Tensor:
+    """rows [M, I], in the codes' order -> [M, O padded], by tiles dequantized one after the other."""
     y = rows.new_empty(len(rows), weight.scales.shape[1])
     for start, tile in _tiles(weight, rows.dtype):
         torch.mm(rows, tile, out=y[:, start : start + tile.shape[1]])

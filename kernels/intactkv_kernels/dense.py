@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intactkv_kernels.parts import Parts, dequantized
+from intactkv_kernels.parts import Parts
 
 
 class DenseLinear(nn.Module):
@@ -19,9 +19,7 @@ class DenseLinear(nn.Module):
         super().__init__()
         for name, tensor in parts.tensors().items():
             self.register_buffer(name, tensor)
-        codes = parts.unpack(parts.words)
-        matrix = dequantized(codes, parts.scales, parts.zeros, parts.order, parts.group_size, dtype)
-        self.register_buffer("dense", matrix, persistent=False)
+        self.register_buffer("dense", parts.dequantize(parts.tensors(), dtype), persistent=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> y [..., O]."""

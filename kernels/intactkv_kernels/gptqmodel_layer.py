@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from intactkv_kernels.parts import Parts, dequantized
+from intactkv_kernels.parts import Parts
 
 _WORST = 2e-2  # relative, in 16 bits
 
@@ -43,8 +43,7 @@ class GPTQModelLinear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [O, I]."""
-        part = self._parts
-        return dequantized(part.unpack(part.words), part.scales, part.zeros, part.order, part.group_size, dtype)
+        return self._parts.dequantize(self._parts.tensors(), dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Packed codes, scales, zeros, and order where there is one."""

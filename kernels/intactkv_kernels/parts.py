@@ -1,4 +1,4 @@
-"""What a backend is given of a quantized weight, and the formula in full on it. Knows no packing: that is handed in."""
+"""What a backend is given of a quantized weight. Knows no packing and no formula: they are handed in."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ class Parts(NamedTuple):
     """A quantized weight [O, I], as its owner hands it over.
 
     words: [O, W] int32, packed codes. scales: [O, G]. zeros: [O, G] uint8. order: [I] int32 or None (act-order).
-    unpack: words -> codes [O, I] (uint8), columns in `order`. gptq: qweight, qzeros, scales, g_idx as a GPTQ checkpoint
-    holds them, the zeros less one if called with True.
+    unpack: words -> codes [O, I] (uint8), columns in `order`. dequantize: (what `tensors` gives, dtype) -> the matrix
+    [O, I]. gptq: qweight, qzeros, scales, g_idx as a GPTQ checkpoint holds them, zeros less one if called with True.
     """
 
     words: Tensor
@@ -23,6 +23,7 @@ class Parts(NamedTuple):
     group_size: int
     in_features: int
     unpack: Callable[[Tensor], Tensor]
+    dequantize: Callable[[dict[str, Tensor], torch.dtype], Tensor]
     gptq: Callable[[bool], dict[str, Tensor]]
 
     @property
@@ -34,19 +35,6 @@ class Parts(NamedTuple):
         """The tensors that hold the weight, by name; `order` only where there is one."""
         held = {"codes": self.words, "scales": self.scales, "zeros": self.zeros}
         return held if self.order is None else {**held, "order": self.order}
-
-
-def dequantized(
-    codes: Tensor, scales: Tensor, zeros: Tensor, order: Tensor | None, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """The matrix [O, I] of unpacked codes [O, I], computed in fp32 and rounded once to `dtype`."""
-    width = codes.shape[1]
-    values = codes.to(torch.float32)
-    values -= zeros.to(torch.float32).repeat_interleave(group_size, dim=1)[:, :width]
-    values *= scales.to(torch.float32).repeat_interleave(group_size, dim=1)[:, :width]
-    if order is not None:
-        values = values[:, torch.argsort(order)]
-    return values.to(dtype)
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intactkv_kernels.parts import FrozenProduct, Parts, dequantized
+from intactkv_kernels.parts import FrozenProduct, Parts
 
 
 class TritonLinear(nn.Module):
@@ -24,8 +24,8 @@ class TritonLinear(nn.Module):
         super().__init__()
         for name, tensor in parts.tensors().items():
             self.register_buffer(name, tensor)
-        self.bits, self.group_size, self.dtype = parts.bits, parts.group_size, dtype
-        self._unpack = parts.unpack
+        self.bits, self.group_size = parts.bits, parts.group_size
+        self._dequantize = parts.dequantize
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., I] -> y [..., O]."""
@@ -36,8 +36,7 @@ class TritonLinear(nn.Module):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The dequantized matrix [O, I]."""
-        order = self._buffers.get("order")
-        return dequantized(self._unpack(self.codes), self.scales, self.zeros, order, self.group_size, dtype)
+        return self._dequantize(self.tensors(), dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         """Packed codes, scales, zeros, and order where there is one."""

@@ -56,7 +56,7 @@ def with_value(value):
     [
         ({"scales": None}, rf"{UP}\.scales: expected the tensor, found only g_idx, qweight, qzeros"),
         ({"qzeros": None}, rf"{UP}\.qzeros: expected the tensor"),
-        ({"g_idx": None}, rf"{UP}\.g_idx: expected the tensor \(desc_act is true\), found none"),
+        ({"g_idx": None}, rf"{UP}\.g_idx: expected the tensor \(the config says act-order\), found none"),
         ({"qweight": None}, rf"tensors that are missing: \['{UP}\.weight'\].*no place in LlamaForCausalLM: \['{UP}\."),
         ({"scales": lambda t: t[:1]}, rf"{UP}\.scales: expected shape \(2, 128\), found \(1, 128\)"),
         ({"qzeros": lambda t: t[:, :-1]}, rf"{UP}\.qzeros: expected shape \(2, 16\), found \(2, 15\)"),

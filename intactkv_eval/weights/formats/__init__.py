@@ -32,24 +32,19 @@ class Format(Protocol):
         ...
 
 
-class Writer(NamedTuple):
-    """describe: the `quantization_config`. encode: the tensors of one layer, by their names in the format."""
+class Layout(NamedTuple):
+    """reads: what reads a checkpoint, by its config. describe, encode: what writes its config and a layer's tensors."""
 
+    reads: Callable[[Mapping[str, Any]], Format]
     describe: Callable[[Scheme], dict[str, Any]]
     encode: Callable[[QuantizedWeight, Scheme], dict[str, Tensor]]
 
 
-FORMATS: dict[str, Callable[[Mapping[str, Any]], Format]] = {
-    gptq.NAME: gptq.GPTQFormat,
-    awq.NAME: awq.AWQFormat,
-    compressed_tensors.NAME: compressed_tensors.CompressedTensorsFormat,
-}
-
-# What writes each: the config, and one layer's tensors.
-WRITERS: dict[str, Writer] = {
-    gptq.NAME: Writer(gptq.describe, gptq.encode),
-    awq.NAME: Writer(awq.describe, awq.encode),
-    compressed_tensors.NAME: Writer(compressed_tensors.describe, compressed_tensors.encode),
+_CT = compressed_tensors
+FORMATS: dict[str, Layout] = {
+    gptq.NAME: Layout(gptq.GPTQFormat, gptq.describe, gptq.encode),
+    awq.NAME: Layout(awq.AWQFormat, awq.describe, awq.encode),
+    _CT.NAME: Layout(_CT.CompressedTensorsFormat, _CT.describe, _CT.encode),
 }
 
 
@@ -58,6 +53,5 @@ def format_of(quantization: Mapping[str, Any] | None) -> Format | None:
 
     Raises CheckpointError for a variant of a known format that is not read.
     """
-    method = str((quantization or {}).get("quant_method", "")).lower()
-    made = FORMATS.get(method)
-    return made(quantization or {}) if made else None
+    found = FORMATS.get(str((quantization or {}).get("quant_method", "")).lower())
+    return found.reads(quantization or {}) if found else None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
-from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, group_order
+from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -137,14 +137,8 @@ class CompressedTensorsFormat:
             zeros = torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
         else:
             raise layer.error("weight_zero_point", "the tensor (symmetric is false)", "none")
-        order = None
-        if layer.has("weight_g_idx"):
-            index = layer.integers("weight_g_idx", (inputs,), groups)
-            order = group_order(layer, "weight_g_idx", index, size)
-        elif weights.get("actorder") == "group":
-            raise layer.error("weight_g_idx", "the tensor (actorder is group)", "none")
-        if order is not None:
-            codes = codes[:, order.long()]
+        act_order = weights.get("actorder") == "group"
+        codes, order = in_group_order(layer, "weight_g_idx", codes, groups, size, required=act_order)
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
 
     def _groups(self) -> Mapping[str, Any]:

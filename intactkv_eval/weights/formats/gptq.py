@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
-from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, group_order
+from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -115,14 +115,7 @@ class GPTQFormat:
         stored = layer.words("qzeros", (groups, -(-outputs * bits // 32)))
         scales = layer.scales("scales", (groups, outputs)).t().contiguous()
         zeros = self._zeros(layer, stored, bits, per_channel=size == inputs).t()
-        order = None
-        if layer.has("g_idx"):
-            index = layer.integers("g_idx", (inputs,), groups)
-            order = group_order(layer, "g_idx", index, size)
-        elif settings.get("desc_act"):
-            raise layer.error("g_idx", "the tensor (desc_act is true)", "none")
-        if order is not None:
-            codes = codes[:, order.long()]
+        codes, order = in_group_order(layer, "g_idx", codes, groups, size, required=bool(settings.get("desc_act")))
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
 
     def _settings(self, name: str) -> Mapping[str, Any]:

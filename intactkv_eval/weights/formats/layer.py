@@ -71,19 +71,27 @@ def check_config_bits(bits: object, source: str) -> int:
     return bits
 
 
-def group_order(layer: LayerTensors, key: str, group_index: Tensor, group_size: int) -> Tensor | None:
-    """The act-order of a layer from each input's group [I]: None where the groups are contiguous already.
+def in_group_order(
+    layer: LayerTensors, key: str, codes: Tensor, groups: int, group_size: int, required: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Codes [O, I] with groups contiguous, and the order of their columns: None where they were so (no act-order).
 
-    Raises CheckpointError where a group has not `group_size` inputs (the last may have fewer).
+    `key` holds the group of each input [I]. Raises CheckpointError where it is `required` and absent, names a group
+    that is none, or a group has not `group_size` inputs (the last may have fewer).
     """
-    natural = torch.arange(layer.in_features, device=group_index.device) // group_size
-    if torch.equal(group_index, natural):
-        return None
-    order = torch.argsort(group_index, stable=True)
-    if not torch.equal(group_index[order], natural):
-        counts = torch.bincount(group_index)
+    if not layer.has(key):
+        if required:
+            raise layer.error(key, "the tensor (the config says act-order)", "none")
+        return codes, None
+    index = layer.integers(key, (layer.in_features,), groups)
+    natural = torch.arange(layer.in_features, device=index.device) // group_size
+    if torch.equal(index, natural):
+        return codes, None
+    order = torch.argsort(index, stable=True)
+    if not torch.equal(index[order], natural):
+        counts = torch.bincount(index)
         raise layer.error(key, f"{group_size} inputs in every group", f"{int(counts.min())} to {int(counts.max())}")
-    return order.to(torch.int32)
+    return codes[:, order], order.to(torch.int32)
 
 
 def _name(dtype: torch.dtype) -> str:
