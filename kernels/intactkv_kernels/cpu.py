@@ -24,7 +24,7 @@ OUTPUTS = 64  # outputs are padded to whole blocks of the widest layout
 TILE = 512  # outputs that are dequantized at once: the tile stays in the cache until it is multiplied
 SHIFT = {2: 6, 3: 4, 4: 0, 8: 0}  # what is added to a code, so that the middle of its range lies at 8
 # Measured (docs/kernels.md): up to this many rows the operator is faster than a dequantized tile; with and without cc.
-FEW_ROWS = {True: 32, False: 256}
+FEW_ROWS = {True: 24, False: 256}
 
 _SCRATCH = threading.local()
 _INT4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # (x, container, group, table)

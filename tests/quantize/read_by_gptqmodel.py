@@ -1,5 +1,7 @@
 """Run by an interpreter that has gptqmodel: read a checkpoint with it, write its weights [O, I] (fp16) and logits.
 
+`logits` are computed by its own layers in fp16; `logits_fp32` by transformers in fp32 on the weights that it read.
+
 python read_by_gptqmodel.py CHECKPOINT OUT.safetensors
 """
 
@@ -20,5 +22,13 @@ with torch.inference_mode():
         if hasattr(module, "qweight"):
             # What the layer makes of the unit vectors is its weight, whatever it does inside.
             found[name] = module(torch.eye(module.in_features, dtype=torch.float16)).T.contiguous().clone()
-    found["logits"] = model(torch.arange(100, 164)[None]).logits[0].float().clone()
+    ids = torch.arange(100, 164)[None]
+    found["logits"] = model(ids).logits[0].float().clone()
+    for name in [name for name in found if name != "logits"]:
+        parent, _, child = name.rpartition(".")
+        layer, old = torch.nn.Linear(*found[name].T.shape, bias=False), model.get_submodule(name)
+        layer.weight = torch.nn.Parameter(found[name].float(), requires_grad=False)
+        assert getattr(old, "bias", None) is None
+        setattr(model.get_submodule(parent), child, layer)
+    found["logits_fp32"] = model.float()(ids).logits[0].clone()
 save_file(found, out)
