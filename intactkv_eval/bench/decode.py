@@ -55,7 +55,7 @@ def decode(model: str | None, repeats: int) -> str:
 
 
 def _is_packed(folder: str) -> bool:
-    return read_quantization(folder, "main", AutoConfig.from_pretrained(folder)).layout is not None
+    return read_quantization(folder, AutoConfig.from_pretrained(folder)).layout is not None
 
 
 def _difference(one: IntactKVLM, other: IntactKVLM) -> float:

@@ -21,7 +21,7 @@ def peak():
 
 folder = sys.argv[1]
 config = AutoConfig.from_pretrained(folder)
-layout = read_quantization(folder, "main", config).layout
+layout = read_quantization(folder, config).layout
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 before = peak()
 loader = PackedCheckpoint(AutoModelForCausalLM, layout, config, sys.argv[2])

@@ -142,7 +142,7 @@ class IntactKVLM(HFLM):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
-        found = read_quantization(pretrained, self.cell.model.revision, self._config)
+        found = read_quantization(pretrained, self._config)
         self._quantization, self._layout = found.summary, found.layout
         if found.layout is not None and hasattr(self._config, "quantization_config"):
             del self._config.quantization_config

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.model.linear import backends_of
-from intactkv_eval.weights.checkpoint import checkpoint_folder, quantization_of
+from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import Format, format_of
 
 
@@ -25,16 +25,16 @@ def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
     return {"method": "packed layers"} if backends_of(model) else None
 
 
-def read_quantization(pretrained: str, revision: str, config: PretrainedConfig) -> Quantization:
-    """Of a checkpoint by its config, or by the separate file of older releases.
+def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization:
+    """Of a checkpoint by its config, or by the separate file of older releases (looked for in folders only).
 
     Raises CheckpointError for a variant of a known format that is not read natively.
     """
     said = getattr(config, "quantization_config", None)
-    if said is None and not Path(pretrained).is_dir():
-        return Quantization(None, None)  # the separate files are looked for in folders only
-    found = said if isinstance(said, dict) else said.to_dict() if said is not None else None
-    found = quantization_of(checkpoint_folder(pretrained, revision, weights=False), found) if found is None else found
+    if said is None:
+        found = quantization_beside(Path(pretrained)) if Path(pretrained).is_dir() else None
+    else:
+        found = said if isinstance(said, dict) else said.to_dict()
     method = str((found or {}).get("quant_method", "")).lower().rpartition(".")[2]
     if found is None or not method or method == "gguf":
         return Quantization(None, None)  # GGUF is dequantized by transformers when it is loaded

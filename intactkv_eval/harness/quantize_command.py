@@ -63,7 +63,7 @@ def _load(pretrained: str, dtype: str, revision: str, trust_remote_code: bool) -
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(pretrained, **options)
-        if read_quantization(pretrained, revision, config).summary is not None:
+        if read_quantization(pretrained, config).summary is not None:
             raise ConfigError(f"{pretrained} is quantized already: name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
         model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(

@@ -47,7 +47,13 @@ def load_search(path: Path) -> AWQSearch:
 
 @torch.no_grad()
 def apply_scales(model: nn.Module, search: AWQSearch) -> None:
-    """Fold the scales into `model`, in place. Raises CheckpointError where a name or a width is not this model's."""
+    """Fold the scales into `model`, in place. Raises CheckpointError where a name or a width is not this model's.
+
+    The clips' names are checked too: one that is no linear layer's would be passed over without a word.
+    """
+    for name in search.clips:
+        if not isinstance(_module(model, name), nn.Linear):
+            raise CheckpointError(f"awq_search: {name}, which it clips, is no linear layer of {type(model).__name__}")
     for before, names, scale in search.scales:
         front = _module(model, before)
         layers: list[Any] = [_module(model, name) for name in names]

@@ -1,4 +1,4 @@
-"""Write a quantized checkpoint that transformers, GPTQModel and vLLM load: whole or not at all.
+"""Write a quantized checkpoint that others load, in one of the formats of weights/formats: whole or not at all.
 
 Knows no model: names and tensors in, a folder out. config.json says what was done, by whom.
 """

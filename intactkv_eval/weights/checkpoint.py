@@ -46,24 +46,22 @@ class Checkpoint:
         return found
 
 
-def quantization_of(folder: Path, config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The `quantization_config` of a model: config.json's own, or that of an older release's separate file."""
-    if config is not None:
-        return config
+def quantization_beside(folder: Path) -> dict[str, Any] | None:
+    """What an older release's separate file says of a model's quantization, as config.json says it today; or None."""
     for name, method in _BESIDE.items():
         if (folder / name).is_file():
             return {"quant_method": method, **read_json(folder / name)}
     return None
 
 
-def checkpoint_folder(pretrained: str, revision: str, weights: bool = True, **hub: Any) -> Path:
-    """The folder of a checkpoint: `pretrained` itself, or a snapshot of the hub's (without `weights`: its JSON only).
+def checkpoint_folder(pretrained: str, revision: str, **hub: Any) -> Path:
+    """The folder of a checkpoint: `pretrained` itself, or a snapshot of the hub's.
 
     `hub` are options of huggingface_hub's snapshot_download. Raises CheckpointError where neither is there.
     """
     if Path(pretrained).is_dir():
         return Path(pretrained)
-    patterns = ["*.json", *(["*.safetensors"] if weights else [])]
+    patterns = ["*.json", "*.safetensors"]
     try:
         return Path(snapshot_download(pretrained, revision=revision, allow_patterns=patterns, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:

@@ -60,7 +60,7 @@ def test_gptqmodel(name):
     """Whole checkpoints of a small Llama: every layer that the library itself would run quantized, and no other."""
     folder = DATA / "gptqmodel" / name
     config = AutoConfig.from_pretrained(folder)
-    layout = read_quantization(str(folder), "main", config).layout
+    layout = read_quantization(str(folder), config).layout
     model = packed_model(Checkpoint(folder), layout, config, AutoModelForCausalLM, torch.float32)
     expected = json.loads((folder / "dequantized.json").read_text())
     found = {

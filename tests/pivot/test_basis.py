@@ -205,6 +205,9 @@ def test_bad_search_results(reference, tmp_path):
     torch.save({"scale": [("model.norm", ("lm_head",), torch.ones(8))], "clip": []}, file)
     with pytest.raises(CheckpointError, match="lm_head should be a linear layer of 8 inputs"):
         apply_scales(reference, load_search(file))
+    torch.save({"scale": [], "clip": [("model.layers.0.mlp", torch.ones(1, 1, 1))]}, file)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp, which it clips, is no linear layer"):
+        apply_scales(reference, load_search(file))
     with pytest.raises(CheckpointError, match="do not fit a matrix"):
         clipped(torch.ones(4, 8), torch.ones(3, 2))
 

@@ -34,7 +34,7 @@ def quantize(model, out, *options):
 
 def load(folder, dtype=torch.float32):
     config = AutoConfig.from_pretrained(folder)
-    layout = read_quantization(str(folder), "main", config).layout
+    layout = read_quantization(str(folder), config).layout
     return packed_model(Checkpoint(folder), layout, config, AutoModelForCausalLM, dtype)
 
 
@@ -54,7 +54,7 @@ def test_read_back_it_is_what_the_quantizer_made(saved_llama, llama, tmp_path, l
     for name, layer in linear_layers(llama).items():
         made = quantize_rtn(matrix_of(layer), bits, 32, symmetric, scale_dtype=torch.float16)
         assert torch.equal(layers[name].quantized_weight().dequantize(torch.float32), made.dequantize(torch.float32))
-    said = read_quantization(str(out), "main", AutoConfig.from_pretrained(out)).summary
+    said = read_quantization(str(out), AutoConfig.from_pretrained(out)).summary
     assert said["bits"] == bits
     assert said["group_size"] == 32
     assert layout == "awq" or said["symmetric"] is symmetric

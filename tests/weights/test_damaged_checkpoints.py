@@ -20,7 +20,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 def load(folder):
     config = AutoConfig.from_pretrained(folder)
-    layout = read_quantization(str(folder), "main", config).layout
+    layout = read_quantization(str(folder), config).layout
     return packed_model(Checkpoint(folder), layout, config, AutoModelForCausalLM, torch.float32)
 
 
