@@ -103,6 +103,7 @@ class CellSpec(Spec):
     kv: KVSpec = KVSpec()
     pivot: PivotSpec = PivotSpec()
     backend: Literal["auto", "dense", "cpu", "triton", "gptqmodel"] = "auto"
+    share_prefix: bool = True
 
     @model_validator(mode="after")
     def _quantized_whole(self) -> "CellSpec":
@@ -131,6 +132,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "intact": ("pivot", "intact"),
     "chat_template": ("pivot", "chat_template"),
     "backend": ("", "backend"),
+    "share_prefix": ("", "share_prefix"),
 }
 CELL_KEYS = (*_PLACES, "config")
 # lm_eval reads the word none as Python's None; for these two keys it is a choice, not an absence.

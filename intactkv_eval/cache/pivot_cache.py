@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from intactkv_eval.cache.quantizers import fake_quantize
+from intactkv_eval.cache.quantizers import quantize_rows
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.kv import PivotKV
@@ -53,17 +53,14 @@ class PivotCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Append rows [B, H, T, D], quantized first where the cell says so; returns all rows of the layer."""
         if self._kv.bits < 16:
-            start = self.get_seq_length(layer_idx)
-            key_states = self._quantized(key_states, start)
-            value_states = self._quantized(value_states, start)
+            positions = self._positions(self.get_seq_length(layer_idx), key_states)
+            key_states = quantize_rows(key_states, self._kv, positions)
+            value_states = quantize_rows(value_states, self._kv, positions)
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 
-    def _quantized(self, states: Tensor, start: int) -> Tensor:
-        fake = fake_quantize(states, self._kv)
-        if not self._kv.keep:
-            return fake
+    def _positions(self, start: int, states: Tensor) -> Tensor:
+        """[B or 1, T]: the places of new tokens among their row's real ones."""
         columns = torch.arange(start, start + states.shape[2], device=states.device)
         padding = self._padding if self._padding is not None else torch.zeros(1, dtype=torch.long)
-        kept = columns[None, :] - padding.to(states.device)[:, None] < self._kv.keep
-        return torch.where(kept[:, None, :, None], states, fake)
+        return columns[None, :] - padding.to(states.device)[:, None]

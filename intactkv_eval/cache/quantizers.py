@@ -22,3 +22,12 @@ def fake_quantize(states: Tensor, spec: KVSpec) -> Tensor:
     step = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)
     codes = torch.round((rows - low) / step).clamp(0, top)
     return (codes * step + low).to(states.dtype)
+
+
+def quantize_rows(states: Tensor, spec: KVSpec, positions: Tensor) -> Tensor:
+    """`fake_quantize`, but tokens [B, T] at `positions` below `spec.keep` are left alone."""
+    fake = fake_quantize(states, spec)
+    if not spec.keep:
+        return fake
+    kept = positions.to(states.device) < spec.keep
+    return torch.where(kept[:, None, :, None], states, fake)

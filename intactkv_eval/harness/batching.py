@@ -29,15 +29,20 @@ def rows_that_fit(model: PreTrainedModel, tokens: int, device: torch.device, mos
     return int(min(max(free * _SHARE // bytes_per_row(model, tokens), 1), most or MAX_AUTO_ROWS))
 
 
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Of KV, in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * torch.finfo(model.dtype).bits // 8)
+
+
 def bytes_per_row(model: PreTrainedModel, tokens: int) -> int:
     """Logits in the model's dtype and once in fp32, KV cache, attention scores of one layer, activations."""
     config = model.config.get_text_config(decoder=True)
     size = torch.finfo(model.dtype).bits // 8
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     width = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
-    per_token = config.vocab_size * (size + 4)
-    per_token += 2 * config.num_hidden_layers * kv_heads * head_dim * size
-    per_token += heads * tokens * 4 + 6 * width * size
+    per_token = config.vocab_size * (size + 4) + kv_bytes_per_token(model)
+    per_token += config.num_attention_heads * tokens * 4 + 6 * width * size
     return int(max(tokens, 1) * per_token)

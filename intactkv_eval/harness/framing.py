@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.scoring import Request
+from intactkv_eval.harness.score_table import Request
 
 
 @dataclass

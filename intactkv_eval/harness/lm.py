@@ -30,7 +30,9 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.record import cell_identity, versions
-from intactkv_eval.harness.scoring import Score, score
+from intactkv_eval.harness.score_table import Score
+from intactkv_eval.harness.scoring import Counts, score
+from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
@@ -76,6 +78,8 @@ class IntactKVLM(HFLM):
         if self.built is None:
             self._build(lambda name, revision: self._model)
         self._set_ranks()
+        self._shared = SharedModel(self.pivoted_model)
+        self.counts = Counts()
         self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
         if self.max_length < 1:
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
@@ -206,7 +210,13 @@ class IntactKVLM(HFLM):
                 bar.update(1)
 
             scores = score(
-                self.pivoted_model, framed, self._rows_for(override_bs), self.softmax_dtype or torch.float32, done
+                self._shared,
+                framed,
+                self._rows_for(override_bs),
+                self.softmax_dtype or torch.float32,
+                done,
+                self.cell.share_prefix,
+                self.counts,
             )
         self._warn_of_truncation()
         return [(item.log_likelihood, item.is_greedy) for item in scores]

@@ -1,91 +1,186 @@
-"""Log-likelihood of continuations behind a pivot: equal inputs computed once, longest first, right-padded batches.
+"""Log-likelihoods through the tree of prefixes: each shared token computed once, logits only where they are asked for.
 
-A request is a body's context and a continuation, in tokens. The logits that predict token j of a row stand at j - 1;
-those that predict a row's first token are the pivot's own last ones.
+The pivot is the root. Rows behind one prefix are computed together, as many tokens at once as a batch may hold; a batch
+that does not fit in memory is halved, and nothing that was answered is lost.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from math import isnan
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.head import Head, log_probabilities
+from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
+from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
+from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
+from intactkv_eval.harness.tree_rows import Row, flatten
+
+CAPACITY = 192  # tokens of a row of many branches: more of them share less, and every one pays for masked columns
+OVERHEAD = 64  # tokens that a forward of its own costs beside its work
+PREFIX_BUDGET = 2**30  # bytes of KV held in prefixes
+SMALLEST_BATCH = 512  # tokens that any batch may hold
 
 
-class Request(NamedTuple):
-    """Tokens behind the pivot: `context` may be empty, `continuation` may not."""
+@dataclass
+class Counts:
+    """Tokens that the model computed, and batches that had to be halved."""
 
-    context: list[int]
-    continuation: list[int]
-
-
-class Score(NamedTuple):
-    """The continuation's log-likelihood in nats, and whether greedy decoding gives exactly it."""
-
-    log_likelihood: float
-    is_greedy: bool
+    tokens: int = 0
+    halved: int = 0
 
 
 def score(
-    pivoted: PivotedModel,
-    requests: Sequence[Request],
+    shared: SharedModel,
+    requests: Iterable[Request],
     rows_for: Callable[[int], int],
     dtype: torch.dtype = torch.float32,
     done: Callable[[int, Score], None] = lambda index, score: None,
+    share: bool = True,
+    counts: Counts | None = None,
 ) -> list[Score]:
-    """Score every request; `rows_for` tells how many rows of so many tokens make a batch.
+    """Score every request; `rows_for` tells how many whole sequences of so many tokens would make a batch.
 
-    `done(index, score)` is called as soon as a score is known. log-softmax is taken in `dtype`.
-    Raises PivotError where a log-likelihood is NaN: an answer made from it would look like any other.
+    `done(index, score)` is called as soon as a score is known. log-softmax is taken in `dtype`. share: False computes
+    every sequence whole. Raises PivotError where a log-likelihood is NaN, ConfigError where one does not fit in memory.
     """
-    same_input: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, request in enumerate(requests):
-        same_input[tuple((request.context + request.continuation)[:-1])].append(index)
-    scores: dict[int, Score] = {}
-    for batch in _batches(sorted(same_input, key=len, reverse=True), rows_for):
-        logits = _batch_logits(pivoted, batch)
-        for row, body in enumerate(batch):
-            for index in same_input[body]:
-                scores[index] = _score_one(pivoted, requests[index], logits[row], dtype)
-                done(index, scores[index])
-    return [scores[index] for index in range(len(requests))]
+    table = ScoreTable(requests, shared.front)
+    scorer = _Scorer(shared, table, rows_for, dtype, done, counts or Counts())
+    scorer.run(shared.sharing if share else Sharing.NOTHING)
+    return [table.score(index) for index in range(len(table))]
 
 
-def _batches(bodies: list[tuple[int, ...]], rows_for: Callable[[int], int]) -> Iterator[list[tuple[int, ...]]]:
-    start = 0
-    while start < len(bodies):
-        size = rows_for(len(bodies[start]))
-        yield bodies[start : start + size]
-        start += size
+class _Scorer:
+    def __init__(
+        self,
+        shared: SharedModel,
+        table: ScoreTable,
+        rows_for: Callable[[int], int],
+        dtype: torch.dtype,
+        done: Callable[[int, Score], None],
+        counts: Counts,
+    ) -> None:
+        self.shared, self.table, self.rows_for, self.dtype = shared, table, rows_for, dtype
+        self.done, self.counts = done, counts
+        self.head = Head(shared.pivoted.model)
+        self.most: int | None = None  # tokens of a batch, once memory has shown a limit
 
+    def run(self, sharing: Sharing) -> None:
+        """Answer everything that the table asks."""
+        asked = self.table.asked_of_pivot()
+        if len(asked.requests):
+            self._answer(asked, [self.shared.pivoted.pivot_logits[-1:]], torch.zeros(1, dtype=torch.long))
+        if sharing is Sharing.NOTHING:
+            self.limits = Limits(0, math.inf, 0)
+        else:
+            capacity = CAPACITY if sharing is Sharing.TREES else 0
+            self.limits = Limits(capacity, OVERHEAD, PREFIX_BUDGET / self.shared.bytes_per_token)
+        found = all_behind_nothing(self.table.tree, self.limits)
+        self._visit(self.shared.root, found.rows, found.kept, 0)
 
-def _batch_logits(pivoted: PivotedModel, bodies: list[tuple[int, ...]]) -> Tensor:
-    """[B, T, V]; T is the longest body's length, 0 where all are empty."""
-    longest = max(len(body) for body in bodies)
-    if not longest:
-        return pivoted.pivot_logits.new_empty(len(bodies), 0, pivoted.pivot_logits.shape[-1])
-    padded = torch.zeros(len(bodies), longest, dtype=torch.long)
-    for row, body in enumerate(bodies):
-        padded[row, : len(body)] = torch.tensor(body, dtype=torch.long)
-    return pivoted.body_logits(padded)
+    def _visit(self, prefix: Prefix, rows: list[Node], kept: list[Node], held: int) -> None:
+        """Everything behind a prefix; what it keeps is let go before its next branch."""
+        packed = [row for row in rows if row.children]
+        bins = merged(packed, self.limits.capacity) + [[row] for row in rows if not row.children and row.size]
+        flat = [(part, flatten(part, self.table.tree.sequences)) for part in bins]
+        for chains in (False, True):
+            self._batches(prefix, [(part, row) for part, row in flat if row.is_chain is chains])
+        for node in kept:
+            alone = replace(node, children=[], below=0)
+            row = flatten([alone], self.table.tree.sequences)
+            longer = Prefix(self._compute(prefix, [row], keep=True), self.shared.root.length + node.end)
+            found = behind(node, self.limits, held + node.end)
+            self._visit(longer, found.rows, found.kept, held + node.end)
+            del longer
 
+    def _batches(self, prefix: Prefix, rows: list[tuple[list[Node], Row]]) -> None:
+        waiting = sorted(rows, key=lambda pair: len(pair[1].tokens))
+        while waiting:
+            longest = len(waiting[-1][1].tokens)
+            count = max(1, self._tokens(longest) // longest)
+            batch, waiting = waiting[-count:][::-1], waiting[:-count]
+            try:
+                self._compute(prefix, [row for _, row in batch])
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+                    raise
+                cause = f"{error}"
+            self.counts.halved += 1
+            waiting += self._smaller(batch, cause)
 
-def _score_one(pivoted: PivotedModel, request: Request, logits: Tensor, dtype: torch.dtype) -> Score:
-    """`logits` [T, V] of the row that holds the request's input."""
-    first = len(request.context) - 1
-    rows = logits[max(first, 0) : first + len(request.continuation)]
-    if first < 0:
-        rows = torch.cat([pivoted.pivot_logits[-1:].to(rows.device), rows])
-    target = torch.tensor(request.continuation, device=rows.device)
-    log_probs = torch.log_softmax(rows, dim=-1, dtype=dtype)
-    total = float(log_probs.gather(1, target[:, None]).sum())
-    if isnan(total):
-        raise PivotError(
-            "a log-likelihood is NaN: the model's logits overflowed. In fp16 massive activations do that; "
-            "use dtype=bfloat16 or float32"
+    def _tokens(self, longest: int) -> int:
+        most = max(self.rows_for(longest) * longest, SMALLEST_BATCH)
+        return most if self.most is None else min(most, self.most)
+
+    def _smaller(self, batch: list[tuple[list[Node], Row]], cause: str) -> list[tuple[list[Node], Row]]:
+        """The same rows, to be computed in batches of half as many tokens."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        tokens = len(batch) * len(batch[0][1].tokens)
+        self.most = tokens // 2
+        if len(batch) > 1:
+            return batch
+        nodes, row = batch[0]
+        if len(nodes) == 1:
+            nodes = _branches(nodes[0])
+        if len(nodes) == 1:
+            raise ConfigError(
+                f"one sequence of {len(row.tokens)} tokens does not fit in memory: {cause[:200]}; lower max_length or "
+                "load the model in fewer bits"
+            )
+        half = len(nodes) // 2
+        return [(part, flatten(part, self.table.tree.sequences)) for part in (nodes[:half], nodes[half:])]
+
+    def _compute(self, prefix: Prefix, rows: Sequence[Row], keep: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """Answer what is asked of the rows; returns the KV of prefix and rows where it is to be kept."""
+        columns = max(len(row.tokens) for row in rows)
+        parts = [self.table.asked_of(row) for row in rows]
+        asked = Asked(
+            np.concatenate([part.columns + place * columns for place, part in enumerate(parts)]),
+            np.concatenate([part.targets for part in parts]),
+            np.concatenate([part.requests for part in parts]),
         )
-    return Score(total, bool((rows.argmax(dim=-1) == target).all()))
+        kept: list[tuple[Tensor, Tensor]] = []
+
+        def forward() -> object:
+            if prefix.is_root and not keep and all(row.is_chain for row in rows):
+                return self.shared.plain_forward(rows)
+            output, found = self.shared.forward(prefix, rows)
+            kept.extend(found if keep else [])
+            return output
+
+        places = torch.from_numpy(np.unique(asked.columns))
+        with torch.no_grad():
+            self._answer(asked, self.head.logits(forward, places), places)
+        self.counts.tokens += sum(len(row.tokens) for row in rows)
+        return kept
+
+    def _answer(self, asked: Asked, logits: Iterable[Tensor], places: Tensor) -> None:
+        """`logits` in slices [n, V] of the sorted places."""
+        of_place = np.searchsorted(places.numpy(), asked.columns)
+        found = np.empty(len(of_place))
+        greedy = np.empty(len(of_place), np.bool_)
+        start = 0
+        for part in logits:
+            inside = np.flatnonzero((of_place >= start) & (of_place < start + len(part)))
+            pairs = torch.from_numpy(of_place[inside] - start), torch.from_numpy(asked.targets[inside])
+            one, other = log_probabilities(part, *pairs, self.dtype)
+            found[inside], greedy[inside] = one.double().cpu().numpy(), other.cpu().numpy()
+            start += len(part)
+        for index in self.table.answer(asked.requests, found, greedy):
+            self.done(index, self.table.score(index))
+
+
+def _branches(node: Node) -> list[Node]:
+    """The same questions as smaller subtrees, the node's own tokens in front of each; the node itself if it is a chain."""
+    if len(node.children) == 1 and not node.ends:
+        return _branches(replace(node.children[0], start=node.start))
+    if not node.children:
+        return [node]
+    alone = [Node(node.start, node.end, node.first, node.first + 1, True)] if node.ends else []
+    return alone + [replace(child, start=node.start) for child in node.children]

@@ -7,7 +7,9 @@ from tiny import BOS, PAD
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.scoring import Request, score
+from intactkv_eval.harness.score_table import Request
+from intactkv_eval.harness.scoring import score
+from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)
@@ -35,9 +37,9 @@ def left_padded(bodies):
 
 def test_scores_do_not_depend_on_the_batch(made):
     requests = [Request(body, [65, 66, 67]) for body in BODIES] + [Request([], [65])]
-    alone = [score(made, [request], lambda tokens: 1)[0] for request in requests]
+    alone = [score(SharedModel(made), [request], lambda tokens: 1)[0] for request in requests]
     for rows in (2, 7):
-        together = score(made, requests, lambda tokens, rows=rows: rows)
+        together = score(SharedModel(made), requests, lambda tokens, rows=rows: rows)
         for one, other in zip(alone, together, strict=True):
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=2e-4)
             assert one.is_greedy == other.is_greedy

@@ -1,0 +1,186 @@
+"""Forwards over rows behind a kept prefix, and how far a model lets prefixes be shared.
+
+    TREES     many branches in one row, by mask and positions       sdpa and eager attention
+    PREFIXES  rows of single sequences behind a kept prefix         any attention over a growing cache
+    NOTHING   every sequence by itself, behind the pivot            any model
+
+The families of our tests are known to allow all of it. Any other model is tried on a short text against the plain way
+first, so that it is slow, not wrong. (Seen in bf16: 0.03 of noise, 0.17 for wrong positions, 0.4 for a wrong mask.)
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.shared_cache import LayerKV, SharedCache
+from intactkv_eval.harness.batching import kv_bytes_per_token
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.prefix_tree import Node, build_tree
+from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
+from intactkv_eval.model.structure import text_config
+
+logger = logging.getLogger(__name__)
+
+_AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative RMS of logits; 16 bits:
+_AGREE_16_BITS = 8e-2
+_START, _ENDS = 24, (3, 5, 4, 5, 3)  # tokens of the text's start, and of each of its ends
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
+
+
+class Sharing(IntEnum):
+    """How far prefixes are shared."""
+
+    NOTHING = 0
+    PREFIXES = 1
+    TREES = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What stands in front of rows: the KV of each layer [1, H, length, D]; `is_root`: the pivot's rows or nothing."""
+
+    rows: list[LayerKV]
+    length: int
+    is_root: bool = False
+
+
+class SharedModel:
+    """A PivotedModel asked for rows behind a prefix. Where its pivot is not intact, sequences begin with its tokens."""
+
+    def __init__(self, pivoted: PivotedModel) -> None:
+        self.pivoted = pivoted
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """The tokens that every sequence begins with."""
+        return () if self.pivoted.pivot is not None else self.pivoted.token_ids
+
+    @cached_property
+    def root(self) -> Prefix:
+        """The pivot's rows where they are intact, else nothing."""
+        pivot = self.pivoted.pivot
+        if pivot is None:
+            return Prefix([], 0, True)
+        pairs = zip(pivot.keys, pivot.values, self.pivoted.devices, strict=True)
+        rows = [(key[None].to(device), value[None].to(device)) for key, value, device in pairs]
+        return Prefix(rows, len(pivot), True)
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Of KV, in all layers."""
+        pivot = self.pivoted.pivot
+        if pivot is not None and len(pivot):
+            return sum(part.element_size() * part.numel() for part in (*pivot.keys, *pivot.values)) // len(pivot)
+        return kv_bytes_per_token(self.pivoted.model)
+
+    @torch.no_grad()
+    def forward(self, prefix: Prefix, rows: Sequence[Row]) -> tuple[Any, list[LayerKV]]:
+        """The model's output for right-padded rows [B, T] behind the prefix, and the KV of prefix and rows."""
+        ids, depths = padded(rows)
+        device = self.pivoted.device
+        positions = depths + self.root.length
+        cache = SharedCache(prefix.rows, len(rows), self.pivoted.kv, positions)
+        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if not all(row.is_chain for row in rows):
+            masks = self._masks(rows, positions, prefix.length)
+            arguments |= {"attention_mask": masks, "position_ids": positions.to(device)}
+        return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows()
+
+    @torch.no_grad()
+    def plain_forward(self, rows: Sequence[Row]) -> Any:
+        """The model's output for rows of single sequences behind the pivot, as any model computes it."""
+        pivoted = self.pivoted
+        cache = pivoted.new_cache(len(rows)) if pivoted.pivot is not None or pivoted.kv.bits < 16 else None
+        ids = padded(rows)[0].to(pivoted.device)
+        return pivoted.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+
+    def _masks(self, rows: Sequence[Row], positions: Tensor, prefix: int) -> Any:
+        made = {
+            kind: mask(rows, positions, prefix, window, self.pivoted.model.dtype).to(self.pivoted.device)
+            for kind, window in self._windows.items()
+        }
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    @cached_property
+    def _windows(self) -> dict[str, int | None]:
+        """The kinds of attention layers, and how many positions each sees."""
+        config: Any = text_config(self.pivoted.model)
+        window = self.pivoted.window
+        kinds = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
+        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """The most that this model allows; what it does not allow is logged with its reason."""
+        pivoted = self.pivoted
+        if pivoted.kv.bits < 16:  # rows are quantized one by one, and rounding would drown a trial
+            return SharedModel(PivotedModel(pivoted.model, pivoted.token_ids, pivoted.pivot)).sharing
+        model = pivoted.model
+        known = type(model).__module__.startswith("transformers.") and model.config.model_type in TESTED
+        return self._allowed(tried=not known)
+
+    def _allowed(self, tried: bool) -> Sharing:
+        reason = self._why_no_prefix() or (self._difference(self._kept_prefix) if tried else None)
+        if reason:
+            logger.warning("prefixes are not shared with this model, every request is computed whole: %s", reason)
+            return Sharing.NOTHING
+        reason = self._why_no_tree() or (self._difference(self._tree) if tried else None)
+        if reason:
+            logger.warning("branches do not share a row with this model, kept prefixes are used only: %s", reason)
+            return Sharing.PREFIXES
+        return Sharing.TREES
+
+    def _why_no_prefix(self) -> str | None:
+        layers = PivotCache(self.pivoted.model.config, 1, self.pivoted.kv).layers
+        other = next((layer for layer in layers if type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer}), None)
+        return None if other is None else f"it keeps its past in a {type(other).__name__}"
+
+    def _why_no_tree(self) -> str | None:
+        used = getattr(self.pivoted.model.config, "_attn_implementation", None)
+        if used not in {"sdpa", "eager"}:
+            return f"attention {used!r} takes no mask of its own"
+        unknown = set(self._windows) - _KNOWN_LAYERS
+        return f"layers of kind {', '.join(sorted(unknown))}" if unknown else None
+
+    def _difference(self, shared: Any) -> str | None:
+        """What `shared` gives for a text of several ends against the plain way: what is wrong, or None."""
+        draw = np.random.default_rng(0)
+        words = self.pivoted.model.get_input_embeddings().weight.shape[0]
+        start = np.array([*self.front, *draw.integers(0, words, _START)], np.int32)
+        made = [np.concatenate([start, draw.integers(0, words, count)]).astype(np.int32) for count in _ENDS]
+        sequences = build_tree(made).sequences
+        leaves = [flatten([Node(0, len(one), place, place + 1)], sequences) for place, one in enumerate(sequences)]
+        plain = self.plain_forward(leaves).logits
+        expected = torch.stack([plain[place, len(one) - 1] for place, one in enumerate(sequences)]).double()
+        try:
+            found = shared(sequences).double().to(expected.device)
+        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        expected, found = (part - part.mean(dim=1, keepdim=True) for part in (expected, found))
+        error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
+        allowed = _AGREE.get(plain.dtype, _AGREE_16_BITS)
+        return None if error <= allowed else f"a trial gave other logits (relative difference {error:.1e})"
+
+    def _kept_prefix(self, sequences: list[Any]) -> Tensor:
+        root = build_tree(sequences).root
+        start = flatten([Node(0, root.end, 0, 1)], sequences)
+        prefix = Prefix(self.forward(self.root, [start])[1], self.root.length + root.end)
+        ends = [flatten([Node(root.end, len(one), place, place + 1)], sequences) for place, one in enumerate(sequences)]
+        logits = self.forward(prefix, ends)[0].logits
+        return torch.stack([logits[place, len(end.tokens) - 1] for place, end in enumerate(ends)])
+
+    def _tree(self, sequences: list[Any]) -> Tensor:
+        row = flatten([build_tree(sequences).root], sequences)
+        logits = self.forward(self.root, [row])[0].logits[0]
+        ends = [column + node.end - node.start - 1 for node, column, _ in row.spans if not node.children]
+        return logits[torch.tensor(ends)]

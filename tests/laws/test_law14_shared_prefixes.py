@@ -1,0 +1,214 @@
+"""Law 14: scoring through shared prefixes gives the answers of scoring every request by itself."""
+
+import math
+import random
+
+import pytest
+import torch
+from tiny import BOS, FAMILIES, VOCAB, build_model
+
+import intactkv_eval.harness.shared as shared_module
+from intactkv_eval.config import KVSpec
+from intactkv_eval.harness import scoring
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.score_table import Request
+from intactkv_eval.harness.scoring import Counts, score
+from intactkv_eval.harness.shared import SharedModel, Sharing
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+
+TOKENS = (BOS, 7)
+CELLS = {
+    "intact": (True, KVSpec()),
+    "computed": (False, KVSpec()),
+    "intact kv3": (True, KVSpec(bits=3)),
+    "computed kv3 keep 4": (False, KVSpec(bits=3, keep=4)),
+}
+
+
+def few_shot_requests(seed=0):
+    """Two subjects with long heads, questions with several choices, questions that begin others, and loose texts."""
+    draw = random.Random(seed)
+
+    def text(length):
+        return [draw.randrange(10, VOCAB - 3) for _ in range(length)]
+
+    requests = []
+    for _ in range(2):
+        head = text(40)
+        for _ in range(5):
+            question = head + text(draw.randrange(3, 12))
+            requests += [Request(question, [choice]) for choice in (65, 66, 67, 68)]
+            requests += [Request(question, text(draw.randrange(2, 7))) for _ in range(3)]
+        requests += [Request(head, text(3)), Request(head[:20], head[20:] + text(2))]
+    for _ in range(6):
+        context = text(draw.randrange(1, 15))
+        requests += [Request(context, text(4)), Request(context, text(2)), Request(context[:-1], context[-1:])]
+    requests += [Request([], [65]), Request([], text(5)), Request(text(3), text(60))]
+    draw.shuffle(requests)
+    return requests
+
+
+def pivoted(model, cell):
+    """KV cells in fp64: in fp32 another order of summation now and then puts one number on the other side of a step."""
+    intact, kv = CELLS[cell]
+    if kv.bits < 16:
+        model = model.double()
+    pivot = capture(model, TOKENS, fingerprint_of(model, "main")) if intact else None
+    return PivotedModel(model, TOKENS, pivot, kv)
+
+
+def assert_same(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert abs(one.log_likelihood - other.log_likelihood) < 1e-3
+        assert one.is_greedy == other.is_greedy
+
+
+@pytest.fixture(params=["packed", "small rows"])
+def row_size(request, monkeypatch):
+    if request.param == "small rows":
+        monkeypatch.setattr(scoring, "CAPACITY", 24)
+        monkeypatch.setattr(scoring, "OVERHEAD", 4)
+        monkeypatch.setattr(scoring, "SMALLEST_BATCH", 50)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_family_and_cache(model, cell, row_size):
+    made = pivoted(model, cell)
+    requests = few_shot_requests()
+    counts, plain_counts = Counts(), Counts()
+    assert SharedModel(made).sharing is Sharing.TREES
+    found = score(SharedModel(made), requests, lambda tokens: 3, counts=counts)
+    expected = score(SharedModel(made), requests, lambda tokens: 1, share=False, counts=plain_counts)
+    assert_same(found, expected)
+    assert counts.tokens < 0.6 * plain_counts.tokens
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_kept_prefixes_alone(model, cell, monkeypatch):
+    """A model whose attention takes no mask of its own: rows of single sequences behind kept prefixes."""
+    monkeypatch.setattr(SharedModel, "sharing", Sharing.PREFIXES)
+    made = pivoted(model, cell)
+    requests = few_shot_requests(1)
+    counts, plain_counts = Counts(), Counts()
+    found = score(SharedModel(made), requests, lambda tokens: 4, counts=counts)
+    monkeypatch.undo()
+    assert_same(found, score(SharedModel(made), requests, lambda tokens: 1, share=False, counts=plain_counts))
+    assert counts.tokens < 0.8 * plain_counts.tokens
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_unshared_is_the_plain_model(family):
+    """What `share=False` gives, from the model's own log-softmax of whole rows."""
+    model = build_model(family)
+    made = pivoted(model, "intact")
+    requests = few_shot_requests(2)
+    for request, found in zip(requests, score(SharedModel(made), requests, lambda tokens: 2, share=False), strict=True):
+        whole = [*TOKENS, *request.context, *request.continuation]
+        with torch.no_grad():
+            logits = torch.log_softmax(model(torch.tensor([whole])).logits[0, :-1], dim=-1)
+        rows = logits[len(whole) - len(request.continuation) - 1 :]
+        target = torch.tensor(request.continuation)
+        assert found.log_likelihood == pytest.approx(float(rows.gather(1, target[:, None]).sum()), abs=5e-4)
+        assert found.is_greedy == bool((rows.argmax(-1) == target).all())
+
+
+def test_a_trial_allows_what_the_tests_allow(model):
+    """Families that are not in the tests are tried on a short text: here the trial itself, and that it can fail."""
+    assert {build_model(family).config.model_type for family in FAMILIES} == shared_module.TESTED
+    for cell in ("intact", "computed"):
+        made = SharedModel(pivoted(model, cell))
+        assert made.sharing is Sharing.TREES
+        assert made._allowed(tried=True) is Sharing.TREES
+        depths = shared_module.padded
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shared_module, "padded", lambda rows: (depths(rows)[0], 2 * depths(rows)[1]))
+            assert made._allowed(tried=True) is not Sharing.TREES
+
+
+def test_eager_attention():
+    model = build_model("llama")
+    model.set_attn_implementation("eager")
+    made = pivoted(model, "intact")
+    requests = few_shot_requests()
+    assert SharedModel(made).sharing is Sharing.TREES
+    assert_same(
+        score(SharedModel(made), requests, lambda tokens: 3),
+        score(SharedModel(made), requests, lambda tokens: 1, share=False),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits(dtype):
+    made = pivoted(build_model("llama", dtype=dtype), "intact")
+    requests = few_shot_requests()
+    assert SharedModel(made).sharing is Sharing.TREES
+    found = score(SharedModel(made), requests, lambda tokens: 3)
+    expected = score(SharedModel(made), requests, lambda tokens: 1, share=False)
+    for one, other in zip(found, expected, strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=0.05, abs=0.1)
+
+
+def test_a_model_that_cannot_share_is_scored_whole_and_says_so_once(caplog):
+    """ALiBi counts columns, not positions: branches in one row would be told apart wrongly."""
+    from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3))
+    made = PivotedModel(bloom.eval(), TOKENS, None)
+    requests = few_shot_requests()
+    expected = score(SharedModel(made), requests, lambda tokens: 2, share=False)
+    assert_same(score(SharedModel(made), requests, lambda tokens: 2), expected)
+    assert len([record for record in caplog.records if "branches" in record.message]) == 1
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, state_size=4)).eval()
+    made = PivotedModel(mamba, TOKENS, None)
+    expected = score(SharedModel(made), requests, lambda tokens: 1, share=False)
+    caplog.clear()
+    shared = SharedModel(made)
+    assert_same(score(shared, requests, lambda tokens: 1), expected)
+    assert_same(score(shared, requests, lambda tokens: 1), expected)
+    assert len([record for record in caplog.records if "not shared" in record.message]) == 1
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
+    made = pivoted(build_model("llama"), "intact")
+    requests = few_shot_requests()
+    expected = score(SharedModel(made), requests, lambda tokens: 1, share=False)
+    forward = SharedModel.forward
+    limit = 70  # the longest sequence has 66
+
+    def small_memory(self, prefix, rows):
+        if len(rows) * max(len(row.tokens) for row in rows) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, prefix, rows)
+
+    counts, answered = Counts(), []
+    sharing = SharedModel(made).sharing
+    monkeypatch.setattr(SharedModel, "sharing", sharing)
+    monkeypatch.setattr(SharedModel, "forward", small_memory)
+    found = score(
+        SharedModel(made), requests, lambda tokens: 64, done=lambda index, one: answered.append(index), counts=counts
+    )
+    assert_same(found, expected)
+    assert counts.halved >= 2
+    assert sorted(answered) == list(range(len(requests)))
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    made = pivoted(build_model("llama"), "intact")
+    monkeypatch.setattr(SharedModel, "sharing", Sharing.TREES)
+
+    def broken(self, prefix, rows):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(SharedModel, "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        score(SharedModel(made), few_shot_requests(), lambda tokens: 4)
+
+
+def test_nothing_is_left_on_the_model(model):
+    made = pivoted(model, "intact")
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    score(SharedModel(made), few_shot_requests(), lambda tokens: 3)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert math.isfinite(score(SharedModel(made), [Request([5], [6])], lambda tokens: 1)[0].log_likelihood)
