@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_kernels import cpu
-from intactkv_kernels.native import library
+from intactkv_kernels.native import has_planes, library
 from intactkv_kernels.reference import quantized_linear
 
 GATE = 8e-3  # relative RMS, bf16: the tolerance of the tests
 BEYOND_CACHE = 256 * 2**20  # bytes of weights to walk round
-CROSSOVER_ROWS = (8, 16, 24, 32, 48)
+CROSSOVER_ROWS = (8, 16, 24, 32, 48, 64, 96)
 
 
 def main() -> None:
@@ -46,18 +46,18 @@ def main() -> None:
 
 
 def _crossover(asked: argparse.Namespace) -> list[str]:
-    """Rows of x against dense, the int4 operator and dequantized tiles, whichever `cpu` would choose."""
+    """Rows of x against dense, the layout's own product and dequantized tiles, whichever `cpu` would choose."""
     size = asked.size
     weight = quantize_rtn((torch.randn(size, size) / size**0.5).to(torch.float16), 4, asked.group_size)
     copies = max(2, -(-BEYOND_CACHE // (size * size // 2)))
     packed = [cpu.prepare(weight.unpacked(), weight.scales, weight.zeros, 4, weight.group_size) for _ in range(copies)]
     dense = [weight.dequantize(torch.bfloat16) for _ in range(max(2, -(-BEYOND_CACHE // (size * size * 2))))]
-    lines = [_heading(asked), "", "| rows | dense ms | int4 operator ms | tiles ms |", "| ---: | ---: | ---: | ---: |"]
+    lines = [_heading(asked), "", "| rows | dense ms | packed product ms | tiles ms |", "| ---: | ---: | ---: | ---: |"]
     for rows in CROSSOVER_ROWS:
         x = torch.randn(rows, size).to(torch.bfloat16)
         rivals: list[Callable[[int], Tensor]] = [
             lambda turn, x=x: F.linear(x, dense[turn % len(dense)]),  # type: ignore[misc]
-            lambda turn, x=x: cpu.few_rows(x, packed[turn % copies]),  # type: ignore[misc]
+            lambda turn, x=x: packed[turn % copies].few_rows(x),  # type: ignore[misc]
             lambda turn, x=x: cpu.many_rows(x, packed[turn % copies]),  # type: ignore[misc]
         ]
         times = [median(part) for part in _milliseconds(rivals, asked.repeats, "cpu")]
@@ -69,7 +69,8 @@ def _line(asked: argparse.Namespace, bits: int, rows: int) -> str:
     size, device = asked.size, asked.device
     matrix = (torch.randn(size, size) / size**0.5).to(torch.float16)
     weight = quantize_rtn(matrix, bits, asked.group_size).to(torch.device(device))
-    packed_bytes = size * size * (4 if bits < 8 and device == "cpu" else bits) // 8
+    containers = device == "cpu" and not has_planes()  # they hold 2 and 3 bits in 4
+    packed_bytes = size * size * (4 if bits < 8 and containers else bits) // 8
     dense_copies = max(2, -(-BEYOND_CACHE // (size * size * 2)))
     packed_copies = max(2, -(-BEYOND_CACHE // packed_bytes))
     layers = [QuantizedLinear(weight, None, torch.bfloat16, asked.backend) for _ in range(packed_copies)]
@@ -116,7 +117,7 @@ def _wait(device: str) -> None:
 def _heading(asked: argparse.Namespace) -> str:
     on_gpu = asked.device.startswith("cuda")
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    compiled = "" if on_gpu else f", {'with' if library() else 'without'} a C compiler"
+    compiled = "" if on_gpu else f", {cpu.layout().__name__}, {'with' if library() else 'without'} a C compiler"
     return (
         f"{asked.size} x {asked.size}, groups of {asked.group_size}, bf16, {where} ({platform.machine()}){compiled}, "
         f"torch {torch.__version__}, medians of {asked.repeats} turns, ratios within a turn"

@@ -32,6 +32,7 @@ def test_contents(wheel):
                    "model_configs/chat_templates/vicuna_v1.1.jinja", "harness/lm.py"):  # fmt: skip
         assert f"intactkv_eval/{needed}" in names
     assert "intactkv_kernels/dequantize.c" in names
+    assert "intactkv_kernels/planes.c" in names
     count = len(list((ROOT / "tasks").rglob("*.yaml")))
     assert sum(name.startswith("intactkv_eval/tasks/") and name.endswith(".yaml") for name in names) == count
 
