@@ -209,23 +209,33 @@ INLINE __m512i codes_at(const uint8_t *row, const int bits, long k) {
     return _mm512_mask_add_epi16(low, third, low, _mm512_set1_epi16(4));
 }
 
-INLINE __m512 apply(__m256i codes, __m512 scale, __m512 zero) {
-    return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(codes)), zero), scale);
+INLINE __m512 apply(__m512i codes, __m512 scale, __m512 zero) {
+    return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), scale);
 }
 
 INLINE void dequantize_row(const struct weight *w, const int bits, long o, const int wide, void *out) {
-    for (long k = 0; k < w->inputs; k += 32) {
-        const long g = o * w->groups + k / w->group;
-        const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(scales_at(w, g, 1)));
-        const __m512 zero = _mm512_set1_ps(w->zeros[g]);
-        const __m512i codes = codes_at(w->codes + o * w->chunks * 16 * bits, bits, k);
-        const __m512 low = apply(_mm512_castsi512_si256(codes), scale, zero);
-        const __m512 high = apply(_mm512_extracti64x4_epi64(codes, 1), scale, zero);
-        if (wide) {
-            _mm512_storeu_ps((float *)out + k, low);
-            _mm512_storeu_ps((float *)out + k + 16, high);
-        } else {
-            _mm512_storeu_si512((uint16_t *)out + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const uint8_t *row = w->codes + o * w->chunks * 16 * bits;
+    for (long g = 0; g < w->groups; g++) {
+        const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(scales_at(w, o * w->groups + g, 1)));
+        const __m512 zero = _mm512_set1_ps(w->zeros[o * w->groups + g]);
+        /* Up to four bits a group has sixteen values, which are made once. */
+        const __m512i all = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+        const __m512i values = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(apply(all, scale, zero)));
+        const long end = (g + 1) * w->group < w->inputs ? (g + 1) * w->group : w->inputs;
+        for (long k = g * w->group; k < end; k += 32) {
+            const __m512i codes = codes_at(row, bits, k);
+            if (!wide && bits <= 4) {
+                _mm512_storeu_si512((uint16_t *)out + k, _mm512_permutexvar_epi16(codes, values));
+                continue;
+            }
+            const __m512 low = apply(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes)), scale, zero);
+            const __m512 high = apply(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1)), scale, zero);
+            if (wide) {
+                _mm512_storeu_ps((float *)out + k, low);
+                _mm512_storeu_ps((float *)out + k + 16, high);
+            } else {
+                _mm512_storeu_si512((uint16_t *)out + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            }
         }
     }
 }
