@@ -91,19 +91,19 @@ class ContainerWeight:
         """Up to how many rows `few_rows` is faster than tiles."""
         return FEW_ROWS[library() is not None]
 
-    def few_rows(self, rows: Tensor) -> Tensor:
-        """rows [M, I] bf16, in the codes' order, contiguous -> [M, O], by torch's int4 operator."""
-        size = self.in_features // self.tables.shape[1]
+    def few_rows(self, x: Tensor) -> Tensor:
+        """x [..., I] bf16, in the codes' order -> [..., O], by torch's int4 operator."""
+        rows, size = x.reshape(-1, self.in_features).contiguous(), self.in_features // self.tables.shape[1]
         y: Tensor = _INT4(rows, self.containers[0], size, self.tables[0])
         if len(self.containers) > 1:
             y = y + _INT4(rows, self.containers[1], size, self.tables[1])
-        return y[:, : self.out_features]
+        return y[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """(first output, the tile [up to TILE, I] in `dtype`), in order. A tile is overwritten by the thread's next."""
         native = library()
         kind = dtype if native is not None and dtype is torch.bfloat16 else torch.float32
-        held = room("tile", self.in_features * TILE, kind)
+        held = room(self.in_features * TILE, kind)
         for start in range(0, self.out_features, TILE):
             count = min(TILE, self.out_features - start)
             width = count + -count % OUTPUTS

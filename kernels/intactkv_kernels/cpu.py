@@ -39,22 +39,20 @@ def prepare(
 
 def linear(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     """x [..., I] -> y [..., O] in the dtype of x."""
-    rows = x.reshape(-1, weight.in_features)
     if weight.order is not None:
-        rows = rows.index_select(1, weight.order)
-    few = x.dtype is torch.bfloat16 and len(rows) <= weight.most_rows()
-    y = weight.few_rows(rows.contiguous()) if few else many_rows(rows, weight)
-    if bias is not None:
-        y = y + bias
-    return y.reshape(*x.shape[:-1], weight.out_features)
+        x = x.index_select(-1, weight.order)
+    few = x.dtype is torch.bfloat16 and x.numel() <= weight.most_rows() * weight.in_features
+    y = weight.few_rows(x) if few else many_rows(x, weight)
+    return y if bias is None else y + bias
 
 
-def many_rows(rows: Tensor, weight: CpuWeight) -> Tensor:
-    """rows [M, I], in the codes' order -> [M, O], by tiles dequantized one after the other."""
+def many_rows(x: Tensor, weight: CpuWeight) -> Tensor:
+    """x [..., I], in the codes' order -> [..., O], by tiles dequantized one after the other."""
+    rows = x.reshape(-1, weight.in_features)
     y = rows.new_empty(len(rows), weight.out_features)
     for start, tile in weight.tiles(rows.dtype):
         torch.mm(rows, tile.t(), out=y[:, start : start + len(tile)])
-    return y
+    return y.view(*x.shape[:-1], weight.out_features)
 
 
 def dequantize(weight: CpuWeight, dtype: torch.dtype) -> Tensor:

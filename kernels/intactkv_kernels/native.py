@@ -76,7 +76,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes = [_POINTER] * 4 + [_LONG] * 4 + [_POINTER]
         function.restype = None
     if found.has_planes():
-        found.planes_product.argtypes = [*_PLANES, _POINTER, _LONG, *[_POINTER] * 3]
+        found.planes_product.argtypes = [*_PLANES, _POINTER, _LONG, _POINTER]
         found.planes_dequantize.argtypes = [*_PLANES, *[_LONG] * 3, _POINTER]
-        found.planes_product.restype = found.planes_dequantize.restype = None
+        found.planes_dequantize.restype = None
     return found

@@ -11,11 +11,13 @@
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { CHUNK = 128, BLOCK = 16, ROWS = 4, AHEAD = 2048 }; /* AHEAD: bytes; measured, see docs/kernels.md */
+/* What is fetched before its time, as measured: codes AHEAD bytes, scales and zeros NEXT outputs. */
+enum { CHUNK = 128, BLOCK = 16, ROWS = 4, AHEAD = 4096, NEXT = 16 };
 enum { FP16, BF16, FP32 };
 
 struct weight {
@@ -137,6 +139,8 @@ INLINE void multiply(const struct weight *w, const __m512i *x, const float *sums
         const uint8_t *p = w->codes + o * w->chunks * bytes;
         __m512 total[ROWS], shift[ROWS];
         for (int m = 0; m < rows; m++) total[m] = shift[m] = _mm512_setzero_ps();
+        _mm_prefetch((const char *)w->scales + (o + NEXT) * w->groups * (w->kind == FP32 ? 4 : 2), _MM_HINT_T0);
+        _mm_prefetch((const char *)w->zeros + (o + NEXT) * w->groups, _MM_HINT_T0);
         open_scales(w, o, sums, bits, rows, scale, shift);
         for (long c = 0; c < w->chunks; c++, p += bytes) {
             __m512i v[8];
@@ -172,12 +176,15 @@ PRODUCTS(4)
 PRODUCTS(8)
 static product *const PRODUCT_OF[9][ROWS] = {TABLE(2), TABLE(3), TABLE(4), TABLE(8)};
 
-/* x: [rows][inputs] bf16 -> y: [rows][outputs] bf16. laid: room for rows * chunks * 128 bf16, 64-byte aligned; sums: for
- * rows * groups fp32. A block of outputs meets all rows while it lies in the cache. */
-void planes_product(const uint8_t *codes, const void *scales, const uint8_t *zeros, long kind, long bits, long inputs,
-                    long outputs, long group, const uint16_t *x, long rows, uint16_t *laid, float *sums, uint16_t *y) {
+/* x: [rows][inputs] bf16 -> y: [rows][outputs] bf16; -> 0, or 1 where there is no memory to lay x out. A block of
+ * outputs meets all rows while it lies in the cache. */
+int planes_product(const uint8_t *codes, const void *scales, const uint8_t *zeros, long kind, long bits, long inputs,
+                    long outputs, long group, const uint16_t *x, long rows, uint16_t *y) {
     const struct weight w = weight_of(codes, scales, zeros, kind, bits, inputs, outputs, group);
-    const long stride = w.chunks * CHUNK;
+    const long stride = w.chunks * CHUNK, size = rows * (stride * 2 + w.groups * 4);
+    uint16_t *laid = aligned_alloc(64, (size + 63) / 64 * 64);
+    if (!laid && rows) return 1;
+    float *sums = (float *)(laid + rows * stride);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
@@ -191,6 +198,8 @@ void planes_product(const uint8_t *codes, const void *scales, const uint8_t *zer
             }
         }
     }
+    free(laid);
+    return 0;
 }
 
 /* Thirty-two codes, from input k on, in words. */

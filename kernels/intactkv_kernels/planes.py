@@ -80,16 +80,14 @@ class PlanesWeight:
         """Up to how many rows `few_rows` is faster than tiles."""
         return FEW_ROWS
 
-    def few_rows(self, rows: Tensor) -> Tensor:
-        """rows [M, I] bf16, in the codes' order, contiguous -> [M, O]."""
-        native, chunks = library(), -(-self.in_features // CHUNK)
+    def few_rows(self, x: Tensor) -> Tensor:
+        """x [..., I] bf16, in the codes' order -> [..., O]."""
+        native, x = library(), x.contiguous()
         assert native is not None
-        y = rows.new_empty(len(rows), self.out_features)
-        laid = room("laid", len(rows) * chunks * CHUNK, torch.bfloat16)
-        sums = room("sums", len(rows) * self.scales.shape[1], torch.float32)
-        native.planes_product(
-            *self._weight(), rows.data_ptr(), len(rows), laid.data_ptr(), sums.data_ptr(), y.data_ptr()
-        )
+        y = x.new_empty((*x.shape[:-1], self.out_features))
+        rows = x.numel() // self.in_features
+        if native.planes_product(*self._weight(), x.data_ptr(), rows, y.data_ptr()):
+            raise MemoryError(f"no memory for {rows} rows of activations")
         return y
 
     def tiles(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -97,7 +95,7 @@ class PlanesWeight:
         native = library()
         assert native is not None
         kind = dtype if dtype is torch.bfloat16 else torch.float32
-        held = room("tile", TILE * self.in_features, kind).view(TILE, self.in_features)
+        held = room(TILE * self.in_features, kind).view(TILE, self.in_features)
         for start in range(0, self.out_features, TILE):
             count = min(TILE, self.out_features - start)
             native.planes_dequantize(*self._weight(), start, count, kind is torch.float32, held.data_ptr())
@@ -130,7 +128,7 @@ def _memory(count: int) -> Tensor:
     """[count] uint8; a large one in huge pages where the system gives them: read from memory it is a fifth faster."""
     if count < HUGE:
         return torch.empty(count, dtype=torch.uint8)
-    pages = mmap.mmap(-1, count + HUGE)
+    pages = mmap.mmap(-1, count + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(pages, dtype=torch.uint8)
     begin = -whole.data_ptr() % HUGE
     with contextlib.suppress(OSError):  # a kernel without them

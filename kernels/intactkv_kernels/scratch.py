@@ -8,12 +8,11 @@ from torch import Tensor
 _HELD = threading.local()
 
 
-def room(name: str, count: int, dtype: torch.dtype) -> Tensor:
-    """The calling thread's scratch of that name and dtype, [count]; the thread's next call overwrites it."""
-    key = f"{name} {dtype}"
-    held: Tensor | None = getattr(_HELD, key, None)
+def room(count: int, dtype: torch.dtype) -> Tensor:
+    """The calling thread's scratch of that dtype, [count]; the thread's next call overwrites it."""
+    held: Tensor | None = getattr(_HELD, str(dtype), None)
     if held is None or held.numel() < count:
         with torch.inference_mode(False):  # scratch of inference mode could not be written outside of it
             held = torch.empty(count, dtype=dtype)
-        setattr(_HELD, key, held)
+        setattr(_HELD, str(dtype), held)
     return held[:count]
