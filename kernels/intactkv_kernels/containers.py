@@ -86,8 +86,7 @@ class ContainerWeight:
         whole = _codes(self.containers)[: self.out_features]
         return (whole - SHIFT[self.bits]).contiguous()
 
-    @staticmethod
-    def most_rows() -> int:
+    def most_rows(self) -> int:
         """Up to how many rows `few_rows` is faster than tiles."""
         return FEW_ROWS[library() is not None]
 

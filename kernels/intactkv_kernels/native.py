@@ -1,4 +1,4 @@
-"""The machine's own compiler on dequantize.c and planes.c, once; None where there is none, and torch operators serve.
+"""The machine's own compiler on the C files here, once; None where there is none, and torch operators serve.
 
 The library is kept under the user's cache, named by sources, processor and flags. It runs on torch's own OpenMP
 threads: a second OpenMP runtime beside torch's would fight it for the cores, so none is linked.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("dequantize.c", "planes.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("planes.h", "planes.c", "planes_tiles.c", "dequantize.c"))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-std=gnu11")
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _PLANES = [_POINTER] * 3 + [_LONG] * 5  # the weight, as planes.c takes it
@@ -54,10 +54,10 @@ def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     if not target.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            unlinked = [f"{place}/{source.stem}.o" for source in SOURCES]
+            made = {source: f"{place}/{source.stem}.o" for source in SOURCES if source.suffix == ".c"}
             linked = f"{place}/kernels.so"
-            compiled = [[*flags, "-c", str(one), "-o", other] for one, other in zip(SOURCES, unlinked, strict=True)]
-            for command in (*compiled, ["-shared", *unlinked, "-o", linked]):
+            compiled = [[*flags, "-c", str(source), "-o", unlinked] for source, unlinked in made.items()]
+            for command in (*compiled, ["-shared", *made.values(), "-o", linked]):
                 subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=120)
             os.replace(linked, target)
     return target

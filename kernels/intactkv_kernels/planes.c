@@ -1,63 +1,18 @@
-/* Products with a weight in planes, and its dequantized rows: native.py compiles this, planes.py calls it.
+/* The product of a few rows of x with a weight in planes (planes.h): native.py compiles this, planes.py calls it.
  *
  *     y[m][o] = sum_g scale[o][g] * (sum_(k in g) code[o][k] * x[m][k] - zero[o][g] * sum_(k in g) x[m][k])
  *
- * codes: [outputs][chunks][16 * bits] bytes, a chunk 128 inputs, the last one padded. 4 bits: two codes a byte, the
- * first one low; 2 bits: four; 3 bits: the low two bits of each code so (32 bytes), then the third bits, eight a byte
- * (16 bytes); 8 bits: the codes. scales, zeros: [outputs][groups], scales in fp16, bf16 or fp32, zeros uint8.
- *
  * A code becomes a bf16 without a table: or-ed into the mantissa of 128 it is 128 + code; of 8 bits the low seven make
  * one such number and the eighth another, 256 + code together. The zero is moved by as much, and all of it is exact. */
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "planes.h"
 
-#define INLINE static inline __attribute__((always_inline))
-
+#ifdef HAS_PLANES
 /* What is fetched before its time, as measured: codes AHEAD bytes, scales and zeros NEXT outputs. */
-enum { CHUNK = 128, BLOCK = 16, ROWS = 4, AHEAD = 4096, NEXT = 16 };
-enum { FP16, BF16, FP32 };
-
-struct weight {
-    const uint8_t *codes, *zeros;
-    const void *scales;
-    long kind, bits, inputs, outputs, group, groups, chunks, unit;
-};
-
-/* unit: the largest of 128, 64, 32 that divides a group; a chunk has 128 / unit scales. */
-static struct weight weight_of(const uint8_t *codes, const void *scales, const uint8_t *zeros, long kind, long bits,
-                               long inputs, long outputs, long group) {
-    const long unit = group % 128 == 0 ? 128 : group % 64 == 0 ? 64 : 32;
-    return (struct weight){codes,   zeros, scales, kind, bits, inputs, outputs, group, (inputs + group - 1) / group,
-                           (inputs + CHUNK - 1) / CHUNK, unit};
-}
-
-INLINE __mmask16 left(long count) { return count >= 16 ? 0xffff : (__mmask16)((1 << count) - 1); }
-
-/* Up to sixteen scales, or zeros, from place `at` on, as fp32; 0 where `mask` is. */
-INLINE __m512 scales_at(const struct weight *w, long at, __mmask16 mask) {
-    if (w->kind == FP32) return _mm512_maskz_loadu_ps(mask, (const float *)w->scales + at);
-    const __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)w->scales + at);
-    if (w->kind == FP16) return _mm512_cvtph_ps(halves);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-INLINE __m512 zeros_at(const struct weight *w, long at, __mmask16 mask) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w->zeros + at)));
-}
+enum { BLOCK = 16, ROWS = 4, AHEAD = 4096, NEXT = 16 };
 
 /* The bits of `from` under `mask`, elsewhere those of `other`. */
 INLINE __m512i pick(__m512i from, int mask, __m512i other) {
     return _mm512_ternarylogic_epi64(_mm512_set1_epi16((short)mask), from, other, 0xCA);
-}
-
-INLINE __m256i load32(const uint8_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
-
-INLINE __m512i wide_bits(const uint8_t *p) { /* sixteen bytes -> words, each byte's nibbles in the low bits of two */
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p));
-    return _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
 }
 
 /* A chunk -> v[n]: the codes 4 * lane + n, plus 128, in bf16; of 8 bits v[n] + v[n + 4] is the code plus 256. */
@@ -66,7 +21,7 @@ INLINE void open_chunk(const uint8_t *p, const int bits, __m512i *v) {
     if (bits == 8) {
         const __m512i lane = _mm512_set_epi32(0x3e003c, 0x3a0038, 0x360034, 0x320030, 0x2e002c, 0x2a0028, 0x260024,
                                               0x220020, 0x1e001c, 0x1a0018, 0x160014, 0x120010, 0xe000c, 0xa0008,
-                                              0x60004, 0x20000);
+                                              0x60004, 0x20000); /* word l: 2 * l */
         const __m512i a = _mm512_loadu_si512(p), b = _mm512_loadu_si512(p + 64);
         const __m512i pair[2] = {_mm512_permutex2var_epi16(a, lane, b),
                                  _mm512_permutex2var_epi16(a, _mm512_add_epi16(lane, _mm512_set1_epi16(1)), b)};
@@ -200,75 +155,6 @@ int planes_product(const uint8_t *codes, const void *scales, const uint8_t *zero
     }
     free(laid);
     return 0;
-}
-
-/* Thirty-two codes, from input k on, in words. */
-INLINE __m512i codes_at(const uint8_t *row, const int bits, long k) {
-    const uint8_t *p = row + k / CHUNK * 16 * bits;
-    const long at = k % CHUNK;
-    if (bits == 8) return _mm512_cvtepu8_epi16(load32(p + at));
-    if (bits == 4) return _mm512_and_si512(wide_bits(p + at / 2), _mm512_set1_epi16(15));
-    __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(p + at / 4)));
-    byte = _mm512_or_si512(byte, _mm512_slli_epi64(byte, 14)); /* word n of four: the byte shifted right by 2 * n */
-    byte = _mm512_or_si512(byte, _mm512_slli_epi64(byte, 28));
-    const __m512i low = _mm512_and_si512(byte, _mm512_set1_epi16(3));
-    if (bits == 2) return low;
-    __mmask32 third;
-    memcpy(&third, p + 32 + at / 8, sizeof third);
-    return _mm512_mask_add_epi16(low, third, low, _mm512_set1_epi16(4));
-}
-
-INLINE __m512 apply(__m512i codes, __m512 scale, __m512 zero) {
-    return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(codes), zero), scale);
-}
-
-INLINE void dequantize_row(const struct weight *w, const int bits, long o, const int wide, void *out) {
-    const uint8_t *row = w->codes + o * w->chunks * 16 * bits;
-    for (long g = 0; g < w->groups; g++) {
-        const __m512 scale = _mm512_broadcastss_ps(_mm512_castps512_ps128(scales_at(w, o * w->groups + g, 1)));
-        const __m512 zero = _mm512_set1_ps(w->zeros[o * w->groups + g]);
-        /* Up to four bits a group has sixteen values, which are made once. */
-        const __m512i all = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-        const __m512i values = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(apply(all, scale, zero)));
-        const long end = (g + 1) * w->group < w->inputs ? (g + 1) * w->group : w->inputs;
-        for (long k = g * w->group; k < end; k += 32) {
-            const __m512i codes = codes_at(row, bits, k);
-            if (!wide && bits <= 4) {
-                _mm512_storeu_si512((uint16_t *)out + k, _mm512_permutexvar_epi16(codes, values));
-                continue;
-            }
-            const __m512 low = apply(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes)), scale, zero);
-            const __m512 high = apply(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1)), scale, zero);
-            if (wide) {
-                _mm512_storeu_ps((float *)out + k, low);
-                _mm512_storeu_ps((float *)out + k + 16, high);
-            } else {
-                _mm512_storeu_si512((uint16_t *)out + k, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-            }
-        }
-    }
-}
-
-/* Outputs [first, first + count) -> out: [count][inputs], (code - zero) * scale in fp32, as fp32 if `wide`, or rounded
- * to nearest even, as bf16. */
-void planes_dequantize(const uint8_t *codes, const void *scales, const uint8_t *zeros, long kind, long bits,
-                       long inputs, long outputs, long group, long first, long count, long wide, uint8_t *out) {
-    const struct weight w = weight_of(codes, scales, zeros, kind, bits, inputs, outputs, group);
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < count; n++) {
-        uint8_t *row = out + n * inputs * (wide ? 4 : 2);
-        const long o = first + n;
-        switch (bits * 2 + (wide != 0)) {
-            case 4: dequantize_row(&w, 2, o, 0, row); break;
-            case 5: dequantize_row(&w, 2, o, 1, row); break;
-            case 6: dequantize_row(&w, 3, o, 0, row); break;
-            case 7: dequantize_row(&w, 3, o, 1, row); break;
-            case 8: dequantize_row(&w, 4, o, 0, row); break;
-            case 9: dequantize_row(&w, 4, o, 1, row); break;
-            case 16: dequantize_row(&w, 8, o, 0, row); break;
-            default: dequantize_row(&w, 8, o, 1, row);
-        }
-    }
 }
 
 int has_planes(void) { return 1; }

@@ -1,4 +1,4 @@
-"""A packed weight in planes, one output after the other, for planes.c, which needs AVX-512 with bf16.
+"""A packed weight in planes, one output after the other, for planes.c and planes_tiles.c, which need AVX-512 with bf16.
 
 A row is padded to chunks of 128 codes, 16 * bits bytes each, the first code in the lowest bits of its byte:
 
@@ -20,7 +20,8 @@ from intactkv_kernels.scratch import room
 CHUNK = 128
 TILE = 512  # outputs that are dequantized at once: the tile stays in the cache until it is multiplied
 HUGE = 2**21  # bytes of a huge page
-FEW_ROWS = 32  # measured (docs/kernels.md): up to this many the product on planes is faster than dequantized tiles
+# Measured (docs/kernels.md): up to this many rows the product on planes is faster than dequantized tiles.
+FEW_ROWS = {2: 48, 3: 48, 4: 48, 8: 20}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # of scales, as planes.c numbers them
 
@@ -75,10 +76,9 @@ class PlanesWeight:
             shift, begin = shift + width, end
         return codes.view(self.out_features, -1)[:, : self.in_features].contiguous()
 
-    @staticmethod
-    def most_rows() -> int:
+    def most_rows(self) -> int:
         """Up to how many rows `few_rows` is faster than tiles."""
-        return FEW_ROWS
+        return FEW_ROWS[self.bits]
 
     def few_rows(self, x: Tensor) -> Tensor:
         """x [..., I] bf16, in the codes' order -> [..., O]."""
