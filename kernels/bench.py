@@ -130,7 +130,11 @@ def _wait(device: str) -> None:
 def _heading(asked: argparse.Namespace) -> str:
     on_gpu = asked.device.startswith("cuda")
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    compiled = "" if on_gpu else f", {cpu.layout().__name__}, {'with' if library() else 'without'} a C compiler"
+    compiled = (
+        ""
+        if on_gpu
+        else f", in {'planes' if has_planes() else 'containers'}, {'with' if library() else 'without'} a C compiler"
+    )
     return (
         f"{asked.size} x {asked.size}, groups of {asked.group_size}, bf16, {where} ({platform.machine()}){compiled}, "
         f"torch {torch.__version__}, medians of {asked.repeats} turns, ratios within a turn"

@@ -18,10 +18,10 @@ from intactkv_kernels.native import library
 from intactkv_kernels.scratch import room
 
 CHUNK = 128
-TILE = 512  # outputs that are dequantized at once: the tile stays in the cache until it is multiplied
+TILE = 1024  # outputs that are dequantized at once: measured; half and twice as many are slower, or no faster
 HUGE = 2**21  # bytes of a huge page
 # Measured (docs/kernels.md): up to this many rows the product on planes is faster than dequantized tiles.
-FEW_ROWS = {2: 48, 3: 48, 4: 48, 8: 20}
+FEW_ROWS = {2: 40, 3: 40, 4: 40, 8: 16}
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # of scales, as planes.c numbers them
 

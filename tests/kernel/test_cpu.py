@@ -36,7 +36,7 @@ def poisoned():
     """Memory that torch hands out is full of NaN, and so is the scratch that the kernel keeps."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     for dtype in (torch.bfloat16, torch.float32):
-        scratch.room(192 * 640, dtype).fill_(float("nan"))
+        scratch.room(192 * planes.TILE, dtype).fill_(float("nan"))
     yield
     torch.use_deterministic_algorithms(False)
 
