@@ -1,7 +1,7 @@
 """Speed of the packed linear layers against dense torch in the same run, gate first: no ratio on a red gate.
 
     python kernels/bench.py [--device cpu|cuda] [--size 4096] [--rows 1 512 ...] [--group-size 128] [--markdown FILE]
-    python kernels/bench.py --crossover     both ways of the cpu backend, 4 bits: where the one overtakes the other
+    python kernels/bench.py --crossover     both ways of the cpu backend: where the one overtakes the other
 
 Each measurement walks round as many copies of the weight as no cache holds, as the layers of a model would. The gate is
 the relative RMS error against the fp32 reference. With --markdown the table is put between the markers of that file.
@@ -21,12 +21,12 @@ from torch.nn import functional as F
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_kernels import cpu
-from intactkv_kernels.native import library
+from intactkv_kernels.native import has_planes, library
 from intactkv_kernels.reference import quantized_linear
 
 GATE = 8e-3  # relative RMS, bf16: the tolerance of the tests
 BEYOND_CACHE = 256 * 2**20  # bytes of weights to walk round
-CROSSOVER_ROWS = (8, 16, 24, 32, 48)
+CROSSOVER_ROWS = (8, 16, 24, 32, 48, 64)
 
 
 def main() -> None:
@@ -34,7 +34,13 @@ def main() -> None:
     asked = _arguments()
     torch.manual_seed(0)
     if asked.crossover:
-        _report(asked, "crossover", _crossover(asked))
+        head = [
+            _heading(asked),
+            "",
+            "| bits | rows | dense ms | packed product ms | tiles ms |",
+            "| ---: | ---: | ---: | ---: | ---: |",
+        ]
+        _report(asked, "crossover", [*head, *(line for bits in asked.bits for line in _crossover(asked, bits))])
         return
     lines = [_heading(asked), "", "| bits | rows | dense ms | packed ms | times dense's speed | error |",
              "| ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
@@ -45,33 +51,41 @@ def main() -> None:
     _report(asked, "bench", lines)
 
 
-def _crossover(asked: argparse.Namespace) -> list[str]:
-    """Rows of x against dense, the int4 operator and dequantized tiles, whichever `cpu` would choose."""
+def _crossover(asked: argparse.Namespace, bits: int) -> list[str]:
+    """Rows of x against dense, the layout's own product and dequantized tiles, whichever `cpu` would choose."""
     size = asked.size
-    weight = quantize_rtn((torch.randn(size, size) / size**0.5).to(torch.float16), 4, asked.group_size)
-    copies = max(2, -(-BEYOND_CACHE // (size * size // 2)))
-    packed = [cpu.prepare(weight.unpacked(), weight.scales, weight.zeros, 4, weight.group_size) for _ in range(copies)]
-    dense = [weight.dequantize(torch.bfloat16) for _ in range(max(2, -(-BEYOND_CACHE // (size * size * 2))))]
-    lines = [_heading(asked), "", "| rows | dense ms | int4 operator ms | tiles ms |", "| ---: | ---: | ---: | ---: |"]
+    weight = quantize_rtn((torch.randn(size, size) / size**0.5).to(torch.float16), bits, asked.group_size)
+    parts = weight.unpacked(), weight.scales, weight.zeros, bits, weight.group_size
+    packed = [cpu.prepare(*parts) for _ in range(_copies(size * size * _bits_held(bits, "cpu") // 8))]
+    dense = [weight.dequantize(torch.bfloat16) for _ in range(_copies(size * size * 2))]
+    lines = []
     for rows in CROSSOVER_ROWS:
         x = torch.randn(rows, size).to(torch.bfloat16)
         rivals: list[Callable[[int], Tensor]] = [
             lambda turn, x=x: F.linear(x, dense[turn % len(dense)]),  # type: ignore[misc]
-            lambda turn, x=x: cpu.few_rows(x, packed[turn % copies]),  # type: ignore[misc]
-            lambda turn, x=x: cpu.many_rows(x, packed[turn % copies]),  # type: ignore[misc]
+            lambda turn, x=x: packed[turn % len(packed)].few_rows(x),  # type: ignore[misc]
+            lambda turn, x=x: cpu.many_rows(x, packed[turn % len(packed)]),  # type: ignore[misc]
         ]
         times = [median(part) for part in _milliseconds(rivals, asked.repeats, "cpu")]
-        lines.append(f"| {rows} | {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} |")
+        lines.append(f"| {bits} | {rows} | {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} |")
+        print(lines[-1], flush=True)
     return lines
+
+
+def _copies(size: int) -> int:
+    return max(2, -(-BEYOND_CACHE // size))
+
+
+def _bits_held(bits: int, device: str) -> int:
+    """Bits a code takes: torch's containers hold 2 and 3 in 4."""
+    return 4 if bits < 8 and device == "cpu" and not has_planes() else bits
 
 
 def _line(asked: argparse.Namespace, bits: int, rows: int) -> str:
     size, device = asked.size, asked.device
     matrix = (torch.randn(size, size) / size**0.5).to(torch.float16)
     weight = quantize_rtn(matrix, bits, asked.group_size).to(torch.device(device))
-    packed_bytes = size * size * (4 if bits < 8 and device == "cpu" else bits) // 8
-    dense_copies = max(2, -(-BEYOND_CACHE // (size * size * 2)))
-    packed_copies = max(2, -(-BEYOND_CACHE // packed_bytes))
+    packed_copies, dense_copies = _copies(size * size * _bits_held(bits, device) // 8), _copies(size * size * 2)
     layers = [QuantizedLinear(weight, None, torch.bfloat16, asked.backend) for _ in range(packed_copies)]
     dense = [weight.dequantize(torch.bfloat16) for _ in range(dense_copies)]
     x = torch.randn(rows, size, device=device).to(torch.bfloat16)
@@ -116,7 +130,11 @@ def _wait(device: str) -> None:
 def _heading(asked: argparse.Namespace) -> str:
     on_gpu = asked.device.startswith("cuda")
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-    compiled = "" if on_gpu else f", {'with' if library() else 'without'} a C compiler"
+    compiled = (
+        ""
+        if on_gpu
+        else f", in {'planes' if has_planes() else 'containers'}, {'with' if library() else 'without'} a C compiler"
+    )
     return (
         f"{asked.size} x {asked.size}, groups of {asked.group_size}, bf16, {where} ({platform.machine()}){compiled}, "
         f"torch {torch.__version__}, medians of {asked.repeats} turns, ratios within a turn"

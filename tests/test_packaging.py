@@ -31,7 +31,8 @@ def test_contents(wheel):
     for needed in ("tasks/ppl/ppl_wikitext2.yaml", "tasks/intactkv_demo/data/prose.jsonl", "model_configs/llama-2-7b-w3g128.yaml",
                    "model_configs/chat_templates/vicuna_v1.1.jinja", "harness/lm.py"):  # fmt: skip
         assert f"intactkv_eval/{needed}" in names
-    assert "intactkv_kernels/dequantize.c" in names
+    c_files = {"dequantize.c", "planes.h", "planes.c", "planes_tiles.c"}
+    assert {f"intactkv_kernels/{name}" for name in c_files} <= set(names)
     count = len(list((ROOT / "tasks").rglob("*.yaml")))
     assert sum(name.startswith("intactkv_eval/tasks/") and name.endswith(".yaml") for name in names) == count
 

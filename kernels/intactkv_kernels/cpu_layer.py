@@ -1,41 +1,36 @@
 """The layer and the torch operator around cpu.py: buffers, torch.compile, and the gradient of x."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intactkv_kernels import cpu
+from intactkv_kernels.containers import ContainerWeight
 from intactkv_kernels.parts import FrozenProduct, Parts
+from intactkv_kernels.planes import PlanesWeight
 
 
 class CpuLinear(nn.Module):
-    """A linear layer on packed int4 containers. Built only where `cpu.why_not` is None."""
+    """A linear layer on packed weights. Built only where `cpu.why_not` is None."""
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         super().__init__()
-        made = cpu.prepare(
+        self._weight = cpu.prepare(
             parts.unpack(parts.words), parts.scales, parts.zeros, parts.bits, parts.group_size, parts.order
         )
-        for place, (container, table) in enumerate(zip(made.containers, made.tables, strict=True)):
-            self.register_buffer(f"container{place}", container)
-            self.register_buffer(f"table{place}", table)
-        for name in ("scales", "zeros", "order"):
-            self.register_buffer(name, getattr(made, name))
-        self._weight = made
+        for name, tensor in _tensors(self._weight).items():
+            self.register_buffer(name, tensor)
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         held: dict[str, Any] = dict(self._buffers)
-        count = range(len(self._weight.containers))
-        containers, tables = (tuple(held[f"{name}{place}"] for place in count) for name in ("container", "table"))
-        if containers[0].device.type != "cpu":
+        if any(tensor.device.type != "cpu" for tensor in held.values()):
             raise RuntimeError("backend=cpu: its layers run on the CPU only; load the model with device=cpu")
-        if tables[0].dtype is not torch.bfloat16:
+        if any(held[name].dtype is not tensor.dtype for name, tensor in _tensors(self._weight).items()):
             raise RuntimeError("a packed layer cannot be cast to another dtype: load the model with dtype=...")
-        others = {name: held[name] for name in ("scales", "zeros", "order")}
-        self._weight = replace(self._weight, containers=containers, tables=tables, **others)
+        self._weight = replace(self._weight, **held)
         return self
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -53,28 +48,28 @@ class CpuLinear(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Unpacked codes [O, I], scales, zeros, and order where there is one."""
-        weight, outputs = self._weight, self._weight.out_features
-        found = {
-            "codes": cpu.codes_of(weight),
-            "scales": weight.scales.t()[:outputs].contiguous(),
-            "zeros": weight.zeros.t()[:outputs].contiguous(),
-        }
+        weight = self._weight
+        found = {"codes": weight.unpacked(), "scales": weight.scales, "zeros": weight.zeros}
         return found if weight.order is None else {**found, "order": weight.order.to(torch.int32)}
 
 
-def _as_operator(x: Tensor, weight: cpu.PackedWeight, bias: Tensor | None) -> Tensor:
+def _tensors(weight: cpu.CpuWeight) -> dict[str, Tensor]:
+    held = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+
+
+def _as_operator(x: Tensor, weight: cpu.CpuWeight, bias: Tensor | None) -> Tensor:
+    packed = [weight.codes] if isinstance(weight, PlanesWeight) else [weight.containers, weight.tables]
     y: Tensor = _operator(
-        x, list(weight.containers), list(weight.tables), weight.scales, weight.zeros, weight.order, bias,
-        weight.bits, weight.group_size, weight.out_features,
-    )  # fmt: skip
+        x, packed, weight.scales, weight.zeros, weight.order, bias, weight.bits, weight.group_size, weight.out_features
+    )
     return y
 
 
 @torch.library.custom_op("intactkv::cpu_linear", mutates_args=())
 def _operator(
     x: Tensor,
-    containers: list[Tensor],
-    tables: list[Tensor],
+    packed: list[Tensor],
     scales: Tensor,
     zeros: Tensor,
     order: Tensor | None,
@@ -83,9 +78,8 @@ def _operator(
     group_size: int,
     out_features: int,
 ) -> Tensor:
-    weight = cpu.PackedWeight(
-        tuple(containers), tuple(tables), scales, zeros, order, bits, group_size, x.shape[-1], out_features
-    )
+    rest = (scales, zeros, order, bits, group_size, x.shape[-1], out_features)
+    weight = PlanesWeight(packed[0], *rest) if len(packed) == 1 else ContainerWeight(packed[0], packed[1], *rest)
     return cpu.linear(x, weight, bias)
 
 
