@@ -56,12 +56,12 @@ class Head:
             return
         size = max(1, SLICE_BYTES // (4 * whole.shape[-1]))
         del whole
-        for part in hidden[0].split(size):
-            yield self.module(part)
+        for start in range(0, len(places), size):
+            yield self.module(hidden[0][start : start + size])
 
     @contextmanager
     def _hidden(self, places: Tensor, keep: bool) -> Iterator[list[Tensor]]:
-        """While it lasts, the module's chosen inputs [N, C] are noted, and it computes them only, or next to nothing."""
+        """While it lasts, the module's chosen inputs [N, C] are noted; it computes only them, or next to nothing."""
         noted: list[Tensor] = []
 
         def choose(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -85,7 +85,7 @@ def log_probabilities(logits: Tensor, rows: Tensor, targets: Tensor, dtype: torc
     highest = logits.amax(dim=-1)
     greedy = chosen == highest[rows]
     if greedy.any():  # of equal logits the first is the greedy one
-        winners = rows[greedy].unique()
+        winners = torch.unique(rows[greedy])
         first = torch.full((len(logits),), -1, device=logits.device)
         first[winners] = logits[winners].argmax(dim=-1)
         greedy &= first[rows] == targets

@@ -5,18 +5,15 @@ launch); this class adds the cell's arguments, and does its own scoring and gene
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
@@ -25,7 +22,7 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import IN_MEMORY, Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.framing import Framing
-from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -42,7 +39,7 @@ from intactkv_kernels.native import library
 logger = logging.getLogger(__name__)
 
 
-class IntactKVLM(HFLM):
+class IntactKVLM(PivotedGeneration):
     """The model class `intactkv` of lm_eval.
 
     Arguments: those of a cell (config.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
@@ -237,65 +234,6 @@ class IntactKVLM(HFLM):
         """Rows that fit of the longest request's length: rolling windows and generation ask for it beforehand."""
         longest = min(self._longest or self.max_length, self.max_length)
         return rows_that_fit(self.model, longest, self.pivoted_model.device, self._most_rows)
-
-    # ---- generation ----
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated behind the pivot."""
-        lengths = (
-            len(self.tok_encode(text)) + self._new_tokens(options) for text, options in (r.args for r in requests)
-        )
-        self._longest = max(lengths, default=None)
-        new = max((self._new_tokens(request.args[1]) for request in requests), default=0)
-        if new >= self.max_length:
-            raise ConfigError(
-                f"max_gen_toks={new} leaves no room for a prompt: {self.max_length} tokens fit behind the pivot"
-            )
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
-        return texts
-
-    def _new_tokens(self, options: Mapping[str, Any]) -> int:
-        return int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
-
-    def tok_batch_encode(
-        self,
-        strings: list[str],
-        padding_side: str = "left",
-        left_truncate_len: int | None = None,
-        truncation: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Texts -> left-padded bodies [B, T] and their mask: the pivot is taken off before anything is cut."""
-        bodies = [self.framing.body(self.tok_encode(text)) for text in strings]
-        if left_truncate_len:
-            self.framing.counts["truncated"] += sum(len(body) > left_truncate_len for body in bodies)
-            bodies = [body[-left_truncate_len:] for body in bodies]
-        longest = max(len(body) for body in bodies)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(body)) + body for body in bodies], dtype=torch.long)
-        mask = torch.tensor([[0] * (longest - len(body)) + [1] * len(body) for body in bodies], dtype=torch.long)
-        return ids, mask
-
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
-        temperature = options.get("temperature", 0.0)
-        if options.get("do_sample") is None:
-            options["do_sample"] = temperature > 0
-        if not options["do_sample"]:
-            options.pop("temperature", None)
-        mask = options.pop("attention_mask")
-
-        def stopping(columns: int, rows: int) -> StoppingCriteriaList:
-            criteria: StoppingCriteriaList = stop_sequences_criteria(self.tokenizer, stop, columns, rows)
-            return criteria
-
-        return generate(
-            self.pivoted_model,
-            context,
-            mask,
-            max_length - context.shape[1],
-            stopping,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **options,
-        )
 
 
 def _is_exact(key: Any) -> bool:

@@ -11,6 +11,7 @@ A pure data structure: knows tokens, no model and no tensor.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +53,7 @@ def build_tree(sequences: Sequence[Tokens]) -> Tree:
     """Distinct sequences of non-negative tokens -> their tree."""
     order = sorted(range(len(sequences)), key=lambda place: sequences[place].astype(">i4").tobytes())
     inside = [sequences[place] for place in order]
-    shared = np.array([0, *(_common(one, other) for one, other in zip(inside, inside[1:], strict=False))], np.int64)
+    shared = np.array([0, *(_common(one, other) for one, other in pairwise(inside))], np.int64)
     root = Node(0, 0, 0, len(inside))
     made, waiting = [root], [root]
     while waiting:
@@ -61,7 +62,7 @@ def build_tree(sequences: Sequence[Tokens]) -> Tree:
         node.end = int(inner.min()) if len(inner) else len(inside[node.first])
         node.ends = len(inside[node.first]) == node.end
         cuts = [node.first, *(node.first + 1 + np.flatnonzero(inner == node.end)), node.last]
-        ranges = list(zip(cuts, cuts[1:], strict=False))[1 if node.ends else 0 :]
+        ranges = list(pairwise(cuts))[1 if node.ends else 0 :]
         node.children = [Node(node.end, node.end, int(first), int(last)) for first, last in ranges]
         made.extend(node.children)
         waiting.extend(node.children)

@@ -6,7 +6,6 @@ predict its token d + 1, so a request asks at the depths from the context's last
 
 from collections import defaultdict
 from collections.abc import Iterable
-from math import isnan
 from typing import NamedTuple
 
 import numpy as np
@@ -105,5 +104,5 @@ class ScoreTable:
 
     def score(self, index: int) -> Score:
         """The answer to a request that is complete."""
-        assert self._left[index] == 0 and not isnan(self._total[index])
+        assert self._left[index] == 0
         return Score(float(self._total[index]), bool(self._greedy[index]))

@@ -177,10 +177,12 @@ class _Scorer:
 
 
 def _branches(node: Node) -> list[Node]:
-    """The same questions as smaller subtrees, the node's own tokens in front of each; the node itself if it is a chain."""
+    """The same questions as smaller subtrees, each with the node's own tokens in front; a chain as it is."""
     if len(node.children) == 1 and not node.ends:
         return _branches(replace(node.children[0], start=node.start))
     if not node.children:
         return [node]
-    alone = [Node(node.start, node.end, node.first, node.first + 1, True)] if node.ends else []
+    alone = (
+        [Node(node.start, node.end, node.first, node.first + 1, True)] if node.ends and node.end > node.start else []
+    )
     return alone + [replace(child, start=node.start) for child in node.children]

@@ -167,9 +167,9 @@ class SharedModel:
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         expected, found = (part - part.mean(dim=1, keepdim=True) for part in (expected, found))
-        error = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
+        worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
         allowed = _AGREE.get(plain.dtype, _AGREE_16_BITS)
-        return None if error <= allowed else f"a trial gave other logits (relative difference {error:.1e})"
+        return None if worst <= allowed else f"a trial gave other logits (relative difference {worst:.1e})"
 
     def _kept_prefix(self, sequences: list[Any]) -> Tensor:
         root = build_tree(sequences).root
@@ -181,6 +181,6 @@ class SharedModel:
 
     def _tree(self, sequences: list[Any]) -> Tensor:
         row = flatten([build_tree(sequences).root], sequences)
-        logits = self.forward(self.root, [row])[0].logits[0]
+        logits: Tensor = self.forward(self.root, [row])[0].logits[0]
         ends = [column + node.end - node.start - 1 for node, column, _ in row.spans if not node.children]
         return logits[torch.tensor(ends)]

@@ -16,7 +16,10 @@ from intactkv_eval.harness.prefix_tree import Node, Tokens
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """tokens [T], depths [T] (places in their sequences). spans: each node, its first column, its parent's last or -1."""
+    """tokens [T] and depths [T], their places in their sequences.
+
+    spans: each node, its first column, and the last column of its parent or -1.
+    """
 
     tokens: Tokens
     depths: Tokens

@@ -115,13 +115,13 @@ def test_unshared_is_the_plain_model(family):
 def test_a_trial_allows_what_the_tests_allow(model):
     """Families that are not in the tests are tried on a short text: here the trial itself, and that it can fail."""
     assert {build_model(family).config.model_type for family in FAMILIES} == shared_module.TESTED
+    right = shared_module.padded
     for cell in ("intact", "computed"):
         made = SharedModel(pivoted(model, cell))
         assert made.sharing is Sharing.TREES
         assert made._allowed(tried=True) is Sharing.TREES
-        depths = shared_module.padded
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shared_module, "padded", lambda rows: (depths(rows)[0], 2 * depths(rows)[1]))
+            patch.setattr(shared_module, "padded", lambda rows: (right(rows)[0], 2 * right(rows)[1]))
             assert made._allowed(tried=True) is not Sharing.TREES
 
 
