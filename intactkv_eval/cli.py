@@ -134,15 +134,23 @@ def report(
 def bench(
     what: Annotated[Bench, typer.Argument(help="What to measure.")] = Bench.scoring,
     model: Annotated[str | None, typer.Option(help="A folder or hub id; the demo's model if none.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="scoring: rows a batch, for all alike (8).")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="scoring: a task; may be repeated.")] = None,
+    batch_size: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="scoring: rows a batch; of several hf's fastest."),
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="scoring: float32 and bfloat16 if none.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="scoring: documents of each task.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each (3); the median counts.")] = None,
 ) -> None:
     """Measure against lm_eval's own hf in one run; a ratio is shown only if the answers agree.
 
     scoring: log-likelihoods. decode: tokens a second on packed weights. loading: peak memory of a packed checkpoint.
     """
-    if batch_size is not None and what is not Bench.scoring:
-        raise ConfigError(f"--batch-size: does nothing for bench {what.value}")
+    idle = {"--task": task, "--batch-size": batch_size, "--dtype": dtype, "--limit": limit}
+    for name, value in idle.items():
+        if value and what is not Bench.scoring:
+            raise ConfigError(f"{name}: does nothing for bench {what.value}")
     if repeats is not None and what is Bench.loading:
         raise ConfigError("--repeats: does nothing for bench loading, whose peak is the same each time")
     if what is Bench.loading:
@@ -152,7 +160,9 @@ def bench(
     elif what is Bench.decode:
         typer.echo(_late("bench.decode", "decode")(model, repeats or 3))
     else:
-        typer.echo(_late("bench.scoring", "scoring")(model, batch_size or 8, repeats or 3))
+        bench_scoring, demo_task = _late("bench.scoring", "scoring"), _late("bench.scoring", "DEMO_TASK")
+        kinds = dtype or ["float32", "bfloat16"]
+        typer.echo(bench_scoring(model, task or [demo_task], batch_size or [1, 8, 32], repeats or 3, kinds, limit))
 
 
 @app.command()

@@ -1,62 +1,132 @@
-"""`intactkv bench`: what IntactKV costs, against lm_eval's own `hf` in the same process on the same requests.
+"""Log-likelihood tasks against lm_eval's own `hf` in the same process, on the same requests, turn by turn.
 
-No ratio without agreement: in full precision all must give the same log-likelihoods.
+`hf` runs at its own fastest batch size of those asked for; the bound is what sharing prefixes alone would give, tokens
+that `hf` computes over tokens that we compute. No ratio without agreement.
 """
 
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from intactkv_eval.demo import prepare_model
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import cache_folder, shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
 
-_AGREE = 1e-3  # nats, fp32
-_TASK = "intactkv_demo_qa"
+DEMO_TASK = "intactkv_demo_qa"
+_AGREE = 1e-3  # nats, fp32, for each request
+_AGREE_16_BITS = 2e-2  # relative RMS over all requests: what bf16 leaves of two orders of summation
+_TRIED = 0.1  # of the requests, to find hf's fastest batch size
 
 
-def scoring(model: str | None, batch_size: int, repeats: int) -> str:
-    """The demo's questions, fp32, CPU: median seconds of `hf` with BOS, pivot=none and pivot=bos, taken in turns."""
+@dataclass
+class _Rival:
+    lm: Any
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    answers: list[float] = field(default_factory=list)
+    greedy: list[bool] = field(default_factory=list)
+
+
+class CountingHF(HFLM):
+    """`hf`, counting the tokens that its model is given."""
+
+    tokens = 0
+
+    def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+        self.tokens += inps.numel()
+        return super()._model_call(inps, *args, **kwargs)
+
+
+def scoring(
+    model: str | None, tasks: list[str], batch_sizes: list[int], repeats: int, dtypes: list[str], limit: int | None
+) -> str:
+    """A markdown table for each dtype: seconds, tokens, times hf's speed, its bound, and the largest difference.
+
+    Raises ConfigError for a task that is unknown or asks for something else than log-likelihoods.
+    """
     folder = model or str(prepare_model(cache_folder() / "demo"))
-    common: dict[str, Any] = {"pretrained": folder, "dtype": "float32", "device": "cpu", "batch_size": batch_size}
-    models = {
-        "hf, add_bos_token=True": HFLM(**common, add_bos_token=True),
-        "intactkv, pivot=none": IntactKVLM(**common, pivot="none"),
-        "intactkv, pivot=bos": IntactKVLM(**common, pivot="bos"),
-    }
-    requests = _requests(folder)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    answers: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        for name, lm in models.items():
-            start = time.perf_counter()
-            scored = lm.loglikelihood(requests, disable_tqdm=True)
-            times[name].append(time.perf_counter() - start)
-            answers[name] = [value for value, _ in scored]
-    return _table(folder, len(requests), times, answers)
-
-
-def _table(folder: str, count: int, times: dict[str, list[float]], answers: dict[str, list[float]]) -> str:
-    rival = next(iter(times))
     lines = [
-        f"{_TASK}: {count} requests, {Path(folder).name}, fp32, CPU, medians of {len(times[rival])} runs",
+        f"{Path(folder).name}, CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, medians of {repeats} "
+        "runs in turns; seconds of the whole call, tokenization included",
         "",
-        "| model | seconds | times hf's speed | largest difference in log-likelihood |",
-        "| --- | ---: | ---: | ---: |",
+        "| task | dtype | requests | model | rows a batch | seconds | tokens | times hf's speed | bound by tokens | "
+        "largest difference |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for name, seconds in times.items():
-        worst = max(abs(one - other) for one, other in zip(answers[name], answers[rival], strict=True))
-        ratio = f"{median(times[rival]) / median(seconds):.2f}" if worst < _AGREE else "answers differ"
-        lines.append(f"| {name} | {median(seconds):.2f} | {ratio} | {worst:.1e} |")
+    for dtype in dtypes:
+        common: dict[str, Any] = {"pretrained": folder, "dtype": dtype, "device": "cpu"}
+        hf = CountingHF(**common, add_bos_token=True)
+        ours = {pivot: IntactKVLM(**common, pivot=pivot) for pivot in ("none", "bos")}
+        for task in tasks:
+            requests = _requests(folder, task, limit)
+            size = _fastest(hf, requests, batch_sizes)
+            rivals = {"hf": _Rival(hf), **{f"pivot={pivot}": _Rival(lm) for pivot, lm in ours.items()}}
+            for rival in rivals.values():
+                rival.lm.batch_size_per_gpu = size
+            for turn in range(repeats):
+                for rival in rivals.values():
+                    _run(rival, requests)
+                    print(f"{task} {dtype} run {turn + 1}: {rival.seconds[-1]:.1f} s", flush=True)
+            lines += [_line(task, dtype, size, name, rival, rivals["hf"]) for name, rival in rivals.items()]
     return "\n".join(lines)
 
 
-def _requests(folder: str) -> list[Any]:
+def _run(rival: _Rival, requests: list[Any]) -> None:
+    counter = rival.lm if isinstance(rival.lm, CountingHF) else rival.lm.counts
+    before, start = counter.tokens, time.perf_counter()
+    found = getattr(rival.lm, requests[0].request_type)(requests, disable_tqdm=True)
+    rival.seconds.append(time.perf_counter() - start)
+    rival.tokens = counter.tokens - before
+    rival.answers = [float(one[0] if isinstance(one, tuple) else one) for one in found]
+    rival.greedy = [bool(one[1]) for one in found if isinstance(one, tuple)]
+
+
+def _fastest(hf: Any, requests: list[Any], batch_sizes: list[int]) -> int:
+    """The batch size at which hf is fastest, on the first requests."""
+    if len(batch_sizes) == 1:
+        return batch_sizes[0]
+    some = requests[: max(int(len(requests) * _TRIED), min(len(requests), 2 * max(batch_sizes)))]
+    times = {}
+    for size in batch_sizes:
+        hf.batch_size_per_gpu = size
+        rival = _Rival(hf)
+        _run(rival, some)
+        times[size] = rival.seconds[0]
+    return min(times, key=lambda size: times[size])
+
+
+def _line(task: str, dtype: str, size: int, name: str, rival: _Rival, hf: _Rival) -> str:
+    found, expected = (torch.tensor(one.answers, dtype=torch.float64) for one in (rival, hf))
+    worst = float((found - expected).abs().max())
+    if dtype == "float32":
+        agrees = worst < _AGREE and rival.greedy == hf.greedy
+    else:
+        agrees = float((found - expected).norm()) <= _AGREE_16_BITS * float(expected.norm())
+    ratio = f"{median(hf.seconds) / median(rival.seconds):.2f}" if agrees else "answers differ"
+    return (
+        f"| {task} | {dtype} | {len(found)} | {name} | {size} | {median(rival.seconds):.2f} | {rival.tokens} | "
+        f"{ratio} | {hf.tokens / rival.tokens:.2f} | {worst:.1e} |"
+    )
+
+
+def _requests(folder: str, task: str, limit: int | None) -> list[Any]:
     manager = TaskManager(include_path=str(shipped_folder("tasks")), metadata={"pretrained": folder})
-    task = manager.load([_TASK])["tasks"][_TASK]
-    task.build_all_requests(rank=0, world_size=1)
-    return list(task.instances)
+    if task not in manager.all_tasks:
+        raise ConfigError(f"task {task!r} is not known to lm_eval or among ours; see lm_eval ls tasks")
+    requests = []
+    for one in manager.load([task])["tasks"].values():
+        one.build_all_requests(limit=limit, rank=0, world_size=1)
+        requests += one.instances
+    kinds = {request.request_type for request in requests}
+    if kinds - {"loglikelihood"} and kinds - {"loglikelihood_rolling"}:
+        raise ConfigError(
+            f"task {task!r} asks for {', '.join(sorted(kinds))}; bench scoring takes one of the log-likelihoods"
+        )
+    return requests

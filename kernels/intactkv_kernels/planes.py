@@ -9,6 +9,7 @@ import contextlib
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class PlanesWeight:
         assert native is not None
         y = x.new_empty((*x.shape[:-1], self.out_features))
         rows = x.numel() // self.in_features
-        if native.planes_product(*self._weight(), x.data_ptr(), rows, y.data_ptr()):
+        if native.planes_product(*self._weight, x.data_ptr(), rows, y.data_ptr()):
             raise MemoryError(f"no memory for {rows} rows of activations")
         return y
 
@@ -98,11 +99,12 @@ class PlanesWeight:
         held = room(TILE * self.in_features, kind).view(TILE, self.in_features)
         for start in range(0, self.out_features, TILE):
             count = min(TILE, self.out_features - start)
-            native.planes_dequantize(*self._weight(), start, count, kind is torch.float32, held.data_ptr())
+            native.planes_dequantize(*self._weight, start, count, kind is torch.float32, held.data_ptr())
             yield start, held[:count].to(dtype)
 
+    @cached_property
     def _weight(self) -> tuple[int, ...]:
-        """The weight, as planes.c takes it."""
+        """The weight, as planes.c takes it. Kept: of a small layer's call, asking five tensors is a good part."""
         return (
             self.codes.data_ptr(), self.scales.data_ptr(), self.zeros.data_ptr(), KINDS[self.scales.dtype],
             self.bits, self.in_features, self.out_features, self.group_size,
