@@ -6,6 +6,7 @@ launch); this class adds the cell's arguments, and does its own scoring and gene
 
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ class IntactKVLM(PivotedGeneration):
         return {
             **self._identity(),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
+            "scoring_on_rank_0": asdict(self.counts),
             "world_size": self.world_size,
             "versions": versions(),
             "basis_residual": self.built.basis_residual if self.built else None,

@@ -120,16 +120,16 @@ def _place(node: Node, limits: Limits, held: int, found: Behind, waiting: list[N
     if lead * (branches - 1) >= limits.overhead and held + node.end <= limits.budget:
         found.kept.append(node)
         return
-    ends = node.ends
+    alone = node.ends
     for group in _groups(node, limits.capacity):
         if len(group) == 1 and lead + group[0].size > limits.capacity:
             waiting.append(replace(group[0], start=node.start))
             continue
-        first = node.first if ends else group[0].first
-        found.rows.append(_grouped(node, first, group, ends))
-        ends = False
-    if ends:
-        found.rows.append(_grouped(node, node.first, [], ends))
+        ends = node.ends and group[0] is node.children[0]  # neighbours of the sequence that ends here
+        found.rows.append(_grouped(node, node.first if ends else group[0].first, group, ends))
+        alone = alone and not ends
+    if alone:
+        found.rows.append(_grouped(node, node.first, [], True))
 
 
 def _grouped(node: Node, first: int, group: list[Node], ends: bool) -> Node:

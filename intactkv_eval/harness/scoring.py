@@ -28,8 +28,9 @@ SMALLEST_BATCH = 512  # tokens that any batch may hold
 
 @dataclass
 class Counts:
-    """Tokens that the model computed, and batches that had to be halved."""
+    """How far prefixes were shared, tokens that the model computed, and batches that did not fit in memory."""
 
+    sharing: str | None = None
     tokens: int = 0
     halved: int = 0
 
@@ -71,6 +72,7 @@ class _Scorer:
 
     def run(self, sharing: Sharing) -> None:
         """Answer everything that the table asks."""
+        self.counts.sharing = sharing.name.lower()
         asked = self.table.asked_of_pivot()
         if len(asked.requests):
             self._answer(asked, [self.shared.pivoted.pivot_logits[-1:]], torch.zeros(1, dtype=torch.long))
@@ -92,7 +94,14 @@ class _Scorer:
         for node in kept:
             alone = replace(node, children=[], below=0)
             row = flatten([alone], self.table.tree.sequences)
-            longer = Prefix(self._compute(prefix, [row], keep=True), self.shared.root.length + node.end)
+            try:
+                longer = Prefix(self._compute(prefix, [row], keep=True), self.shared.root.length + node.end)
+            except (RuntimeError, MemoryError) as error:
+                _memory_ran_out(error)
+                self.counts.halved += 1
+                whole = Node(node.start, node.start, node.first, node.last, children=[node])
+                self._visit(prefix, behind(whole, replace(self.limits, overhead=math.inf), held).rows, [], held)
+                continue
             found = behind(node, self.limits, held + node.end)
             self._visit(longer, found.rows, found.kept, held + node.end)
             del longer
@@ -107,11 +116,9 @@ class _Scorer:
                 self._compute(prefix, [row for _, row in batch])
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
-                    raise
-                cause = f"{error}"
+                cause = _memory_ran_out(error)
             self.counts.halved += 1
-            waiting += self._smaller(batch, cause)
+            waiting = sorted(waiting + self._smaller(batch, cause), key=lambda pair: len(pair[1].tokens))
 
     def _tokens(self, longest: int) -> int:
         most = max(self.rows_for(longest) * longest, SMALLEST_BATCH)
@@ -174,6 +181,13 @@ class _Scorer:
             start += len(part)
         for index in self.table.answer(asked.requests, found, greedy):
             self.done(index, self.table.score(index))
+
+
+def _memory_ran_out(error: RuntimeError | MemoryError) -> str:
+    """What the error says, if it tells of memory that ran out; any other is raised again."""
+    if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        raise error
+    return str(error)
 
 
 def _branches(node: Node) -> list[Node]:

@@ -193,6 +193,24 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     assert sorted(answered) == list(range(len(requests)))
 
 
+def test_a_prefix_that_cannot_be_kept_is_computed_with_each_of_its_users(monkeypatch):
+    made = pivoted(build_model("llama"), "intact")
+    requests = few_shot_requests()
+    expected = score(SharedModel(made), requests, lambda tokens: 1, share=False)
+    forward, failed = SharedModel.forward, []
+
+    def no_room_for_one(self, prefix, rows):
+        if len(rows) == 1 and len(rows[0].tokens) == 40:
+            failed.append(rows)
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return forward(self, prefix, rows)
+
+    monkeypatch.setattr(scoring, "CAPACITY", 24)
+    monkeypatch.setattr(SharedModel, "forward", no_room_for_one)
+    assert_same(score(SharedModel(made), requests, lambda tokens: 4), expected)
+    assert failed
+
+
 def test_other_errors_are_not_taken_for_memory(monkeypatch):
     made = pivoted(build_model("llama"), "intact")
     monkeypatch.setattr(SharedModel, "sharing", Sharing.TREES)
