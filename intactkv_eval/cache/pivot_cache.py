@@ -4,7 +4,7 @@ A transformers DynamicCache in all else, so the model's own attention, masks and
 The captured PivotKV is copied in: the model may change this cache, never the capture.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,20 @@ from transformers.cache_utils import DynamicCache
 from intactkv_eval.cache.quantizers import quantize_rows
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
-from intactkv_eval.pivot.kv import PivotKV
+
+
+class FrontRows(Protocol):
+    """Rows [H, S, D] of each layer that stand in front: a PivotKV, or a pivot with a start that requests share."""
+
+    @property
+    def keys(self) -> tuple[Tensor, ...]:
+        """Of each layer."""
+        ...
+
+    @property
+    def values(self) -> tuple[Tensor, ...]:
+        """Of each layer."""
+        ...
 
 
 class PivotCache(DynamicCache):
@@ -30,7 +43,7 @@ class PivotCache(DynamicCache):
         config: PretrainedConfig,
         batch_size: int,
         kv: KVSpec,
-        pivot: PivotKV | None = None,
+        pivot: FrontRows | None = None,
         devices: list[torch.device] | None = None,
         padding: Tensor | None = None,
     ) -> None:

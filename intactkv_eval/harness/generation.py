@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from intactkv_eval.errors import PivotError
+from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.pivoted import PivotedModel
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
@@ -32,41 +33,56 @@ def generate(
     mask: Tensor,
     max_new_tokens: int,
     stopping: Stopping | None = None,
+    heads: ChatHead | None = None,
     **options: Any,
 ) -> Tensor:
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`. Rows that cannot share a batch are generated in several.
+    `transformers.generate`. Rows that cannot share a batch are generated in several. heads: keeps the KV of a start
+    that requests have in common.
     Raises PivotError for a row without a token where there is no pivot either.
     """
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
     if empty.any():
         return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
+    head = (
+        heads.of([row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)])
+        if heads
+        else None
+    )
     if _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
         return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
-    length = len(pivoted.token_ids)
-    front = torch.tensor(pivoted.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-    if pivoted.pivot is not None:
-        ids = torch.cat([front, bodies], dim=1)
-        mask = torch.cat([torch.ones_like(front), mask], dim=1)
+    tokens = (*pivoted.token_ids, *(head.tokens if head else ()))
+    front = torch.tensor(tokens, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
+    if head is not None or pivoted.pivot is not None:
+        rest = _without(bodies, padding, len(head.tokens)) if head else bodies
+        ids = torch.cat([front, rest], dim=1)
+        mask = (torch.arange(ids.shape[1], device=ids.device) - len(tokens)).expand(len(ids), -1)
+        mask = ((mask < 0) | (mask >= padding.to(ids.device)[:, None])).long()
     else:
         ids, mask = _behind_padding(front, bodies, padding)
-    needs_cache = pivoted.pivot is not None or pivoted.kv.bits < 16
     beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
+    cache = None
+    if head is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
+        cache = pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams), *([head] if head else []))
     out = pivoted.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        past_key_values=pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams))
-        if needs_cache
-        else None,
+        past_key_values=cache,
         max_new_tokens=max_new_tokens,
         stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
         use_cache=True,
         **options,
     )
-    return torch.cat([bodies, out[:, length + bodies.shape[1] :]], dim=1)
+    return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
+
+
+def _without(bodies: Tensor, padding: Tensor, start: int) -> Tensor:
+    """Left-padded rows [B, T] without the first `start` tokens behind their padding: [B, T - start]."""
+    columns = torch.arange(bodies.shape[1] - start, device=bodies.device).expand(len(bodies), -1)
+    return bodies.gather(1, columns + start * (columns >= padding.to(bodies.device)[:, None]))
 
 
 def _window_sees_padding(pivoted: PivotedModel, padding: Tensor, longest: int) -> bool:

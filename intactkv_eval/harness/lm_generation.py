@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -22,6 +23,7 @@ class PivotedGeneration(HFLM):
 
     framing: Framing
     _longest: int | None
+    _heads: ChatHead | None
 
     @property
     def pivoted_model(self) -> PivotedModel:
@@ -81,6 +83,7 @@ class PivotedGeneration(HFLM):
             mask,
             max_length - context.shape[1],
             stopping,
+            self._heads,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )

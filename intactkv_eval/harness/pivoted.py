@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.model.structure import layer_devices
@@ -54,9 +54,12 @@ class PivotedModel:
             raise PivotError("there is no pivot, so no token predicts the first one of an empty context")
         return self._call(torch.tensor([self.token_ids], device=self.device), cache=self._own_cache(1))[0]
 
-    def new_cache(self, batch_size: int, padding: Tensor | None = None) -> PivotCache:
-        """A fresh cache, which begins with the pivot's rows where they are intact. padding: [B] of left-padded rows."""
-        return PivotCache(self.model.config, batch_size, self.kv, self.pivot, self.devices, padding)
+    def new_cache(self, batch_size: int, padding: Tensor | None = None, front: FrontRows | None = None) -> PivotCache:
+        """A fresh cache, which begins with `front`, or with the pivot's rows where they are intact.
+
+        padding: [B] of left-padded rows.
+        """
+        return PivotCache(self.model.config, batch_size, self.kv, front or self.pivot, self.devices, padding)
 
     @cached_property
     def window(self) -> int | None:
