@@ -1,11 +1,13 @@
 """SharedCache: the KV of one prefix in front of many rows, without a copy for each; for a single forward.
 
-Every layer keeps all rows, sliding ones too: the windows are the mask's. Appending makes new tensors, so that the
-prefix itself is never written to. Rows behind it are quantized as in PivotCache.
+Every layer keeps the whole prefix, sliding ones too: the windows are the mask's. Appending makes new tensors, so that
+the prefix itself is never written to; they live no longer than their layer needs them, unless they are to be a prefix
+themselves. Rows are quantized as in PivotCache.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -17,11 +19,16 @@ LayerKV = tuple[Tensor, Tensor]
 
 
 class SharedCache(DynamicCache):
-    """prefix: keys and values of each layer, possibly none. positions: [B, T] of the tokens that will be written."""
+    """prefix: keys and values of each layer, possibly none. positions: [B, T] of the tokens that will be written.
 
-    def __init__(self, prefix: Sequence[LayerKV], batch_size: int, kv: KVSpec, positions: Tensor) -> None:
+    keep: whether `rows` is to hold them afterwards.
+    """
+
+    def __init__(
+        self, prefix: Sequence[LayerKV], batch_size: int, kv: KVSpec, positions: Tensor, keep: bool = False
+    ) -> None:
         super().__init__()
-        self._kv, self._positions = kv, positions
+        self._kv, self._positions, self._keep = kv, positions, keep
         for keys, values in prefix:
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
@@ -35,8 +42,13 @@ class SharedCache(DynamicCache):
         if self._kv.bits < 16:
             key_states = quantize_rows(key_states, self._kv, self._positions)
             value_states = quantize_rows(value_states, self._kv, self._positions)
-        updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return updated
+        if self._keep:
+            updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            return updated
+        if layer_idx >= len(self.layers):
+            return key_states, value_states
+        layer = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=2), torch.cat([layer.values, value_states], dim=2)
 
     def rows(self) -> list[LayerKV]:
         """Keys and values of each layer, the prefix among them: what may stand in front of other rows."""

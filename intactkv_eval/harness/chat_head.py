@@ -59,7 +59,7 @@ class ChatHead:
     def _compute(self, start: list[int]) -> Head:
         tokens = np.array([*self.shared.front, *start], np.int32)
         row = flatten([Node(0, len(tokens), 0, 1)], [tokens])
-        rows = Prefix(self.shared.forward(self.shared.root, [row])[1], 0).rows
+        rows = Prefix(self.shared.forward(self.shared.root, [row], keep=True)[1], 0).rows
         self.computed += 1
         return Head(tuple(start), tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
 

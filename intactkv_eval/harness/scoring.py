@@ -14,7 +14,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.head import Head, log_probabilities
+from intactkv_eval.harness.head import log_probabilities
 from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
 from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
@@ -24,6 +24,7 @@ CAPACITY = 192  # tokens of a row of many branches: more of them share less, and
 OVERHEAD = 64  # tokens that a forward of its own costs beside its work
 PREFIX_BUDGET = 2**30  # bytes of KV held in prefixes
 SMALLEST_BATCH = 512  # tokens that any batch may hold
+LARGEST_ON_CPU = 1024  # tokens of a batch on a CPU, unless one sequence is longer: more only take more memory
 
 
 @dataclass
@@ -67,7 +68,6 @@ class _Scorer:
     ) -> None:
         self.shared, self.table, self.rows_for, self.dtype = shared, table, rows_for, dtype
         self.done, self.counts = done, counts
-        self.head = Head(shared.pivoted.model)
         self.most: int | None = None  # tokens of a batch, once memory has shown a limit
 
     def run(self, sharing: Sharing) -> None:
@@ -122,6 +122,8 @@ class _Scorer:
 
     def _tokens(self, longest: int) -> int:
         most = max(self.rows_for(longest) * longest, SMALLEST_BATCH)
+        if self.shared.pivoted.device.type == "cpu":
+            most = min(most, max(longest, LARGEST_ON_CPU))
         return most if self.most is None else min(most, self.most)
 
     def _smaller(self, batch: list[tuple[list[Node], Row]], cause: str) -> list[tuple[list[Node], Row]]:
@@ -157,13 +159,13 @@ class _Scorer:
         def forward() -> object:
             if prefix.is_root and not keep and all(row.is_chain for row in rows):
                 return self.shared.plain_forward(rows)
-            output, found = self.shared.forward(prefix, rows)
-            kept.extend(found if keep else [])
+            output, found = self.shared.forward(prefix, rows, keep)
+            kept.extend(found)
             return output
 
         places = torch.from_numpy(np.unique(asked.columns))
         with torch.no_grad():
-            self._answer(asked, self.head.logits(forward, places), places)
+            self._answer(asked, self.shared.head.logits(forward, places), places)
         self.counts.tokens += sum(len(row.tokens) for row in rows)
         return kept
 

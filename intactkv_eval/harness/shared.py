@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.shared_cache import LayerKV, SharedCache
 from intactkv_eval.harness.batching import kv_bytes_per_token
+from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
@@ -66,6 +67,11 @@ class SharedModel:
         return () if self.pivoted.pivot is not None else self.pivoted.token_ids
 
     @cached_property
+    def head(self) -> Head:
+        """The model's output embedding, asked where logits are needed."""
+        return Head(self.pivoted.model)
+
+    @cached_property
     def root(self) -> Prefix:
         """The pivot's rows where they are intact, else nothing."""
         pivot = self.pivoted.pivot
@@ -84,17 +90,17 @@ class SharedModel:
         return kv_bytes_per_token(self.pivoted.model)
 
     @torch.no_grad()
-    def forward(self, prefix: Prefix, rows: Sequence[Row]) -> tuple[Any, list[LayerKV]]:
-        """The model's output for right-padded rows [B, T] behind the prefix, and the KV of prefix and rows."""
+    def forward(self, prefix: Prefix, rows: Sequence[Row], keep: bool = False) -> tuple[Any, list[LayerKV]]:
+        """The output for right-padded rows [B, T] behind the prefix; with `keep` the KV of prefix and rows too."""
         ids, depths = padded(rows)
         device = self.pivoted.device
         positions = depths + self.root.length
-        cache = SharedCache(prefix.rows, len(rows), self.pivoted.kv, positions)
+        cache = SharedCache(prefix.rows, len(rows), self.pivoted.kv, positions, keep)
         arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if not all(row.is_chain for row in rows):
             masks = self._masks(rows, positions, prefix.length)
             arguments |= {"attention_mask": masks, "position_ids": positions.to(device)}
-        return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows()
+        return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows() if keep else []
 
     @torch.no_grad()
     def plain_forward(self, rows: Sequence[Row]) -> Any:
@@ -174,7 +180,7 @@ class SharedModel:
     def _kept_prefix(self, sequences: list[Any]) -> Tensor:
         root = build_tree(sequences).root
         start = flatten([Node(0, root.end, 0, 1)], sequences)
-        prefix = Prefix(self.forward(self.root, [start])[1], self.root.length + root.end)
+        prefix = Prefix(self.forward(self.root, [start], keep=True)[1], self.root.length + root.end)
         ends = [flatten([Node(root.end, len(one), place, place + 1)], sequences) for place, one in enumerate(sequences)]
         logits = self.forward(prefix, ends)[0].logits
         return torch.stack([logits[place, len(end.tokens) - 1] for place, end in enumerate(ends)])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, VOCAB, build_model
 
+import intactkv_eval.harness.head as head_module
 import intactkv_eval.harness.shared as shared_module
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness import scoring
+from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import Counts, score
@@ -66,6 +68,7 @@ def assert_same(found, expected):
 @pytest.fixture(params=["packed", "small rows"])
 def row_size(request, monkeypatch):
     if request.param == "small rows":
+        monkeypatch.setattr(head_module, "SLICE_BYTES", 4 * VOCAB * 5)
         monkeypatch.setattr(scoring, "CAPACITY", 24)
         monkeypatch.setattr(scoring, "OVERHEAD", 4)
         monkeypatch.setattr(scoring, "SMALLEST_BATCH", 50)
@@ -125,6 +128,47 @@ def test_a_trial_allows_what_the_tests_allow(model):
             assert made._allowed(tried=True) is not Sharing.TREES
 
 
+def test_soft_capped_logits(monkeypatch):
+    """Logits that the model changes behind its output embedding are made in its own forward."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                     num_key_value_heads=2, head_dim=16, sliding_window=8, initializer_range=0.15,
+                     final_logit_softcapping=2.0, max_position_embeddings=128)
+    ).eval()  # fmt: skip
+    assert not Head(model).is_plain
+    monkeypatch.setattr(head_module, "_CHANGES", ())
+    assert not Head(model).is_plain, "the trial sees it too"
+    monkeypatch.undo()
+    assert all(Head(build_model(family)).is_plain for family in FAMILIES)
+    made = pivoted(model, "intact")
+    requests = few_shot_requests()
+    assert_same(
+        score(SharedModel(made), requests, lambda tokens: 3),
+        score(SharedModel(made), requests, lambda tokens: 1, share=False),
+    )
+    request = requests[0]
+    whole = [*TOKENS, *request.context, *request.continuation]
+    with torch.no_grad():
+        logits = torch.log_softmax(model(torch.tensor([whole])).logits[0, :-1], dim=-1)[-len(request.continuation) :]
+    expected = float(logits.gather(1, torch.tensor(request.continuation)[:, None]).sum())
+    assert score(SharedModel(made), [request], lambda tokens: 1)[0].log_likelihood == pytest.approx(expected, abs=5e-4)
+
+
+def test_what_a_layer_has_attended_to_is_let_go():
+    made = SharedModel(pivoted(build_model("llama"), "intact"))
+    caches = []
+    with pytest.MonkeyPatch.context() as patch:
+        fresh = shared_module.SharedCache
+        patch.setattr(shared_module, "SharedCache", lambda *args: caches.append(fresh(*args)) or caches[-1])
+        score(made, few_shot_requests(), lambda tokens: 3)
+    lengths = {layer.keys.shape[2] for cache in caches if not cache._keep for layer in cache.layers}
+    assert lengths == {len(TOKENS)}, "only the pivot stays: nothing of the rows behind it"
+    assert all(len(cache.layers) == 3 for cache in caches)
+
+
 def test_eager_attention():
     model = build_model("llama")
     model.set_attn_implementation("eager")
@@ -176,10 +220,10 @@ def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(monkeypatch):
     forward = SharedModel.forward
     limit = 70  # the longest sequence has 66
 
-    def small_memory(self, prefix, rows):
+    def small_memory(self, prefix, rows, keep=False):
         if len(rows) * max(len(row.tokens) for row in rows) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return forward(self, prefix, rows)
+        return forward(self, prefix, rows, keep)
 
     counts, answered = Counts(), []
     sharing = SharedModel(made).sharing
@@ -199,11 +243,11 @@ def test_a_prefix_that_cannot_be_kept_is_computed_with_each_of_its_users(monkeyp
     expected = score(SharedModel(made), requests, lambda tokens: 1, share=False)
     forward, failed = SharedModel.forward, []
 
-    def no_room_for_one(self, prefix, rows):
+    def no_room_for_one(self, prefix, rows, keep=False):
         if len(rows) == 1 and len(rows[0].tokens) == 40:
             failed.append(rows)
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-        return forward(self, prefix, rows)
+        return forward(self, prefix, rows, keep)
 
     monkeypatch.setattr(scoring, "CAPACITY", 24)
     monkeypatch.setattr(SharedModel, "forward", no_room_for_one)
@@ -215,7 +259,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     made = pivoted(build_model("llama"), "intact")
     monkeypatch.setattr(SharedModel, "sharing", Sharing.TREES)
 
-    def broken(self, prefix, rows):
+    def broken(self, prefix, rows, keep=False):
         raise RuntimeError("shapes do not fit")
 
     monkeypatch.setattr(SharedModel, "forward", broken)
