@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.shared_start import SharedStart
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
 """(columns before the first new token, rows) -> when to stop."""
@@ -33,13 +33,13 @@ def generate(
     mask: Tensor,
     max_new_tokens: int,
     stopping: Stopping | None = None,
-    heads: ChatHead | None = None,
+    starts: SharedStart | None = None,
     **options: Any,
 ) -> Tensor:
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`. Rows that cannot share a batch are generated in several. heads: keeps the KV of a start
+    `transformers.generate`. Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
     that requests have in common.
     Raises PivotError for a row without a token where there is no pivot either.
     """
@@ -47,17 +47,17 @@ def generate(
     empty = padding == mask.shape[1]
     if empty.any():
         return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
-    head = (
-        heads.of([row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)])
-        if heads
+    start = (
+        starts.of([row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)])
+        if starts
         else None
     )
     if _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
         return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
-    tokens = (*pivoted.token_ids, *(head.tokens if head else ()))
+    tokens = (*pivoted.token_ids, *(start.tokens if start else ()))
     front = torch.tensor(tokens, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-    if head is not None or pivoted.pivot is not None:
-        rest = _without(bodies, padding, len(head.tokens)) if head else bodies
+    if start is not None or pivoted.pivot is not None:
+        rest = _without(bodies, padding, len(start.tokens)) if start else bodies
         ids = torch.cat([front, rest], dim=1)
         mask = (torch.arange(ids.shape[1], device=ids.device) - len(tokens)).expand(len(ids), -1)
         mask = ((mask < 0) | (mask >= padding.to(ids.device)[:, None])).long()
@@ -65,8 +65,8 @@ def generate(
         ids, mask = _behind_padding(front, bodies, padding)
     beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
     cache = None
-    if head is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
-        cache = pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams), *([head] if head else []))
+    if start is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
+        cache = pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams), *([start] if start else []))
     out = pivoted.model.generate(
         input_ids=ids,
         attention_mask=mask,

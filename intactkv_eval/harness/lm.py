@@ -22,7 +22,6 @@ from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import IN_MEMORY, Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
-from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -32,6 +31,7 @@ from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.score_table import Score
 from intactkv_eval.harness.scoring import Counts, score
 from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
@@ -78,7 +78,7 @@ class IntactKVLM(PivotedGeneration):
             self._build(lambda name, revision: self._model)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
-        self._heads = ChatHead(self._shared) if self.cell.share_prefix else None
+        self._starts = SharedStart(self._shared) if self.cell.share_prefix else None
         self.counts = Counts()
         self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
         if self.max_length < 1:

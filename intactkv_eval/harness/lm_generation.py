@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.shared_start import SharedStart
 
 
 class PivotedGeneration(HFLM):
@@ -23,7 +23,7 @@ class PivotedGeneration(HFLM):
 
     framing: Framing
     _longest: int | None
-    _heads: ChatHead | None
+    _starts: SharedStart | None
 
     @property
     def pivoted_model(self) -> PivotedModel:
@@ -83,7 +83,7 @@ class PivotedGeneration(HFLM):
             mask,
             max_length - context.shape[1],
             stopping,
-            self._heads,
+            self._starts,
             pad_token_id=self.tokenizer.pad_token_id,
             **options,
         )

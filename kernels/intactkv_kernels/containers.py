@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from intactkv_kernels.native import library
+from intactkv_kernels.parts import PackedWeight
 from intactkv_kernels.scratch import room
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that torch's operator knows
@@ -29,23 +30,15 @@ _INT4 = torch.ops.aten._weight_int4pack_mm_for_cpu.default  # (x, container, gro
 
 
 @dataclass(frozen=True, eq=False)
-class ContainerWeight:
+class ContainerWeight(PackedWeight):
     """A weight [O, I] as torch's int4 operator wants it.
 
     containers: [1 or 2 (high nibbles second), O padded to a multiple of 64, I/2] uint8. tables: for each container
-    [I/operator group, O padded, 2] bf16, scale and shift, made from scales: [O, G] and zeros: [O, G] uint8.
-    order: [I] int64 or None (act-order).
+    [I/operator group, O padded, 2] bf16, scale and shift.
     """
 
     containers: Tensor
     tables: Tensor
-    scales: Tensor
-    zeros: Tensor
-    order: Tensor | None
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
 
     @staticmethod
     def why_not() -> str | None:
@@ -67,18 +60,11 @@ class ContainerWeight:
         shift = (middle - zero.float()) * step
         pairs = ((step, torch.zeros_like(step)), (16 * step, shift)) if bits == 8 else ((step, shift),)
         groups = torch.arange(0, inputs, operator_group(group_size, inputs)) // group_size
+        halves = (shifted & 15, shifted >> 4) if bits == 8 else (shifted,)
+        containers = torch.stack([_container(part, spare) for part in halves])
+        tables = torch.stack([torch.stack(pair, dim=-1).to(torch.bfloat16)[groups] for pair in pairs])
         return cls(
-            torch.stack(
-                [_container(part, spare) for part in ((shifted & 15, shifted >> 4) if bits == 8 else (shifted,))]
-            ),
-            torch.stack([torch.stack(pair, dim=-1).to(torch.bfloat16)[groups] for pair in pairs]),
-            scales.contiguous(),
-            zeros.contiguous(),
-            order,
-            bits,
-            group_size,
-            inputs,
-            outputs,
+            scales.contiguous(), zeros.contiguous(), order, bits, group_size, inputs, outputs, containers, tables
         )
 
     def unpacked(self) -> Tensor:

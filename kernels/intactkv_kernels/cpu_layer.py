@@ -79,7 +79,7 @@ def _operator(
     out_features: int,
 ) -> Tensor:
     rest = (scales, zeros, order, bits, group_size, x.shape[-1], out_features)
-    weight = PlanesWeight(packed[0], *rest) if len(packed) == 1 else ContainerWeight(packed[0], packed[1], *rest)
+    weight = PlanesWeight(*rest, packed[0]) if len(packed) == 1 else ContainerWeight(*rest, packed[0], packed[1])
     return cpu.linear(x, weight, bias)
 
 

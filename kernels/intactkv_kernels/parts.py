@@ -1,6 +1,7 @@
 """What a backend is given of a quantized weight. Knows no packing and no formula: they are handed in."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,22 @@ class Parts(NamedTuple):
         """The tensors that hold the weight, by name; `order` only where there is one."""
         held = {"codes": self.words, "scales": self.scales, "zeros": self.zeros}
         return held if self.order is None else {**held, "order": self.order}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """What every layout of a packed weight [O, I] on the CPU holds beside its codes.
+
+    scales: [O, G]. zeros: [O, G] uint8. order: [I] int64 or None (act-order).
+    """
+
+    scales: Tensor
+    zeros: Tensor
+    order: Tensor | None
+    bits: int
+    group_size: int
+    in_features: int
+    out_features: int
 
 
 class FrozenProduct(torch.autograd.Function):

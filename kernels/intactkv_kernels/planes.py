@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from intactkv_kernels.native import library
+from intactkv_kernels.parts import PackedWeight
 from intactkv_kernels.scratch import room
 
 CHUNK = 128
@@ -28,20 +29,10 @@ KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # of scales, as
 
 
 @dataclass(frozen=True, eq=False)
-class PlanesWeight:
-    """A weight [O, I] in planes. codes: [O, 16 * bits * chunks] uint8. scales: [O, G]. zeros: [O, G] uint8.
-
-    order: [I] int64 or None (act-order).
-    """
+class PlanesWeight(PackedWeight):
+    """A weight [O, I] in planes. codes: [O, 16 * bits * chunks] uint8."""
 
     codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-    order: Tensor | None
-    bits: int
-    group_size: int
-    in_features: int
-    out_features: int
 
     @staticmethod
     def why_not() -> str | None:
@@ -63,7 +54,7 @@ class PlanesWeight:
             shift, begin = shift + width, end
         kept = scales if scales.dtype in KINDS else scales.float()
         return cls(
-            packed.view(outputs, -1), kept.contiguous(), zeros.contiguous(), order, bits, group_size, inputs, outputs
+            kept.contiguous(), zeros.contiguous(), order, bits, group_size, inputs, outputs, packed.view(outputs, -1)
         )
 
     def unpacked(self) -> Tensor:

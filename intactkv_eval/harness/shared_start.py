@@ -10,14 +10,14 @@ import numpy as np
 from torch import Tensor
 
 from intactkv_eval.harness.prefix_tree import Node
-from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
+from intactkv_eval.harness.shared import SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import flatten
 
 WORTH = 16  # tokens that a kept start must save
 
 
 @dataclass(frozen=True, eq=False)
-class Head:
+class Start:
     """tokens: of the bodies' common start. keys, values: [H, P + tokens, D] of each layer, the pivot's in front."""
 
     tokens: tuple[int, ...]
@@ -25,16 +25,16 @@ class Head:
     values: tuple[Tensor, ...]
 
 
-class ChatHead:
+class SharedStart:
     """Finds and keeps the start that requests share."""
 
     def __init__(self, shared: SharedModel) -> None:
         self.shared = shared
         self.computed = 0
-        self._held: Head | None = None
+        self._held: Start | None = None
         self._previous: list[int] | None = None
 
-    def of(self, bodies: list[list[int]]) -> Head | None:
+    def of(self, bodies: list[list[int]]) -> Start | None:
         """The kept start of all `bodies`, each longer than it; None where there is none that is worth it."""
         start = _common([*bodies, self._previous] if self._previous else bodies)
         self._previous = bodies[0]
@@ -56,12 +56,12 @@ class ChatHead:
         """Sliding windows count columns: padding between a kept start and a body would push it out too early."""
         return self.shared.pivoted.window is None and self.shared.sharing is not Sharing.NOTHING
 
-    def _compute(self, start: list[int]) -> Head:
+    def _compute(self, start: list[int]) -> Start:
         tokens = np.array([*self.shared.front, *start], np.int32)
         row = flatten([Node(0, len(tokens), 0, 1)], [tokens])
-        rows = Prefix(self.shared.forward(self.shared.root, [row], keep=True)[1], 0).rows
+        _, rows = self.shared.forward(self.shared.root, [row], keep=True)
         self.computed += 1
-        return Head(tuple(start), tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
+        return Start(tuple(start), tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
 
 
 def _common(bodies: list[list[int]]) -> list[int]:

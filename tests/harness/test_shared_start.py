@@ -5,10 +5,10 @@ import torch
 from tiny import BOS, FAMILIES, PAD, build_model
 
 from intactkv_eval.config import KVSpec
-from intactkv_eval.harness.chat_head import ChatHead
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared import SharedModel, Sharing
+from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)
@@ -36,42 +36,42 @@ def padded(bodies):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_same_tokens_with_and_without_a_kept_start(family, cell):
     made = pivoted(family, cell)
-    heads = ChatHead(SharedModel(made))
+    starts = SharedStart(SharedModel(made))
     ids, mask = padded(BODIES)
     expected = generate(made, ids, mask, 6, **OPTIONS)
     for _ in range(2):
-        assert torch.equal(generate(made, ids, mask, 6, None, heads, **OPTIONS), expected)
-    assert heads.computed == (0 if made.window else 1)
+        assert torch.equal(generate(made, ids, mask, 6, None, starts, **OPTIONS), expected)
+    assert starts.computed == (0 if made.window else 1)
     beams = {**OPTIONS, "num_beams": 2}
-    assert torch.equal(generate(made, ids, mask, 4, None, heads, **beams), generate(made, ids, mask, 4, **beams))
+    assert torch.equal(generate(made, ids, mask, 4, None, starts, **beams), generate(made, ids, mask, 4, **beams))
 
 
 def test_one_row_at_a_time_finds_the_start_in_its_neighbours():
     made = pivoted("llama", "intact")
-    heads = ChatHead(SharedModel(made))
+    starts = SharedStart(SharedModel(made))
     for body in [*BODIES, *BODIES]:
         ids, mask = padded([body])
         assert torch.equal(
-            generate(made, ids, mask, 5, None, heads, **OPTIONS), generate(made, ids, mask, 5, **OPTIONS)
+            generate(made, ids, mask, 5, None, starts, **OPTIONS), generate(made, ids, mask, 5, **OPTIONS)
         )
-    assert heads.computed == 1
+    assert starts.computed == 1
 
 
 def test_nothing_is_kept_where_little_is_shared_or_the_model_cannot(monkeypatch):
     made = pivoted("llama", "intact")
-    heads = ChatHead(SharedModel(made))
-    assert heads.of([[*HEAD[:10], 1, 2], [*HEAD[:10], 3]]) is None
-    assert heads.of([[4, 5, 6]]) is None
-    assert heads.of([HEAD[:3]]) is None
+    starts = SharedStart(SharedModel(made))
+    assert starts.of([[*HEAD[:10], 1, 2], [*HEAD[:10], 3]]) is None
+    assert starts.of([[4, 5, 6]]) is None
+    assert starts.of([HEAD[:3]]) is None
     monkeypatch.setattr(SharedModel, "sharing", Sharing.NOTHING)
-    assert heads.of(BODIES) is None
+    assert starts.of(BODIES) is None
 
 
 def test_another_start_takes_the_place_of_the_kept_one():
     made = pivoted("llama", "intact")
-    heads = ChatHead(SharedModel(made))
+    starts = SharedStart(SharedModel(made))
     other = [[9, *body] for body in BODIES]
-    assert heads.of(BODIES).tokens == tuple(HEAD)
-    assert heads.of(other) is None  # the row before them shares nothing with them
-    assert heads.of(other).tokens == (9, *HEAD)
-    assert heads.of([HEAD]) is None, "a body must be longer than what is kept"
+    assert starts.of(BODIES).tokens == tuple(HEAD)
+    assert starts.of(other) is None  # the row before them shares nothing with them
+    assert starts.of(other).tokens == (9, *HEAD)
+    assert starts.of([HEAD]) is None, "a body must be longer than what is kept"
