@@ -17,7 +17,10 @@ from intactkv_eval.errors import PivotError
 
 
 class FrontRows(Protocol):
-    """Rows [H, S, D] of each layer that stand in front: a PivotKV, or a pivot with a start that requests share."""
+    """Rows [H, S, D] of each layer that stand in front: a PivotKV, or a pivot with a start that requests share.
+
+    [B, H, S, D] where each row of a batch has its own, left-padded.
+    """
 
     @property
     def keys(self) -> tuple[Tensor, ...]:
@@ -57,8 +60,7 @@ class PivotCache(DynamicCache):
                 f"the PivotKV has {len(pivot.keys)} layers, the model {len(devices or ())}: it is another model's"
             )
         for layer, (key, value, device) in enumerate(zip(pivot.keys, pivot.values, devices, strict=True)):
-            shape = (batch_size, *key.shape), (batch_size, *value.shape)
-            keys, values = key.to(device).expand(shape[0]).clone(), value.to(device).expand(shape[1]).clone()
+            keys, values = (part.to(device).expand(batch_size, *part.shape[-3:]).clone() for part in (key, value))
             super().update(keys, values, layer)
 
     def update(

@@ -23,10 +23,15 @@ def check_batch_size(value: int | str | None) -> int | str:
     raise ConfigError(f"batch_size={value!r}: use a whole number from 1, or auto")
 
 
-def rows_that_fit(model: PreTrainedModel, tokens: int, device: torch.device, most: int | None = None) -> int:
-    """The rows of `tokens` tokens that fit in the free memory of `device`, from 1 to `most`."""
+def rows_that_fit(
+    model: PreTrainedModel, tokens: int, device: torch.device, most: int | None = None, all_logits: bool = True
+) -> int:
+    """The rows of `tokens` tokens that fit in the free memory of `device`, from 1 to `most`.
+
+    all_logits: whether the forward makes logits of every token.
+    """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(min(max(free * _SHARE // bytes_per_row(model, tokens), 1), most or MAX_AUTO_ROWS))
+    return int(min(max(free * _SHARE // bytes_per_row(model, tokens, all_logits), 1), most or MAX_AUTO_ROWS))
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
@@ -38,11 +43,11 @@ def kv_bytes_per_token(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * kv_heads * head_dim * torch.finfo(model.dtype).bits // 8)
 
 
-def bytes_per_row(model: PreTrainedModel, tokens: int) -> int:
-    """Logits in the model's dtype and once in fp32, KV cache, attention scores of one layer, activations."""
+def bytes_per_row(model: PreTrainedModel, tokens: int, all_logits: bool = True) -> int:
+    """KV cache, attention scores of one layer, activations; logits, where they are made, in two dtypes."""
     config = model.config.get_text_config(decoder=True)
     size = torch.finfo(model.dtype).bits // 8
     width = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
-    per_token = config.vocab_size * (size + 4) + kv_bytes_per_token(model)
+    per_token = kv_bytes_per_token(model) + (config.vocab_size * (size + 4) if all_logits else 0)
     per_token += config.num_attention_heads * tokens * 4 + 6 * width * size
     return int(max(tokens, 1) * per_token)

@@ -22,6 +22,7 @@ from transformers import (
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.harness.turns import Front
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
 """(columns before the first new token, rows) -> when to stop."""
@@ -40,33 +41,28 @@ def generate(
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
     `transformers.generate`. Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
-    that requests have in common.
+    that requests have in common, and of earlier turns.
     Raises PivotError for a row without a token where there is no pivot either.
     """
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
     if empty.any():
         return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
-    start = (
-        starts.of([row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)])
-        if starts
-        else None
-    )
+    rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
+    front = starts.of(rows) if starts else None
     if _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
         return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
-    tokens = (*pivoted.token_ids, *(start.tokens if start else ()))
-    front = torch.tensor(tokens, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-    if start is not None or pivoted.pivot is not None:
-        rest = _without(bodies, padding, len(start.tokens)) if start else bodies
-        ids = torch.cat([front, rest], dim=1)
-        mask = (torch.arange(ids.shape[1], device=ids.device) - len(tokens)).expand(len(ids), -1)
-        mask = ((mask < 0) | (mask >= padding.to(ids.device)[:, None])).long()
+    if front is not None or pivoted.pivot is not None:
+        ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
     else:
-        ids, mask = _behind_padding(front, bodies, padding)
+        pivot = torch.tensor(pivoted.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
+        ids, mask = _behind_padding(pivot, bodies, padding)
     beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
+    turns = starts.turns if starts is not None and beams == 1 else None
     cache = None
-    if start is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
-        cache = pivoted.new_cache(len(bodies) * beams, padding.repeat_interleave(beams), *([start] if start else []))
+    if front is not None or turns is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
+        empty_columns = (mask == 0).sum(dim=1).repeat_interleave(beams)
+        cache = pivoted.new_cache(len(bodies) * beams, empty_columns, *([front.repeated(beams)] if front else []))
     out = pivoted.model.generate(
         input_ids=ids,
         attention_mask=mask,
@@ -76,13 +72,29 @@ def generate(
         use_cache=True,
         **options,
     )
+    if turns is not None and cache is not None and len(out) == len(ids):
+        turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
 
 
-def _without(bodies: Tensor, padding: Tensor, start: int) -> Tensor:
-    """Left-padded rows [B, T] without the first `start` tokens behind their padding: [B, T - start]."""
-    columns = torch.arange(bodies.shape[1] - start, device=bodies.device).expand(len(bodies), -1)
-    return bodies.gather(1, columns + start * (columns >= padding.to(bodies.device)[:, None]))
+def _behind_front(
+    rows: list[list[int]], pivot: tuple[int, ...], front: Front | None, bodies: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[padding | pivot | what is computed already | padding | the rest] of each row, and its mask [B, T].
+
+    Cached rows stand in front of all others, so what is left of a row has its own padding behind them.
+    """
+    held = front.tokens if front is not None else [()] * len(rows)
+    rest = [row[len(tokens) :] for row, tokens in zip(rows, held, strict=True)]
+    first, last = max(map(len, held)), max(map(len, rest))
+    ids = bodies.new_zeros(len(rows), len(pivot) + first + last)
+    mask = torch.zeros_like(ids)
+    for place, (tokens, left) in enumerate(zip(held, rest, strict=True)):
+        known = torch.tensor([*pivot, *tokens], dtype=ids.dtype)
+        for part, end in ((known, len(pivot) + first), (torch.tensor(left, dtype=ids.dtype), ids.shape[1])):
+            ids[place, end - len(part) : end] = part.to(ids.device)
+            mask[place, end - len(part) : end] = 1
+    return ids, mask
 
 
 def _window_sees_padding(pivoted: PivotedModel, padding: Tensor, longest: int) -> bool:

@@ -230,14 +230,18 @@ class IntactKVLM(PivotedGeneration):
 
     def _rows_for(self, override: int | None) -> Any:
         if self.batch_size == "auto" and override is None:
-            return lambda tokens: rows_that_fit(self.model, tokens, self.pivoted_model.device, self._most_rows)
+            return self._rows_that_fit
         fixed = override or int(self.batch_size)
         return lambda tokens: fixed
 
     def _detect_batch_size(self, requests: Sequence[Any] | None = None, pos: int = 0) -> int:
         """Rows that fit of the longest request's length: rolling windows and generation ask for it beforehand."""
         longest = min(self._longest or self.max_length, self.max_length)
-        return rows_that_fit(self.model, longest, self.pivoted_model.device, self._most_rows)
+        return self._rows_that_fit(longest)
+
+    def _rows_that_fit(self, tokens: int) -> int:
+        whole = not self._shared.head.is_plain
+        return rows_that_fit(self.model, tokens, self.pivoted_model.device, self._most_rows, whole)
 
 
 def _is_exact(key: Any) -> bool:

@@ -71,7 +71,49 @@ def test_another_start_takes_the_place_of_the_kept_one():
     made = pivoted("llama", "intact")
     starts = SharedStart(SharedModel(made))
     other = [[9, *body] for body in BODIES]
-    assert starts.of(BODIES).tokens == tuple(HEAD)
+    assert starts.of(BODIES).tokens == [tuple(HEAD)] * 3
     assert starts.of(other) is None  # the row before them shares nothing with them
-    assert starts.of(other).tokens == (9, *HEAD)
+    assert starts.of(other).tokens[0] == (9, *HEAD)
     assert starts.of([HEAD]) is None, "a body must be longer than what is kept"
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_second_turn_goes_on_from_the_first(family, cell):
+    made = pivoted(family, cell)
+    starts = SharedStart(SharedModel(made))
+    ids, mask = padded([[5, *HEAD], [*HEAD[5:], 3, 9, 11], [8, 80, 81]])
+    computed = []
+    made.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with starts.turns_kept():
+        first = generate(made, ids, mask, 6, None, starts, **OPTIONS)
+        answers = [row[row != PAD].tolist() for row in first]
+        turned = [[*answer, 44, 45, 46] for answer in answers[:2]] + [[*HEAD[::-1], 4], [*answers[2][:-1], 99, 98, 97]]
+        again, seen = padded(turned)
+        expected = generate(made, again, seen, 6, **OPTIONS)
+        computed.clear()
+        assert torch.equal(generate(made, again, seen, 6, None, starts, **OPTIONS), expected)
+        assert torch.equal(
+            generate(made, again, seen, 4, None, starts, **OPTIONS, num_beams=2),
+            generate(made, again, seen, 4, **OPTIONS, num_beams=2),
+        )
+        one, two = padded(turned[:2])
+        computed.clear()
+        generate(made, one, two, 2, None, starts, **OPTIONS)
+        assert (computed[0] < 10) == (made.window is None), "the first turn was computed again"
+    assert starts.turns is None
+
+
+def test_held_turns_stay_in_their_budget():
+    made = pivoted("llama", "intact")
+    starts = SharedStart(SharedModel(made))
+    with starts.turns_kept():
+        for number in range(6):
+            ids, mask = padded([[number + 20, *HEAD]])
+            generate(made, ids, mask, 2, None, starts, **OPTIONS)
+            if not number:
+                starts.turns.budget = 3 * sum(held.size for held in starts.turns._held.values())
+        assert starts.turns.of([[20, *HEAD, 3]], 16) is None
+        assert len(starts.turns.of([[25, *HEAD, 3]], 16).tokens[0]) == 25
