@@ -17,8 +17,8 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 
+from intactkv_eval.data import origin
 from intactkv_eval.errors import DataError
-from intactkv_eval.harness.data import origin
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.tokens import TokenText

@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import QuantizedLinear
-from intactkv_eval.model.structure import check_resident, linear_layers, matrix_of
+from intactkv_eval.model.structure import check_resident, linear_layers
+from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]

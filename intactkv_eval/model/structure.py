@@ -5,7 +5,7 @@ layers stay in full precision. A matrix inside a layer that is no linear layer (
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -69,9 +69,3 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__}: its decoder layers hold no linear layer to quantize")
     return found
-
-
-def matrix_of(layer: nn.Linear | Conv1D) -> Tensor:
-    """The layer's matrix as [O, I]: GPT-2's Conv1D stores its transpose."""
-    weight: Tensor = layer.weight.detach()
-    return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

@@ -12,9 +12,9 @@ from lm_eval.tasks import TaskManager
 from tiny import BOS
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.data import load_dataset
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
-from intactkv_eval.harness.data import load_dataset
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import cut_windows
 

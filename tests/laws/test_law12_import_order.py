@@ -1,6 +1,6 @@
 """Law 12: imports run one way, and a start of Python costs nothing.
 
-errors < files, config < weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
+errors < files, config, data < weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "intactkv_eval"
 RANK = {
-    "errors": 0, "files": 1, "config": 2, "weights": 3, "quantize": 4, "model": 5, "pivot": 5, "cache": 6,
+    "errors": 0, "files": 1, "config": 2, "data": 2, "weights": 3, "quantize": 4, "model": 5, "pivot": 5, "cache": 6,
     "calibrate": 7, "harness": 8, "report": 9, "sweep": 9, "judge": 9, "demo": 10, "bench": 11, "cli": 12,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Data of the tasks: from the hub, or from a local mirror of it in the folder that INTACTKV_DATA names.
+"""Public data sets: from the hub, or from a local mirror of it in the folder that INTACTKV_DATA names.
 
 The mirror has the hub's layout: ROOT/<org>/<name>/ as a repository lies there. Knows data sets, no models.
 """

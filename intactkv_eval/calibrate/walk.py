@@ -1,0 +1,137 @@
+"""The walk through a model's decoder layers on calibration samples: each layer's inputs, and how it is run alone.
+
+What a layer is called with besides hidden states (positions, masks) is noted in one forward of each length. With a
+pivot, samples stand behind the pivot's KV as at inference, and the pivot's own activations are in no statistic.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.config import KVSpec
+from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.method import Block
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Enough(Exception):
+    """A forward has shown what it was run for."""
+
+
+class BlockWalk:
+    """The decoder layers of `model`, in order. samples: windows [T] of tokens.
+
+    keep_full: the inputs that the full-precision model makes are kept too. device: where a layer is while it is worked
+    on; hidden states stay on the model's own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        samples: Sequence[Tensor],
+        pivot: PivotKV | None = None,
+        keep_full: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self._model, self._pivot, self._device = model, pivot, device
+        self._prefix, self._layers = decoder_layers(model)
+        self._linear = linear_layers(model)
+        self._devices = layer_devices(model)
+        self.inputs: list[Tensor] = []
+        self._calls: dict[int, list[_Call]] = {}
+        self._note(samples)
+        self._full = list(self.inputs) if keep_full else None
+        self._next_full: list[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def name(self, index: int) -> str:
+        """The full name of a layer."""
+        return f"{self._prefix}.{index}"
+
+    def block(self, index: int) -> Block:
+        """Layer `index`, before it is quantized."""
+        module, start = self._layers[index], f"{self.name(index)}."
+        if self._device is not None:
+            module.to(self._device)
+        layers = {name.removeprefix(start): one for name, one in self._linear.items() if name.startswith(start)}
+
+        def run(hidden: Tensor, sample: int) -> Tensor:
+            return self._run(index, hidden)
+
+        if self._full is not None:
+            self._next_full = self._through(index, self._full)
+        return Block(self.name(index), module, layers, self.inputs, run, self._full)
+
+    def advance(self, index: int) -> None:
+        """Go on to the next layer with what layer `index`, as it is now, makes of its inputs."""
+        self.inputs = self._through(index, self.inputs) if index + 1 < len(self) else []
+        self._full = self._next_full
+        if self._device is not None:
+            self._layers[index].to(self._devices[index])
+
+    @torch.no_grad()
+    def _through(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
+        return [self._run(index, one).to(one.device) for one in hidden]
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._calls[hidden.shape[1]][index]
+        device = self._device or self._devices[index]
+        cache = self._cache()
+
+        def given(value: Any) -> Any:
+            if isinstance(value, Cache):
+                return cache
+            if isinstance(value, Tensor):
+                return value.to(device)
+            return type(value)(given(part) for part in value) if type(value) in {tuple, list} else value
+
+        module: nn.Module = self._layers[index]
+        out = module(hidden.to(device), *map(given, args), **{key: given(value) for key, value in kwargs.items()})
+        first: Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+    def _cache(self) -> PivotCache | None:
+        if self._pivot is None:
+            return None
+        devices = self._devices if self._device is None else [self._device] * len(self._devices)
+        return PivotCache(self._model.config, 1, KVSpec(), self._pivot, devices)
+
+    @torch.no_grad()
+    def _note(self, samples: Sequence[Tensor]) -> None:
+        """The first layer's input of every sample, and each layer's call for every length of sample."""
+        for sample in samples:
+            calls: list[_Call] = []
+            known = len(sample) in self._calls
+
+            hooks = [
+                layer.register_forward_pre_hook(self._noting(calls, known), with_kwargs=True) for layer in self._layers
+            ]
+            ids = sample[None].to(self._model.get_input_embeddings().weight.device)
+            cache = self._cache()
+            try:
+                self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+            except _Enough:
+                continue
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            self._calls[len(sample)] = calls
+
+    def _noting(self, calls: list[_Call], known: bool) -> Callable[[nn.Module, Any, Any], None]:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if module is self._layers[0]:
+                self.inputs.append(args[0] if args else kwargs["hidden_states"])
+                if known:
+                    raise _Enough
+            calls.append((tuple(args[1:]), {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+
+        return note

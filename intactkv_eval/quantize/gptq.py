@@ -1,0 +1,228 @@
+"""GPTQ: columns are rounded one after another, and what is left of each error is put into the columns to come.
+
+    H = mean of x x^T over the inputs of the layer (+ damping),  U = upper Cholesky factor of its inverse
+    q_j = round(w_j),  e = (w_j - q_j) / U[j, j],  w_k -= e U[j, k] for all k > j
+
+Act-order takes columns by falling H[j, j]; groups then are of columns in that order, or with static groups of the
+columns as they lie, with scales fixed beforehand. Scales are min/max of a group as RTN's, taken when its first column's
+turn comes. Source: Frantar et al. 2023, algorithm 1; act-order and static groups as GPTQ's released code has them.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.quantize.matrices import matrix_of, set_matrix
+from intactkv_eval.quantize.method import Block
+from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = 128  # of a lazy batch
+_Note = Callable[[str, Tensor], None]
+"""A layer's name and its input."""
+_DAMPS = (1, 10, 100)  # times the damping that was asked, where the matrix is not positive definite
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """The method on blocks. sequential: within a block, too, layers see the inputs that quantized ones make.
+
+    damp: of the mean of H's diagonal.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    act_order: bool = True
+    static_groups: bool = False
+    damp: float = 0.01
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp < 1:
+            raise ConfigError(f"GPTQ: damp={self.damp}; use a share of the diagonal's mean between 0 and 1")
+
+    def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
+        """Every layer of the block. Raises CheckpointError where a layer's inputs are not finite."""
+        found: dict[str, QuantizedWeight] = {}
+        groups = input_groups(block)
+        for together in [[names] for names in groups] if self.sequential else [groups]:
+            for names, hessian in zip(together, hessians(block, together), strict=True):
+                found |= self._layers(block, names, hessian)
+        return {name: found[name] for name in block.layers}
+
+    def _layers(self, block: Block, names: list[str], hessian: Tensor) -> dict[str, QuantizedWeight]:
+        if not torch.isfinite(hessian).all():
+            raise CheckpointError(f"{block.name}.{names[0]}: its inputs on the calibration samples are not finite")
+        found = {}
+        for name in names:
+            layer = block.layers[name]
+            found[name] = gptq(matrix_of(layer), hessian, self, f"{block.name}.{name}")
+            set_matrix(layer, found[name])
+        return found
+
+
+@torch.no_grad()
+def gptq(weight: Tensor, hessian: Tensor, options: GPTQ, name: str = "the layer") -> QuantizedWeight:
+    """Quantize `weight` [O, I] for inputs with mean outer product `hessian` [I, I] (fp32). Scales in fp16."""
+    size = check_group_size(weight.shape[1], options.group_size, name)
+    matrix, diagonal = weight.float().clone(), torch.diagonal(hessian)
+    matrix[:, diagonal == 0] = 0  # inputs that are always zero
+    # stable: of equal columns the order, and so the bytes, must not depend on the sort
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    static = options.static_groups or size == weight.shape[1]
+    fixed = quantize_rtn(matrix, options.bits, size, options.symmetric, name, torch.float16) if static else None
+    place = torch.arange(weight.shape[1], device=weight.device) if order is None else order
+    if order is not None:
+        matrix, hessian = matrix[:, order], hessian[order][:, order]
+    rounding = _Rounding(options, size, fixed, place, name)
+    codes = _columns(matrix, inverse_root(hessian, options.damp, name), rounding)
+    if order is not None and static:
+        codes, order = codes[:, torch.argsort(order)], None
+    scales, zeros = rounding.parameters()
+    return QuantizedWeight.from_codes(
+        codes, scales, zeros, options.bits, size, None if order is None else order.to(torch.int32)
+    )
+
+
+def _columns(matrix: Tensor, root: Tensor, rounding: "_Rounding") -> Tensor:
+    """Codes [O, I] of `matrix` [O, I], which is used up; lazy batches that end where groups do."""
+    inputs, size = matrix.shape[1], rounding.size
+    step = size if size <= COLUMNS else COLUMNS
+    rows, codes = matrix.t().contiguous(), torch.empty(inputs, matrix.shape[0], dtype=torch.uint8, device=matrix.device)
+    start = 0
+    while start < inputs:
+        stop = min(start + step, inputs, (start // size + 1) * size)
+        if start % size == 0:
+            rounding.begin(start // size, rows[start : start + size])
+        part, errors = rows[start:stop], torch.empty_like(rows[start:stop])
+        for j in range(stop - start):
+            codes[start + j], rounded = rounding.column(part[j], start + j)
+            errors[j] = (part[j] - rounded) / root[start + j, start + j]
+            part[j + 1 :].addr_(root[start + j, start + j + 1 : stop], errors[j], alpha=-1)
+        rows[stop:] -= root[start:stop, stop:].t() @ errors
+        start = stop
+    return codes.t().contiguous()
+
+
+class _Rounding:
+    """Scale and zero of each column. fixed: those of all groups, known beforehand; else each group's when it begins.
+
+    place: where each column lies in the layer.
+    """
+
+    def __init__(self, options: GPTQ, size: int, fixed: QuantizedWeight | None, place: Tensor, name: str) -> None:
+        self.options, self.size, self.fixed, self.name = options, size, fixed, name
+        self.top = 2**options.bits - 1
+        self._group = (place // size).tolist()
+        self._scales = list(fixed.scales.t()) if fixed is not None else []
+        self._zeros = list(fixed.zeros.t()) if fixed is not None else []
+
+    def begin(self, group: int, rows: Tensor) -> None:
+        """The columns [S, O] of a group as they are now."""
+        if self.fixed is None:
+            made = quantize_rtn(rows.t(), self.options.bits, -1, self.options.symmetric, self.name, torch.float16)
+            self._scales.append(made.scales[:, 0])
+            self._zeros.append(made.zeros[:, 0])
+
+    def column(self, values: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Codes [O], and the numbers that they stand for."""
+        group = self._group[index] if self.fixed is not None else index // self.size
+        scale, zero = self._scales[group].float(), self._zeros[group].float()
+        codes = (torch.round(values / scale) + zero).clamp_(0, self.top)
+        return codes.to(torch.uint8), (codes - zero) * scale
+
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        """Scales and zeros [O, G]."""
+        return torch.stack(self._scales, dim=1), torch.stack(self._zeros, dim=1)
+
+
+def inverse_root(hessian: Tensor, damp: float, name: str) -> Tensor:
+    """The upper Cholesky factor of the inverse of `hessian` [I, I], damped.
+
+    Raises CheckpointError where it is not positive definite even with 100 times the damping.
+    """
+    diagonal = torch.diagonal(hessian)
+    fixed = hessian + torch.diag((diagonal == 0).to(hessian.dtype))
+    mean = diagonal.mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+    for factor in _DAMPS:
+        share = min(damp * factor, 1.0)
+        lower, info = torch.linalg.cholesky_ex(fixed + share * mean * torch.eye(len(fixed), device=fixed.device))
+        if not int(info):
+            upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not int(info) and torch.isfinite(upper).all():
+            if factor > 1:
+                logger.warning("%s: GPTQ needed damping %g, not %g", name, share, damp)
+            found: Tensor = upper
+            return found
+    raise CheckpointError(
+        f"{name}: GPTQ's matrix is not positive definite with {_DAMPS[-1]} times damp={damp}; use more samples or a "
+        "larger --damp"
+    )
+
+
+def input_groups(block: Block) -> list[list[str]]:
+    """The layers that get the same tensor, together, in the order in which the block calls them."""
+    seen: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str, x: Tensor) -> None:
+        for tensor, names in seen:
+            if tensor is x:
+                names.append(name)
+                return
+        seen.append((x, [name]))
+
+    _run_noting(block, 0, list(block.layers), note)
+    missing = [name for name in block.layers if not any(name in names for _, names in seen)]
+    if missing:
+        raise ConfigError(f"{block.name}: {missing[0]} is not used on the calibration samples, so GPTQ cannot place it")
+    return [names for _, names in seen]
+
+
+def hessians(block: Block, groups: Sequence[list[str]]) -> list[Tensor]:
+    """Mean outer products [I, I] (fp32) of each group's inputs over all samples."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+
+    def note(name: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        sums[name] = sums[name].addmm_(rows.t(), rows) if name in sums else rows.t() @ rows
+
+    for sample, hidden in enumerate(block.inputs):
+        _run_noting(block, sample, [names[0] for names in groups], note)
+        tokens += hidden.shape[1]
+    return [sums[names[0]] / tokens for names in groups]
+
+
+class _Seen(Exception):
+    """The last layer of interest has its input."""
+
+
+@torch.no_grad()
+def _run_noting(block: Block, sample: int, names: list[str], note: _Note) -> None:
+    """Run the block until all of `names` were called; `note(name, input)` for each."""
+    waiting = set(names)
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def called(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            note(name, args[0])
+            waiting.discard(name)
+            if not waiting:
+                raise _Seen
+
+        return called
+
+    hooks = [block.layers[name].register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        with suppress(_Seen):
+            block.run(block.inputs[sample], sample)
+    finally:
+        for one in hooks:
+            one.remove()
