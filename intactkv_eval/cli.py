@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval import __version__
-from intactkv_eval.config import weight_spec
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
@@ -94,23 +93,35 @@ def capture(
 def quantize(
     model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="The new folder to write.")],
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale; -1 per channel.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="Zero in the middle of the codes.")] = False,
+    method: Annotated[str | None, typer.Option(help="rtn (default), gptq, awq or omniquant.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale (128); -1 per channel.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric", help="Zero in the middle of the codes.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings of a published table, by name; options win.")] = None,
+    data: Annotated[str | None, typer.Option(help="Calibration: wikitext2, c4, pile, or a .txt or .jsonl.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows (128).")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of each (2048).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are drawn (0).")] = None,
+    pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV: bos, tokens:ID+ID.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The method's own, KEY=VALUE.")] = None,
     layout: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = "gptq",
     dtype: Annotated[str, typer.Option(help="Of what stays in full precision: auto, float16, bfloat16.")] = "auto",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    device: Annotated[str, typer.Option(help="Where a layer is worked on: cpu, cuda, cuda:0, ...")] = "cpu",
 ) -> None:
-    """Round a model to nearest (RTN) and write a quantized checkpoint: GPTQModel and transformers load it.
+    """Quantize a model block by block and write a checkpoint: GPTQModel and transformers load it.
 
-    Of compressed-tensors transformers itself loads only symmetric ones (--symmetric), whoever wrote them.
+    A run that was killed goes on when the same command is given again. Of compressed-tensors transformers itself loads
+    only symmetric ones (--symmetric), whoever wrote them.
     """
-    spec = weight_spec("rtn", bits, group_size, symmetric)
-    count = _late("harness.quantize_command", "quantize_to_folder")(
-        model, out, layout, spec, dtype, revision, trust_remote_code
-    )
-    typer.echo(f"{out}: {count} layers in {bits} bits, format {layout}")
+    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "data": data}
+    given |= {"samples": samples, "length": length, "seed": seed, "pivot": pivot}
+    job = _late("quantize.job", "job_from")(given, option or [], preset)
+    command = import_module("intactkv_eval.harness.quantize_command")
+    source = command.Source(model, dtype, revision, trust_remote_code, device)
+    count = command.quantize_to_folder(source, out, layout, job)
+    typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {layout}")
 
 
 @app.command()

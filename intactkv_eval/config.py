@@ -166,15 +166,6 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         raise ConfigError(_readable(error)) from None
 
 
-def weight_spec(method: str, bits: int, group_size: int, symmetric: bool) -> WeightSpec:
-    """A WeightSpec of a command's options. Raises ConfigError for one out of range."""
-    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    try:
-        return WeightSpec.model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(_readable(error)) from None
-
-
 def load_config(name: str) -> dict[str, Any]:
     """The flat keys of a YAML: a path, or a name in model_configs/. Raises ConfigError where it cannot be read."""
     path = Path(name)

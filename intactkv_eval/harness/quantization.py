@@ -9,6 +9,9 @@ from intactkv_eval.model.linear import backends_of
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import Format, format_of
 
+RECORD = "intactkv_quantize"
+"""The key of a checkpoint's config.json under which `intactkv quantize` tells how it was made."""
+
 
 class Quantization(NamedTuple):
     """summary: what a run records, None for a checkpoint in full precision. layout: the format, if read natively."""
@@ -39,4 +42,6 @@ def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization
     if found is None or not method or method == "gguf":
         return Quantization(None, None)  # GGUF is dequantized by transformers when it is loaded
     layout = format_of({**found, "quant_method": method})
-    return Quantization(layout.summary() if layout else {"method": method}, layout)
+    summary = layout.summary() if layout else {"method": method}
+    made = getattr(config, RECORD, None)
+    return Quantization({**summary, "made": made} if made else summary, layout)

@@ -1,74 +1,177 @@
-"""What `intactkv quantize` does: a full-precision model in, a quantized checkpoint out."""
+"""What `intactkv quantize` does: a full-precision model in, a quantized checkpoint out; killed, it goes on."""
 
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intactkv_eval import __version__
-from intactkv_eval.config import WeightSpec
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.quantization import read_quantization
-from intactkv_eval.model.load import quantized_matrix
+from intactkv_eval.calibrate.data import Samples, load_samples
+from intactkv_eval.calibrate.walk import BlockWalk
+from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.harness.quantization import RECORD, read_quantization
+from intactkv_eval.harness.record import versions
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.export import check_new, export
+from intactkv_eval.quantize.job import Calibration, Job
+from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
+from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 
-def quantize_to_folder(
-    pretrained: str, out: Path, layout: str, weights: WeightSpec, dtype: str, revision: str, trust_remote_code: bool
-) -> int:
-    """Quantize every linear layer of the decoder layers by RTN and write the checkpoint; the number of those layers.
+class Source(NamedTuple):
+    """The full-precision model, and where it is worked on: a layer at a time on `device`."""
 
-    Raises ConfigError or CheckpointError before anything is written.
+    pretrained: str
+    dtype: str = "auto"
+    revision: str = "main"
+    trust_remote_code: bool = False
+    device: str = "cpu"
+
+
+def quantize_to_folder(source: Source, out: Path, layout: str, job: Job) -> int:
+    """Quantize every linear layer of the decoder layers and write the checkpoint; the number of those layers.
+
+    Finished decoder layers are kept beside `out` until it is written: the same command goes on with them.
+    Raises ConfigError, CheckpointError, DataError or UnsupportedModelError before `out` is written.
     """
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
-    if weights.bits is None or weights.group_size is None:
-        raise ConfigError("quantize needs --bits and --group-size")
     check_new(out)
-    model, tokenizer = _load(pretrained, dtype, revision, trust_remote_code)
-    bits, size, symmetric = weights.bits, weights.group_size, weights.symmetric
+    model, tokenizer = _load(source)
+    _check_layout(model, layout, job)
+    samples, pivot = _calibration(job.calibration, model, tokenizer)
+    record = _record(job, source, model, samples, pivot)
+    folder = out.parent / f".{out.name}.blocks"
+    store = BlockStore(folder, {**record, "format": layout})
+    method = job.made()
+    tokens = samples.tokens if samples else []
+    walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, _device(source.device))
+    with tqdm(total=len(walk), desc=f"Quantizing ({job.method})") as bar:
+        quantize_blocks(walk, method, store, bar.update)
+    layers = {
+        f"{walk.name(index)}.{name}": weight
+        for index in range(len(walk))
+        for name, weight in store.read(index).layers.items()
+    }
+    _export(out, layout, job, model, tokenizer, layers, record)
+    shutil.rmtree(folder)
+    return len(layers)
 
-    def rtn(matrix: Tensor, name: str) -> QuantizedWeight:
-        return quantize_rtn(matrix, bits, size, symmetric, name, torch.float16)  # as all three formats hold scales
 
-    found = tqdm(linear_layers(model).items(), desc="Quantizing")
-    layers = {name: quantized_matrix(layer, name, rtn) for name, layer in found}
-    kept = tuple(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear) and n not in layers)
-    scheme = Scheme(bits, size, symmetric, f"intactkv_eval:{__version__} rtn", kept)
+def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
+    """What the layout cannot hold is said before hours of work, not behind them."""
+    method = job.made()
+    ordered = bool(job.options.get("act_order")) and not job.options.get("static_groups")
+    scheme = Scheme(job.bits, job.group_size, job.symmetric, "")
+    shapes = {tuple(matrix_of(layer).shape): name for name, layer in linear_layers(model).items()}
+    for (outputs, inputs), name in shapes.items():
+        zeros = quantize_rtn(torch.zeros(outputs, inputs), job.bits, job.group_size, job.symmetric, name, torch.float16)
+        if ordered and zeros.group_size < inputs:
+            zeros = replace(zeros, order=torch.arange(inputs, dtype=torch.int32))
+        try:
+            FORMATS[layout].encode(zeros, scheme)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}, {type(method).__name__}: {error}") from None
+
+
+def _export(
+    out: Path,
+    layout: str,
+    job: Job,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    layers: dict[str, QuantizedWeight],
+    record: dict[str, Any],
+) -> None:
+    kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
+    ordered = any(weight.order is not None for weight in layers.values())
+    made_by = f"intactkv_eval:{__version__} {job.method}"
+    scheme = Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, ordered)
     packed = {f"{name}.weight" for name in layers}
-    state = model.state_dict()
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
-    others = {name: tensor.contiguous() for name, tensor in state.items() if name not in packed | tied}
+    others: dict[str, Tensor] = {
+        name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in packed | tied
+    }
     model.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as beside:
         tokenizer.save_pretrained(beside)
         model.generation_config.save_pretrained(beside)
-        export(out, layout, scheme, model.config.to_diff_dict(), layers, others, Path(beside))
-    return len(layers)
+        config = {**model.config.to_diff_dict(), RECORD: record}
+        export(out, layout, scheme, config, layers, others, Path(beside))
 
 
-def _load(pretrained: str, dtype: str, revision: str, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
-    if dtype not in {"auto", "float32", "bfloat16", "float16"}:
-        raise ConfigError(f"--dtype {dtype}: use auto, float32, bfloat16 or float16")
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+def _record(
+    job: Job, source: Source, model: PreTrainedModel, samples: Samples | None, pivot: PivotKV | None
+) -> dict[str, Any]:
+    """All that the checkpoint's bytes depend on."""
+    found = versions()
+    return {
+        "job": job.model_dump(mode="json"),
+        "source": fingerprint_of(model, source.revision).model_dump(mode="json", exclude={"embedding_sample"}),
+        "samples": samples.record() if samples else None,
+        "pivot_tokens": list(pivot.token_ids) if pivot else None,
+        "device": source.device,
+        "versions": {name: found[name] for name in ("intactkv_eval", "torch", "transformers") if name in found},
+    }
+
+
+def _calibration(
+    asked: Calibration | None, model: PreTrainedModel, tokenizer: Any
+) -> tuple[Samples | None, PivotKV | None]:
+    if asked is None:
+        return None, None
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    token_ids: tuple[int, ...] = ()
+    if asked.pivot is not None:
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        token_ids = resolve_tokens(asked.pivot, tokenizer, vocabulary)
+    if limit is not None and asked.length + len(token_ids) > limit:
+        raise ConfigError(
+            f"--length {asked.length}: with {len(token_ids)} pivot tokens more than the model's {limit} positions"
+        )
+    samples = load_samples(asked.data, tokenizer, asked.samples, asked.length, asked.seed)
+    pivot = capture(model, token_ids, fingerprint_of(model, "main")) if token_ids else None
+    return samples, pivot
+
+
+def _device(name: str) -> torch.device | None:
+    """Where layers are worked on; None where the model is already."""
+    if name == "cpu":
+        return None
     try:
-        config = AutoConfig.from_pretrained(pretrained, **options)
-        if read_quantization(pretrained, config).summary is not None:
-            raise ConfigError(f"{pretrained} is quantized already: name the full-precision model")
-        tokenizer = AutoTokenizer.from_pretrained(pretrained, **options)
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: cannot be used here ({error})") from None
+    return device
+
+
+def _load(source: Source) -> tuple[PreTrainedModel, Any]:
+    if source.dtype not in {"auto", "float32", "bfloat16", "float16"}:
+        raise ConfigError(f"--dtype {source.dtype}: use auto, float32, bfloat16 or float16")
+    options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source.pretrained, **options)
+        if read_quantization(source.pretrained, config).summary is not None:
+            raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")
+        tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **options)
         model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(
-            pretrained, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options
+            source.pretrained, dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype), **options
         )
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{pretrained!r} cannot be loaded: {error}") from error
-    return model, tokenizer
+        raise ConfigError(f"{source.pretrained!r} cannot be loaded: {error}") from error
+    return model.eval(), tokenizer

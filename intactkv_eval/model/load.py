@@ -11,12 +11,11 @@ import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import check_resident, linear_layers
-from intactkv_eval.quantize.matrices import matrix_of
+from intactkv_eval.quantize.matrices import finite_matrix
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]
@@ -26,14 +25,14 @@ Quantizer = Callable[[Tensor, str], QuantizedWeight]
 def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str = "auto") -> PreTrainedModel:
     """`source` with every linear layer of its decoder layers quantized.
 
-    Raises UnsupportedModelError where a layer could not be quantized, CheckpointError where a tensor has no place or
-    a place no tensor, ConfigError from the quantizer (a group_size that does not fit).
+    Raises UnsupportedModelError where a layer could not be quantized, CheckpointError where a tensor has no place, a
+    place no tensor, or a matrix holds NaN; ConfigError from the quantizer (a group_size that does not fit).
     """
     layers = linear_layers(source)
     check_resident(source)
     target = _build_on_meta(source)
     for name, layer in layers.items():
-        weight = quantized_matrix(layer, name, quantizer)
+        weight = quantizer(finite_matrix(layer, name), name)
         swap(target, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype, backend, name))
     _assign(target, source, swapped=set(layers))
     verify(target)
@@ -42,14 +41,6 @@ def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str 
     if devices and len(set(map(str, devices.values()))) > 1:
         dispatch_model(target, device_map=devices)
     return target
-
-
-def quantized_matrix(layer: nn.Linear | Conv1D, name: str, quantizer: Quantizer) -> QuantizedWeight:
-    """The layer's matrix, quantized. Raises CheckpointError where it holds NaN or inf, and as the quantizer does."""
-    matrix = matrix_of(layer)
-    if not torch.isfinite(matrix).all():
-        raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
-    return quantizer(matrix, name)
 
 
 def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:

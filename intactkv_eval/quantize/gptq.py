@@ -12,12 +12,13 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.quantize.matrices import matrix_of, set_matrix
+from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
@@ -44,6 +45,7 @@ class GPTQ:
     static_groups: bool = False
     damp: float = 0.01
     sequential: bool = True
+    wants_full_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.damp < 1:
@@ -64,7 +66,8 @@ class GPTQ:
         found = {}
         for name in names:
             layer = block.layers[name]
-            found[name] = gptq(matrix_of(layer), hessian, self, f"{block.name}.{name}")
+            full = f"{block.name}.{name}"
+            found[name] = gptq(finite_matrix(layer, full), hessian, self, full)
             set_matrix(layer, found[name])
         return found
 

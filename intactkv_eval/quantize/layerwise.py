@@ -87,22 +87,18 @@ class BlockStore:
             with safe_open(self._path(index), framework="pt") as file:
                 shapes = json.loads(file.metadata()["layers"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            layers = {
-                name: QuantizedWeight(
-                    tensors[f"codes/{name}"], tensors[f"scales/{name}"], tensors[f"zeros/{name}"], *shape,
-                    order=tensors.get(f"order/{name}"),
-                )
-                for name, shape in shapes.items()
-            }  # fmt: skip
+            layers = {}
+            for name, (bits, group_size, width) in shapes.items():
+                codes, scales, zeros = (tensors[f"{part}/{name}"] for part in _PARTS[:3])
+                order = tensors.get(f"order/{name}")
+                layers[name] = QuantizedWeight(codes, scales, zeros, bits, group_size, width, order)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._path(index)}: damaged ({error}); remove it to do the block again") from error
         return Finished(layers, {k.removeprefix("others/"): v for k, v in tensors.items() if k.startswith("others/")})
 
 
-def quantize_blocks(
-    walk: Walk, method: Method, store: BlockStore, done: Callable[[int], None] = lambda index: None
-) -> None:
-    """Quantize every block that the store does not hold yet; `done(index)` after each.
+def quantize_blocks(walk: Walk, method: Method, store: BlockStore, done: Callable[[], object] = lambda: None) -> None:
+    """Quantize every block that the store does not hold yet; `done()` after each.
 
     Raises CheckpointError where a block cannot be read back, and as the method does.
     """
@@ -117,7 +113,7 @@ def quantize_blocks(
             others = {name: tensor for name, tensor in block.module.state_dict().items() if name not in weights}
             store.keep(index, Finished(found, others))
         walk.advance(index)
-        done(index)
+        done()
 
 
 @torch.no_grad()

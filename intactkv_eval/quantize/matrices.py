@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 
@@ -14,6 +15,14 @@ def matrix_of(layer: nn.Module) -> Tensor:
     held: Any = layer.weight
     weight: Tensor = held.detach()
     return weight.t().contiguous() if isinstance(layer, Conv1D) else weight
+
+
+def finite_matrix(layer: nn.Module, name: str) -> Tensor:
+    """The layer's matrix [O, I]. Raises CheckpointError where it holds NaN or inf; `name` is the layer's in it."""
+    matrix = matrix_of(layer)
+    if not torch.isfinite(matrix).all():
+        raise CheckpointError(f"{name}.weight holds NaN or infinite values: the checkpoint is damaged or overflowed")
+    return matrix
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ Knows tensors and modules; no model class, no file.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -31,7 +31,9 @@ class Block:
 
 
 class Method(Protocol):
-    """A quantizer of blocks."""
+    """A quantizer of blocks. wants_full_inputs: whether it uses `Block.full_inputs`, which double the memory."""
+
+    wants_full_inputs: ClassVar[bool]
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """The quantized weight of every one of `block.layers`; the module computes with them (dequantized) afterwards.

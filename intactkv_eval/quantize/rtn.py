@@ -9,9 +9,14 @@ own dtype (or that of the checkpoint that will hold them) before the codes are c
 Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric form is GPTQ's.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
+from intactkv_eval.quantize.method import Block
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
 
 
@@ -46,3 +51,23 @@ def quantize_rtn(
     codes = (torch.round(groups / steps.unsqueeze(-1)) + zeros.unsqueeze(-1)).clamp(0, top)
     flat = codes.reshape(weight.shape).to(torch.uint8)
     return QuantizedWeight.from_codes(flat, scales, zeros, bits, size)
+
+
+@dataclass(frozen=True)
+class RTN:
+    """The method on blocks; it needs no inputs. Scales in fp16, as all checkpoint formats hold them."""
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+    wants_full_inputs: ClassVar[bool] = False
+
+    def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
+        """Every layer of the block."""
+        found = {}
+        for name, layer in block.layers.items():
+            full = f"{block.name}.{name}"
+            matrix = finite_matrix(layer, full)
+            found[name] = quantize_rtn(matrix, self.bits, self.group_size, self.symmetric, full, torch.float16)
+            set_matrix(layer, found[name])
+        return found

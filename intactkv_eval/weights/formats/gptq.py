@@ -59,7 +59,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "sym": scheme.symmetric,
-        "desc_act": False,
+        "desc_act": scheme.act_order,
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "lm_head": False,

@@ -1,0 +1,131 @@
+"""`intactkv quantize`: methods, calibration and resume through the command, on a real checkpoint."""
+
+import json
+import random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from intactkv_eval.cli import app
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, options_of
+from intactkv_eval.quantize.layerwise import BlockStore
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(" ".join(random.Random(0).choices(["a", "word", "of", "some", "prose", "is", "here"], k=600)))
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["quantize", *map(str, arguments)])
+
+
+def quantize(source, out, text, *more, bits=3):
+    options = ["--group-size", 32, "--dtype", "float32", "--bits", bits]
+    data = ["--data", text, "--samples", 4, "--length", 24] if "--method" in more else []
+    result = run(source, "--out", out, *options, *data, *more)
+    assert result.exit_code == 0, result.output
+    return load_file(out / "model.safetensors")
+
+
+def record(out):
+    return json.loads((out / "config.json").read_text())["intactkv_quantize"]
+
+
+def test_gptq_is_calibrated_and_says_on_what(saved_llama, text, tmp_path):
+    plain = quantize(saved_llama, tmp_path / "plain", text, "--method", "gptq")
+    rtn = quantize(saved_llama, tmp_path / "rtn", text)
+    aware = quantize(saved_llama, tmp_path / "aware", text, "--method", "gptq", "--pivot", "bos")
+    seed = quantize(saved_llama, tmp_path / "seed", text, "--method", "gptq", "--seed", 1)
+    name = "model.layers.1.mlp.down_proj.qweight"
+    found = [made[name] for made in (plain, rtn, aware, seed)]
+    assert all(not torch.equal(found[0], other) for other in found[1:])
+    said = record(tmp_path / "aware")
+    assert said["job"]["calibration"]["pivot"]["source"] == "bos"
+    assert len(said["pivot_tokens"]) == 1
+    assert record(tmp_path / "plain")["samples"] == said["samples"] != record(tmp_path / "seed")["samples"]
+    assert len(said["samples"]["sha256"]) == 64
+    assert json.loads((tmp_path / "plain/config.json").read_text())["quantization_config"]["desc_act"] is True
+    lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), device="cpu", backend="dense")
+    assert lm.cell_record()["quantization"]["made"]["job"]["method"] == "gptq"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_killed_command_goes_on_to_the_same_bytes(saved_llama, text, tmp_path, monkeypatch):
+    arguments = (text, "--method", "gptq", "-o", "static_groups=true", "--format", "compressed-tensors")
+    quantize(saved_llama, tmp_path / "whole", *arguments)
+    keep, kept = BlockStore.keep, []
+
+    def killed(self, index, found):
+        if index == 1:
+            raise KeyboardInterrupt
+        keep(self, index, found)
+        kept.append(index)
+
+    monkeypatch.setattr(BlockStore, "keep", killed)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        quantize(saved_llama, tmp_path / "out", *arguments)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(BlockStore, "keep", lambda self, index, found: (kept.append(index), keep(self, index, found)))
+    other = run(saved_llama, "--out", tmp_path / "out", "--method", "gptq", "--data", text, "--length", 24,
+                "--samples", 4, "--group-size", 32, "--format", "gptq")  # fmt: skip
+    assert other.exit_code == 1
+    assert "unfinished run of another job" in str(other.exception)
+    quantize(saved_llama, tmp_path / "out", *arguments)
+    assert kept == [0, 1, 2]
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_whole(preset):
+    job = job_from({}, [], preset)
+    assert job.options.keys() == options_of(job.method).keys()
+    assert job_from({"bits": 4, "method": job.method}, [], preset).bits == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_options_are_named_with_their_defaults(method):
+    for key, value in options_of(method).items():
+        assert job_from({"method": method, "bits": 4}, [f"{key}={value}"]).options[key] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ({"method": "gpt", "bits": 4}, [], "use one of rtn, gptq"),
+        ({"method": "gptq", "bits": 5}, [], "bits=5"),
+        ({"method": "rtn", "bits": 4, "data": "c4"}, [], "--data: does nothing with --method rtn"),
+        ({"method": "rtn", "bits": 4}, ["act_order=true"], "rtn has no options"),
+        ({"method": "gptq", "bits": 4}, ["act_orde=true"], "did you mean 'act_order'"),
+        ({"method": "gptq", "bits": 4}, ["act_order=maybe"], "--option act_order=maybe"),
+        ({"method": "gptq", "bits": 4}, ["act_order"], "write KEY=VALUE"),
+        ({"method": "gptq", "bits": 4}, ["damp=2"], "damp=2"),
+        ({"method": "gptq", "bits": 4, "samples": 0}, [], "samples"),
+        ({"method": "gptq", "bits": 4, "pivot": "boss"}, [], "did you mean 'bos'"),
+    ],
+)
+def test_bad_jobs(given, options, message):
+    with pytest.raises(ConfigError, match=message):
+        job_from(given, options)
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_written(saved_llama, text, tmp_path):
+    for arguments, message in (
+        (("--length", 4000), "4000"),
+        (("--device", "cuda:77"), "--device cuda:77"),
+        (("--format", "awq"), "AWQ holds weights of 4 bits"),
+        (("--format", "compressed-tensors"), "act-order is not written"),
+        (("--data", "nowhere.txt"), "nowhere.txt"),
+    ):
+        result = run(saved_llama, "--out", tmp_path / "out", "--method", "gptq", "--bits", 3, "--group-size", 32,
+                     "--data", text, "--samples", 2, "--length", 16, *arguments)  # fmt: skip
+        assert result.exit_code != 0
+        assert message in str(result.exception)
+        assert not (tmp_path / "out").exists()
