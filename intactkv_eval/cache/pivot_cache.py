@@ -37,7 +37,8 @@ class PivotCache(DynamicCache):
     """The KV cache [B, H, P + T, D] of one call.
 
     devices: of each layer, where its pivot rows go. padding: the left padding [B] of each row, so that `kv.keep`
-    counts real tokens.
+    counts real tokens. computed: the model is given the pivot's tokens too, and its own rows of them are replaced as
+    they are written, so that the cache begins empty and attention is plain causal.
     Raises PivotError where the PivotKV has another number of layers than the model.
     """
 
@@ -49,16 +50,20 @@ class PivotCache(DynamicCache):
         pivot: FrontRows | None = None,
         devices: list[torch.device] | None = None,
         padding: Tensor | None = None,
+        computed: bool = False,
     ) -> None:
         super().__init__(config=config)
         self._kv = kv
         self._padding = padding
+        self._replacing = pivot if computed else None
         if pivot is None:
             return
         if devices is None or len(devices) != len(pivot.keys):
             raise PivotError(
                 f"the PivotKV has {len(pivot.keys)} layers, the model {len(devices or ())}: it is another model's"
             )
+        if computed:
+            return
         for layer, (key, value, device) in enumerate(zip(pivot.keys, pivot.values, devices, strict=True)):
             keys, values = (part.to(device).expand(batch_size, *part.shape[-3:]).clone() for part in (key, value))
             super().update(keys, values, layer)
@@ -71,6 +76,9 @@ class PivotCache(DynamicCache):
             positions = self._positions(self.get_seq_length(layer_idx), key_states)
             key_states = quantize_rows(key_states, self._kv, positions)
             value_states = quantize_rows(value_states, self._kv, positions)
+        if self._replacing is not None and not self.get_seq_length(layer_idx):
+            key_states = _with_front(key_states, self._replacing.keys[layer_idx])
+            value_states = _with_front(value_states, self._replacing.values[layer_idx])
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 
@@ -79,3 +87,9 @@ class PivotCache(DynamicCache):
         columns = torch.arange(start, start + states.shape[2], device=states.device)
         padding = self._padding if self._padding is not None else torch.zeros(1, dtype=torch.long)
         return columns[None, :] - padding.to(states.device)[:, None]
+
+
+def _with_front(states: Tensor, front: Tensor) -> Tensor:
+    """States [B, H, T, D] with `front` [H, P, D] in the place of their first rows."""
+    rows = front.to(states.device).expand(len(states), *front.shape)
+    return torch.cat([rows, states[:, :, front.shape[1] :]], dim=2)

@@ -19,6 +19,9 @@ from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.pivot.kv import PivotKV
 
 
+_LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
+
+
 class PivotedModel:
     """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
 
@@ -71,10 +74,24 @@ class PivotedModel:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
         bodies = bodies.to(self.device)
         if self.pivot is not None:
-            return self._call(bodies, cache=self.new_cache(len(bodies)))
+            ids, cache, lead = self.behind_pivot(bodies)
+            return self._call(ids, cache)[:, lead:]
         front = torch.tensor(self.token_ids, dtype=torch.long, device=self.device).expand(len(bodies), -1)
         whole = torch.cat([front, bodies], dim=1)
         return self._call(whole, cache=self._own_cache(len(bodies)))[:, len(self.token_ids) :]
+
+    def behind_pivot(self, bodies: Tensor) -> tuple[Tensor, PivotCache, int]:
+        """Bodies [B, T] behind the intact rows: ids [B, lead + T], their cache, and `lead`.
+
+        Behind rows that are cached, attention needs a mask, which costs twice its work. So long bodies get the pivot's
+        tokens in front (lead = P), are computed in plain causal attention, and the rows of these tokens are replaced.
+        """
+        length = len(self.token_ids)
+        if bodies.shape[1] < _LONG * max(1, length // 8):
+            return bodies, self.new_cache(len(bodies)), 0
+        front = torch.tensor(self.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
+        cache = PivotCache(self.model.config, len(bodies), self.kv, self.pivot, self.devices, computed=True)
+        return torch.cat([front, bodies], dim=1), cache, length
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Rows [B, T] -> logits [B, T, V]: T tokens in, T rows out.

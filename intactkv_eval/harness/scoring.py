@@ -147,18 +147,21 @@ class _Scorer:
 
     def _compute(self, prefix: Prefix, rows: Sequence[Row], keep: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Answer what is asked of the rows; returns the KV of prefix and rows where it is to be kept."""
-        columns = max(len(row.tokens) for row in rows)
+        columns, lead = max(len(row.tokens) for row in rows), 0
+        plain = prefix.is_root and not keep and all(row.is_chain for row in rows)
+        if plain:
+            ids, cache, lead = self.shared.plain(rows)
         parts = [self.table.asked_of(row) for row in rows]
         asked = Asked(
-            np.concatenate([part.columns + place * columns for place, part in enumerate(parts)]),
+            np.concatenate([part.columns + lead + place * (lead + columns) for place, part in enumerate(parts)]),
             np.concatenate([part.targets for part in parts]),
             np.concatenate([part.requests for part in parts]),
         )
         kept: list[tuple[Tensor, Tensor]] = []
 
         def forward() -> object:
-            if prefix.is_root and not keep and all(row.is_chain for row in rows):
-                return self.shared.plain_forward(rows)
+            if plain:
+                return self.shared.plain_forward(ids, cache)
             output, found = self.shared.forward(prefix, rows, keep)
             kept.extend(found)
             return output
@@ -166,7 +169,7 @@ class _Scorer:
         places = torch.from_numpy(np.unique(asked.columns))
         with torch.no_grad():
             self._answer(asked, self.shared.head.logits(forward, places), places)
-        self.counts.tokens += sum(len(row.tokens) for row in rows)
+        self.counts.tokens += sum(lead + len(row.tokens) for row in rows)
         return kept
 
     def _answer(self, asked: Asked, logits: Iterable[Tensor], places: Tensor) -> None:

@@ -103,12 +103,16 @@ class SharedModel:
         return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows() if keep else []
 
     @torch.no_grad()
-    def plain_forward(self, rows: Sequence[Row]) -> Any:
-        """The model's output for rows of single sequences behind the pivot, as any model computes it."""
-        pivoted = self.pivoted
-        cache = pivoted.new_cache(len(rows)) if pivoted.pivot is not None or pivoted.kv.bits < 16 else None
-        ids = padded(rows)[0].to(pivoted.device)
-        return pivoted.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    def plain_forward(self, ids: Tensor, cache: PivotCache | None) -> Any:
+        """The model's output for what `plain` has made."""
+        return self.pivoted.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+
+    def plain(self, rows: Sequence[Row]) -> tuple[Tensor, PivotCache | None, int]:
+        """Rows of single sequences behind the pivot, as any model computes them: ids [B, lead + T], cache and lead."""
+        pivoted, ids = self.pivoted, padded(rows)[0].to(self.pivoted.device)
+        if pivoted.pivot is not None:
+            return pivoted.behind_pivot(ids)
+        return ids, pivoted.new_cache(len(rows)) if pivoted.kv.bits < 16 else None, 0
 
     def _masks(self, rows: Sequence[Row], positions: Tensor, prefix: int) -> Any:
         made = {
@@ -166,8 +170,9 @@ class SharedModel:
         made = [np.concatenate([start, draw.integers(0, words, count)]).astype(np.int32) for count in _ENDS]
         sequences = build_tree(made).sequences
         leaves = [flatten([Node(0, len(one), place, place + 1)], sequences) for place, one in enumerate(sequences)]
-        plain = self.plain_forward(leaves).logits
-        expected = torch.stack([plain[place, len(one) - 1] for place, one in enumerate(sequences)]).double()
+        ids, cache, lead = self.plain(leaves)
+        plain = self.plain_forward(ids, cache).logits
+        expected = torch.stack([plain[place, lead + len(one) - 1] for place, one in enumerate(sequences)]).double()
         try:
             found = shared(sequences).double().to(expected.device)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:

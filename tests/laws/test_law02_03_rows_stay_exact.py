@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from tiny import BOS
+from tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness import pivoted as pivoted_module
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.score_table import Request
+from intactkv_eval.harness.scoring import score
+from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7, 9)
@@ -46,6 +50,32 @@ def test_after_generate(made, monkeypatch):
     generate(made, body, torch.ones_like(body), 2, do_sample=False)
     assert len(caches) == 1
     assert_rows_exact(caches[0], made.pivot)
+
+
+@pytest.mark.parametrize("bits", [16, 3])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_long_bodies_see_the_same_rows(family, bits, monkeypatch):
+    """Pivot tokens computed again, by a model that is not the pivot's own, have their rows replaced."""
+    model, other = (build_model(family, seed, torch.float64) for seed in (0, 1))
+    made = PivotedModel(model, TOKENS, capture(other, TOKENS, fingerprint_of(other, "main")), KVSpec(bits=bits))
+    body = torch.randint(0, 256, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(3))
+    ids, cache, lead = made.behind_pivot(body)
+    assert (lead, ids.shape) == (0, body.shape)
+    expected = made.body_logits(body)
+    monkeypatch.setattr(pivoted_module, "_LONG", 8)
+    ids, cache, lead = made.behind_pivot(body)
+    assert lead == len(TOKENS)
+    assert ids[:, :lead].tolist() == [list(TOKENS)] * 2
+    torch.testing.assert_close(made._call(ids, cache)[:, lead:], expected)
+    torch.testing.assert_close(made.body_logits(body), expected)
+    whole = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
+    for layer, key in zip(cache.layers, made.pivot.keys, strict=True):
+        assert layer not in whole or torch.equal(layer.keys[1, :, :lead], key)
+    requests = [Request(row[:-4], row[-4:]) for row in body.tolist()]
+    found = score(SharedModel(made), requests, lambda tokens: 2, share=False)
+    monkeypatch.setattr(pivoted_module, "_LONG", 10**6)
+    for one, two in zip(found, score(SharedModel(made), requests, lambda tokens: 2, share=False), strict=True):
+        assert one.log_likelihood == pytest.approx(two.log_likelihood, abs=1e-9)
 
 
 def test_rows_share_no_storage(made):
