@@ -5,7 +5,8 @@ pivot, samples stand behind the pivot's KV as at inference, and the pivot's own 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from intactkv_eval.config import KVSpec
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.method import Block
+
+
+class _Rows(NamedTuple):
+    """Rows of the pivot, as PivotCache takes them."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -40,7 +49,8 @@ class BlockWalk:
         keep_full: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self._model, self._pivot, self._device = model, pivot, device
+        self._model, self._device = model, device
+        self._pivot = None if pivot is None else _Rows(pivot.keys, pivot.values)
         self._prefix, self._layers = decoder_layers(model)
         self._linear = linear_layers(model)
         self._devices = layer_devices(model)
@@ -69,7 +79,16 @@ class BlockWalk:
 
         if self._full is not None:
             self._next_full = self._through(index, self._full)
-        return Block(self.name(index), module, layers, self.inputs, run, self._full)
+        divide = None if self._pivot is None else partial(self._divide_values, index)
+        return Block(self.name(index), module, layers, self.inputs, run, self._full, divide)
+
+    def _divide_values(self, index: int, factor: Tensor) -> None:
+        """The pivot's values [H, P, D] follow those of layer `index`, whose channels were divided by `factor` [H*D]."""
+        assert self._pivot is not None
+        values = list(self._pivot.values)
+        heads, _, width = values[index].shape
+        values[index] = values[index] / factor.view(heads, 1, width).to(values[index])
+        self._pivot = self._pivot._replace(values=tuple(values))
 
     def advance(self, index: int) -> None:
         """Go on to the next layer with what layer `index`, as it is now, makes of its inputs."""
@@ -85,13 +104,13 @@ class BlockWalk:
     def _run(self, index: int, hidden: Tensor) -> Tensor:
         args, kwargs = self._calls[hidden.shape[1]][index]
         device = self._device or self._devices[index]
-        cache = self._cache()
+        cache = self._cache(hidden.dtype)
 
         def given(value: Any) -> Any:
             if isinstance(value, Cache):
                 return cache
             if isinstance(value, Tensor):
-                return value.to(device)
+                return value.to(device, hidden.dtype) if value.is_floating_point() else value.to(device)
             return type(value)(given(part) for part in value) if type(value) in {tuple, list} else value
 
         module: nn.Module = self._layers[index]
@@ -99,11 +118,12 @@ class BlockWalk:
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
-    def _cache(self) -> PivotCache | None:
+    def _cache(self, dtype: torch.dtype) -> PivotCache | None:
         if self._pivot is None:
             return None
+        rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
         devices = self._devices if self._device is None else [self._device] * len(self._devices)
-        return PivotCache(self._model.config, 1, KVSpec(), self._pivot, devices)
+        return PivotCache(self._model.config, 1, KVSpec(), rows, devices)
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:
@@ -116,7 +136,7 @@ class BlockWalk:
                 layer.register_forward_pre_hook(self._noting(calls, known), with_kwargs=True) for layer in self._layers
             ]
             ids = sample[None].to(self._model.get_input_embeddings().weight.device)
-            cache = self._cache()
+            cache = self._cache(self._model.dtype)
             try:
                 self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
             except _Enough:

@@ -18,7 +18,6 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.pivot.kv import PivotKV
 
-
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
 
 

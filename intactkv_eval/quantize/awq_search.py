@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from intactkv_eval.errors import CheckpointError
+from intactkv_eval.errors import CheckpointError, UnsupportedModelError
+from intactkv_eval.quantize.scale_groups import divide_outputs
 
 
 class AWQSearch(NamedTuple):
@@ -61,7 +62,10 @@ def apply_scales(model: nn.Module, search: AWQSearch) -> None:
             if not isinstance(layer, nn.Linear) or layer.in_features != scale.numel():
                 raise CheckpointError(f"awq_search: {name} should be a linear layer of {scale.numel()} inputs")
         factor = scale.to(layers[0].weight.device, torch.float32)
-        _divide(front, before, factor)
+        try:
+            divide_outputs(front, before, factor)
+        except UnsupportedModelError as error:
+            raise CheckpointError(f"awq_search: {error}") from None
         for layer in layers:
             layer.weight.copy_(layer.weight.float() * factor)
 
@@ -74,26 +78,6 @@ def clipped(matrix: Tensor, largest: Tensor | None) -> Tensor:
         raise CheckpointError(f"awq_search: clips {tuple(largest.shape)} do not fit a matrix {tuple(matrix.shape)}")
     bound = largest.to(matrix.device, matrix.dtype).repeat_interleave(matrix.shape[1] // largest.shape[1], dim=1)
     return torch.minimum(torch.maximum(matrix, -bound), bound)
-
-
-def _divide(front: nn.Module, name: str, factor: Tensor) -> None:
-    weight: Any = getattr(front, "weight", None)
-    if isinstance(front, nn.Linear) and front.out_features >= factor.numel():
-        rows = slice(front.out_features - factor.numel(), None)  # V is the last part of a fused qkv
-        weight[rows] = (weight[rows].float() / factor[:, None]).to(weight.dtype)
-        if front.bias is not None:
-            front.bias[rows] = (front.bias[rows].float() / factor).to(front.bias.dtype)
-        return
-    if weight is None or weight.ndim != 1 or weight.numel() != factor.numel():
-        raise CheckpointError(
-            f"awq_search: {name} ({type(front).__name__}) is neither a norm nor a linear layer that fits"
-        )
-    kind = type(front).__name__.lower()
-    offset = 1 if "gemma" in kind and "gemma3n" not in kind else 0  # Gemma's norms multiply by 1 + weight
-    weight.copy_((weight.float() + offset) / factor - offset)
-    bias: Any = getattr(front, "bias", None)
-    if bias is not None:
-        bias.copy_(bias.float() / factor)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -12,12 +12,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from intactkv_eval.config import PivotSpec, Spec, unknown_key
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ
 from intactkv_eval.quantize.method import Method
+from intactkv_eval.quantize.omniquant import OmniQuant
 from intactkv_eval.quantize.rtn import RTN
 from intactkv_eval.weights.quantized import check_bits
 
-METHODS: dict[str, type[Any]] = {"rtn": RTN, "gptq": GPTQ}
+METHODS: dict[str, type[Any]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "omniquant": OmniQuant}
 DEFAULT_BITS = 4
 _COMMON = ("bits", "group_size", "symmetric")
 
@@ -49,11 +51,17 @@ class Job(Spec):
 
 
 # What each method's authors calibrate on.
-_DATA: dict[str, dict[str, Any]] = {"gptq": {"data": "c4"}}
+_DATA: dict[str, dict[str, Any]] = {
+    "gptq": {"data": "c4"},
+    "awq": {"data": "pile", "length": 512},
+    "omniquant": {"data": "wikitext2"},
+}
 _PAPER = {"bits": 3, "group_size": 128}
 PRESETS: dict[str, dict[str, Any]] = {
     "intactkv-rtn-w3g128": {"method": "rtn", **_PAPER},
     "intactkv-gptq-w3g128": {"method": "gptq", **_PAPER, "act_order": True, "data": "c4"},
+    "intactkv-awq-w3g128": {"method": "awq", **_PAPER, "data": "pile", "samples": 128, "length": 512},
+    "omniquant-w3g128": {"method": "omniquant", **_PAPER, "let": False, "data": "wikitext2"},
 }
 _OF_CALIBRATION = ("data", "samples", "length", "seed", "pivot")
 

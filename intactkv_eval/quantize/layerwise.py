@@ -16,8 +16,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
-from intactkv_eval.quantize.matrices import set_matrix
-from intactkv_eval.quantize.method import Block, Method
+from intactkv_eval.quantize.method import Block, Method, install
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 _PARTS = ("codes", "scales", "zeros", "order")
@@ -122,8 +121,7 @@ def put_back(block: Block, found: Finished) -> None:
     for name, tensor in found.others.items():
         held = block.module.get_submodule(name.rpartition(".")[0])
         getattr(held, name.rpartition(".")[2]).copy_(tensor)
-    for name, weight in found.layers.items():
-        set_matrix(block.layers[name], weight)
+    install(block, found.layers)
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

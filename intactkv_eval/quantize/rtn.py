@@ -5,18 +5,21 @@
     q = clamp(round(w / s) + z, 0, 2**b - 1)
 
 Zero is kept inside the range of every group, so the zero point always has a code. Scales are rounded to the weight's
-own dtype (or that of the checkpoint that will hold them) before the codes are chosen.
-Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric form is GPTQ's.
+own dtype (or that of the checkpoint that will hold them) before the codes are chosen. The same formula serves ranges
+that others have chosen, and lets their gradient through.
+Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric form is GPTQ's. The gradient of what is
+rounded is that of what is not (Bengio et al. 2013); the zero point has none.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
-from intactkv_eval.quantize.method import Block
+from intactkv_eval.quantize.matrices import finite_matrix
+from intactkv_eval.quantize.method import Block, install
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
 
 
@@ -33,24 +36,84 @@ def quantize_rtn(
     Raises ConfigError for bits or a group_size that do not fit; `layer` is its name in that message.
     """
     check_bits(bits)
+    low, high = group_range(weight.detach(), check_group_size(weight.shape[1], group_size, layer))
+    return quantize_in_range(weight, low, high, bits, group_size, scale_dtype or weight.dtype, symmetric, layer)
+
+
+@torch.no_grad()
+def quantize_in_range(
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    symmetric: bool = False,
+    layer: str = "the layer",
+) -> QuantizedWeight:
+    """Quantize `weight` [O, I] to codes that reach from `low` to `high` [O, G]; what is beyond gets the outermost ones.
+
+    Symmetric ranges reach as far as the wider side. Raises ConfigError as `quantize_rtn` does.
+    """
+    check_bits(bits)
     size = check_group_size(weight.shape[1], group_size, layer)
+    codes, steps, zeros = _rounded(_grouped(weight, size), low, high, bits, symmetric, scale_dtype)
+    flat = codes.reshape(weight.shape).to(torch.uint8)
+    return QuantizedWeight.from_codes(flat, steps.to(scale_dtype), zeros, bits, size)
+
+
+def fake_quantize(
+    weight: Tensor, low: Tensor, high: Tensor, bits: int, size: int, scale_dtype: torch.dtype, symmetric: bool
+) -> Tensor:
+    """What `quantize_in_range` stands for, [O, I] in fp32, unpacked; with a gradient for weight and range."""
+    codes, steps, zeros = _rounded(_grouped(weight, size), low, high, bits, symmetric, scale_dtype)
+    return ((codes - zeros.unsqueeze(-1)) * steps.unsqueeze(-1)).reshape(weight.shape)
+
+
+def group_range(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest weight of each group of `size` inputs, [O, G] each, in fp32."""
+    groups = _grouped(weight, size)
+    return groups.amin(dim=-1), groups.amax(dim=-1)
+
+
+def _rounded(
+    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [O, G, size], steps (the scales as rounded) and zeros [O, G], all in fp32."""
     top = 2**bits - 1
-    groups = weight.detach().to(torch.float32).reshape(weight.shape[0], -1, size)
-    if symmetric:
-        spread = 2 * groups.abs().amax(dim=-1)
-    else:
-        low, high = groups.amin(dim=-1).clamp(max=0), groups.amax(dim=-1).clamp(min=0)
-        spread = high - low
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    spread = 2 * torch.maximum(-low, high) if symmetric else high - low
     # A group of zeros has no spread; and a scale must stay a normal number in its dtype, or w / s overflows.
-    scale_dtype = scale_dtype or weight.dtype
     # fp16 is held to 2**-20, where it still has four bits: its normal numbers end within reach of real weights.
     smallest = 2**-20 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
-    scales = (spread / top).clamp(min=smallest).to(scale_dtype)
-    steps = scales.to(torch.float32)
-    zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)
-    codes = (torch.round(groups / steps.unsqueeze(-1)) + zeros.unsqueeze(-1)).clamp(0, top)
-    flat = codes.reshape(weight.shape).to(torch.uint8)
-    return QuantizedWeight.from_codes(flat, scales, zeros, bits, size)
+    exact = (spread / top).clamp(min=smallest)
+    steps = _straight_through(exact, exact.detach().to(scale_dtype).to(torch.float32))
+    with torch.no_grad():
+        zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)
+    ratios = groups / steps.unsqueeze(-1)
+    codes = (_straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1)).clamp(0, top)
+    return codes, steps, zeros
+
+
+def _grouped(weight: Tensor, size: int) -> Tensor:
+    return weight.to(torch.float32).reshape(weight.shape[0], -1, size)
+
+
+def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    apply: Callable[[Tensor, Tensor], Tensor] = _StraightThrough.apply
+    return apply(value, rounded) if value.requires_grad else rounded
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`rounded` exactly, with the gradient of `value`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0], None
 
 
 @dataclass(frozen=True)
@@ -69,5 +132,5 @@ class RTN:
             full = f"{block.name}.{name}"
             matrix = finite_matrix(layer, full)
             found[name] = quantize_rtn(matrix, self.bits, self.group_size, self.symmetric, full, torch.float16)
-            set_matrix(layer, found[name])
+        install(block, found)
         return found

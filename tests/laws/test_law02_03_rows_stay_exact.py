@@ -6,8 +6,8 @@ from tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.config import KVSpec
-from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness import pivoted as pivoted_module
+from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import score
