@@ -115,7 +115,7 @@ def k_means(counts: Tensor, levels: int) -> Tensor:
 
 
 def _best_split(counts: Tensor, places: Tensor, cells: Tensor, levels: int) -> Tensor:
-    """Centres [levels] of neighbouring cells put together, the last again where cells are few; place n is in cells[n]."""
+    """Centres [levels] of neighbouring cells put together, the last again where cells are few. cells: of each place."""
     found = int(cells[-1]) + 1
     weight, sums, squares = (
         torch.cat([torch.zeros(1, dtype=torch.float64), _sums(cells, found, counts * places**power).cumsum(0)])

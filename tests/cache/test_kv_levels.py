@@ -8,9 +8,11 @@ import torch
 from kv_cells import levels_of, samples
 from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
+from typer.testing import CliRunner
 
 from intactkv_eval.cache.calibrate_levels import BINS, calibrate_levels, k_means
 from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError
 from intactkv_eval.harness.kv_levels_command import levels_of_text
 from intactkv_eval.harness.lm import IntactKVLM
@@ -161,6 +163,33 @@ def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
         levels_of_text({**arguments, "pivot": "none"}, loading, 3, text, 4, 50, 0, file, 0, False)
     with pytest.raises(ConfigError, match="ends in"):
         levels_of_text(arguments, loading, 3, text, 4, 50, 0, tmp_path / "l.bin", 0, True)
+
+
+def test_the_command(saved_llama, tmp_path):
+    text, file = tmp_path / "t.txt", tmp_path / "l.safetensors"
+    text.write_text("The river rises in the hills and runs to the sea. " * 9)
+    asked = [
+        "kv-levels",
+        str(saved_llama),
+        "--data",
+        str(text),
+        "--out",
+        str(file),
+        "--bits",
+        "2",
+        "--dtype",
+        "float32",
+    ]
+    few = ["--samples", "3", "--length", "40", "--seed", "5"]
+    done = CliRunner().invoke(app, [*asked, *few, "--pivot", "none", "--keep", "2"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "2 bits, 120 tokens of t.txt: 3 samples of 40 tokens, seed 5; first 2 rows left out" in done.output
+    levels = KVLevels.load(file)
+    assert (levels.bits, levels.key_levels.shape, levels.calibration.front) == (2, (3, 4), (BOS,))
+    cell = {"kv_bits": 2, "kv_scheme": "pre_rope", "kv_levels": str(file), "kv_keep": 2, "pivot": "none"}
+    IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", **cell)
+    with pytest.raises(DataError, match="one sample takes 512"):
+        CliRunner().invoke(app, asked, catch_exceptions=False)
 
 
 def test_text_samples(tokenizer, tmp_path):
