@@ -102,7 +102,7 @@ def k_means(counts: Tensor, levels: int) -> Tensor:
     cells = torch.arange(len(places))
     if len(places) > _CELLS:
         dense = counts.pow(1 / 3).cumsum(0)
-        cells = (dense / dense[-1] * _CELLS).ceil().long().unique(return_inverse=True)[1]
+        cells = (dense / dense[-1] * _CELLS).ceil().long().unique(return_inverse=True)[1]  # type: ignore[no-untyped-call]
     centres = _best_split(counts, places, cells, levels)
     for _ in range(_ROUNDS):
         nearest = torch.bucketize(places, (centres[1:] + centres[:-1]) / 2)
