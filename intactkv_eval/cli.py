@@ -124,6 +124,35 @@ def quantize(
     typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {layout}")
 
 
+@app.command("kv-levels")
+def kv_levels(
+    model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
+    data: Annotated[Path, typer.Option(help="A .txt, or a .jsonl whose lines have a key 'text'.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    bits: Annotated[int, typer.Option(min=2, max=8, help="kv_bits of the cell.")] = 4,
+    pivot: Annotated[str, typer.Option(help="Of the cell: none, bos, prompt or tokens:ID+ID+...")] = "bos",
+    exempt: Annotated[bool, typer.Option(help="kv_exempt of the cell.")] = True,
+    keep: Annotated[int, typer.Option(min=0, help="kv_keep of the cell.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Random pieces of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a piece.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which pieces.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: that of the evaluation.")] = "auto",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
+    chat_template: Annotated[str | None, typer.Option(help="A template of model_configs/chat_templates.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Calibrate the levels that kv_scheme=pre_rope rounds to: cells take them with kv_levels=FILE.safetensors."""
+    arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
+    arguments["chat_template"] = chat_template
+    loading = {"device": device, "trust_remote_code": trust_remote_code}
+    made = _late("harness.kv_levels_command", "levels_of_text")(
+        arguments, loading, bits, data, samples, length, seed, out, keep, exempt
+    )
+    done = made.calibration
+    typer.echo(f"{out}: {bits} bits, {done.tokens} tokens of {done.origin}; first {done.left_out} rows left out")
+
+
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders (or files) with lm_eval results JSON.")],

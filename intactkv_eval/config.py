@@ -56,13 +56,29 @@ class WeightSpec(Spec):
 class KVSpec(Spec):
     """How the KV cache is quantized at the moment of writing; bits 16 is off.
 
-    Scheme `token_head`: asymmetric min/max over each token's head_dim, keys after RoPE (the IntactKV paper's).
-    `keep` first tokens are left alone although the evaluated model computed them.
+    token_head: asymmetric min/max over each token's head_dim, keys after RoPE (the IntactKV paper's).
+    channel_key: keys by channel over `group` tokens, values by token, the newest `recent` tokens in full (KIVI's).
+    pre_rope: keys before RoPE, at the uneven `levels` of a calibration file (KVQuant's).
+    `keep` first tokens are left alone although the evaluated model computed them; `exempt`: intact pivot rows are.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
-    scheme: Literal["token_head"] = "token_head"
+    scheme: Literal["token_head", "channel_key", "pre_rope"] = "token_head"
     keep: int = Field(default=0, ge=0)
+    group: int | None = Field(default=None, ge=2)
+    recent: int | None = Field(default=None, ge=0)
+    levels: str | None = None
+    exempt: bool = True
+
+    @model_validator(mode="after")
+    def _whole(self) -> "KVSpec":
+        if any((self.scheme == "channel_key") != (value is not None) for value in (self.group, self.recent)):
+            raise ValueError("kv_group and kv_recent: do nothing without kv_scheme=channel_key, which needs both")
+        if self.group and self.recent and self.recent % self.group:
+            raise ValueError(f"kv_recent={self.recent} is no multiple of kv_group={self.group}: choose one that is")
+        if (self.scheme == "pre_rope") != (self.levels is not None):
+            raise ValueError("kv_scheme=pre_rope needs kv_levels=FILE (intactkv kv-levels makes it); no other takes it")
+        return self
 
 
 class PivotSpec(Spec):
@@ -128,6 +144,10 @@ _PLACES: dict[str, tuple[str, str]] = {
     "kv_bits": ("kv", "bits"),
     "kv_scheme": ("kv", "scheme"),
     "kv_keep": ("kv", "keep"),
+    "kv_group": ("kv", "group"),
+    "kv_recent": ("kv", "recent"),
+    "kv_levels": ("kv", "levels"),
+    "kv_exempt": ("kv", "exempt"),
     "pivot": ("pivot", "source"),
     "intact": ("pivot", "intact"),
     "chat_template": ("pivot", "chat_template"),
@@ -138,6 +158,7 @@ CELL_KEYS = (*_PLACES, "config")
 # lm_eval reads the word none as Python's None; for these two keys it is a choice, not an absence.
 _NONE_IS_A_VALUE = {"pivot", "weights"}
 DEFAULT_GROUP_SIZE = 128
+KV_GROUP, KV_RECENT = 32, 128
 
 
 def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
@@ -211,7 +232,9 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
         full["pivot"], full["intact"] = "bos", False
     if full.get("weights", "none") != "none":
         full.setdefault("group_size", DEFAULT_GROUP_SIZE)
-    for key in ("pretrained", "revision", "dtype", "reference"):
+    if full.get("kv_scheme") == "channel_key":
+        full = {"kv_group": KV_GROUP, "kv_recent": KV_RECENT, **full}
+    for key in ("pretrained", "revision", "dtype", "reference", "kv_levels"):
         if key in full:
             full[key] = str(full[key]).removeprefix("torch.")
     return full
@@ -220,7 +243,8 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
 # A key that is given explicitly takes with it what the file said about the choice it replaces.
 _REPLACES = {
     "weights": ("bits", "group_size", "symmetric", "awq_search", "backend"),
-    "kv_bits": ("kv_scheme", "kv_keep"),
+    "kv_bits": ("kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_levels", "kv_exempt"),
+    "kv_scheme": ("kv_group", "kv_recent", "kv_levels"),
     "pivot": ("intact", "reference"),
 }
 
@@ -229,8 +253,8 @@ def _laid_over(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, A
     """Explicit arguments over a config file's."""
     changed = [key for key in _REPLACES if key in given and given[key] != file.get(key)]
     gone = {part for key in changed for part in _REPLACES[key]}
-    if given.get("intact") is False:
-        gone.add("reference")
+    if given.get("intact") is False or str(given.get("pivot", "")).lower() == "none":
+        gone |= {"reference", "kv_exempt"}
     return {**{key: value for key, value in file.items() if key not in gone}, **given}
 
 
@@ -244,9 +268,11 @@ def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
     if str(flat.get("kv_bits", 16)) == "16":
-        idle = [key for key in ("kv_scheme", "kv_keep") if key in flat]
+        idle = [key for key in _REPLACES["kv_bits"] if key in flat]
         if idle:
             raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
+    if "kv_exempt" in flat and not flat.get("intact", True):
+        raise ConfigError("kv_exempt: does nothing without intact pivot rows; kv_keep leaves first tokens alone")
     if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):
         raise ConfigError("reference: does nothing where the pivot's KV comes from a file; drop one of the two")
     if not flat.get("intact", True) and "reference" in flat:

@@ -39,6 +39,15 @@ def test_none_is_the_baseline_and_not_the_default(none):
         ({"pretrained": "m", "weights": "rtn", "bits": 4, "awq_search": "s.pt"}, "nothing else takes it"),
         ({"pretrained": "m", "backend": "cuda"}, "backend"),
         ({"pretrained": "m", "kv_bits": "abc"}, "kv_bits='abc'"),
+        ({"pretrained": "m", "kv_exempt": False}, "does nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_exempt": False, "pivot": "none"}, "kv_exempt: does nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_group": 32}, "kv_group and kv_recent: do nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope", "kv_recent": 32}, "kv_group and kv_recent"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_recent": 100}, "kv_recent=100 is no multiple"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_group": 1}, "kv_group=1"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_levels": "f"}, "no other takes it"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope"}, "needs kv_levels=FILE"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "chanel_key"}, "kv_scheme='chanel_key'"),
         ({"config": 5}, "no such cell"),
         ({"pretrained": "m", "pivot": "none", "intact": True}, "contradict"),
         ({"pretrained": "m", "pivot": "boss"}, "'bos'"),
@@ -75,6 +84,20 @@ def test_a_replaced_choice_takes_its_details_with_it(tmp_path):
     cell = cell_from_args({"config": str(file), "weights": None, "kv_bits": 16, "pivot": "none"})
     assert cell == cell_from_args({"pretrained": "m", "pivot": "none"})
     assert cell_from_args({"config": str(file), "weights": "rtn"}).weights.bits == 3
+
+
+def test_kv_schemes(tmp_path):
+    cell = cell_from_args({"pretrained": "m", "kv_bits": 2, "kv_scheme": "channel_key"})
+    assert (cell.kv.group, cell.kv.recent) == (32, 128)
+    assert cell_from_args({"pretrained": "m", "kv_bits": 2}).kv.group is None
+    file = tmp_path / "cell.yaml"
+    file.write_text("pretrained: m\nkv_bits: 2\nkv_scheme: channel_key\nkv_group: 64\nkv_exempt: false\n")
+    replaced = {"kv_scheme": "pre_rope", "kv_levels": "f.safetensors"}
+    kv = cell_from_args({"config": str(file), **replaced}).kv
+    assert (kv.bits, kv.group, kv.levels, kv.exempt) == (2, None, "f.safetensors", False)
+    baseline = cell_from_args({"config": str(file), "pivot": "none"}).kv
+    assert (baseline.group, baseline.exempt) == (64, True)
+    assert cell_from_args({"config": str(file), "intact": False}).kv == baseline
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "config: other\n", "\0"])

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import DynamicCache
 
-from intactkv_eval.cache.quantizers import quantize_rows
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cache.writer import LayerKV, Writer
 from intactkv_eval.errors import PivotError
 
 
@@ -36,9 +35,9 @@ class FrontRows(Protocol):
 class PivotCache(DynamicCache):
     """The KV cache [B, H, P + T, D] of one call.
 
-    devices: of each layer, where its pivot rows go. padding: the left padding [B] of each row, so that `kv.keep`
-    counts real tokens. computed: the model is given the pivot's tokens too, and its own rows of them are replaced as
-    they are written, so that the cache begins empty and attention is plain causal.
+    writer: what quantizes later rows, None for none. devices: of each layer, where its pivot rows go. padding: the left
+    padding [B] of each row, so that places are those of real tokens. computed: the model is given the pivot's tokens
+    too, and its own rows of them are replaced as they are written: the cache begins empty, attention is plain causal.
     Raises PivotError where the PivotKV has another number of layers than the model.
     """
 
@@ -46,14 +45,14 @@ class PivotCache(DynamicCache):
         self,
         config: PretrainedConfig,
         batch_size: int,
-        kv: KVSpec,
+        writer: Writer | None = None,
         pivot: FrontRows | None = None,
         devices: list[torch.device] | None = None,
         padding: Tensor | None = None,
         computed: bool = False,
     ) -> None:
         super().__init__(config=config)
-        self._kv = kv
+        self._writer = writer
         self._padding = padding
         self._replacing = pivot if computed else None
         if pivot is None:
@@ -68,18 +67,15 @@ class PivotCache(DynamicCache):
             keys, values = (part.to(device).expand(batch_size, *part.shape[-3:]).clone() for part in (key, value))
             super().update(keys, values, layer)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:
         """Append rows [B, H, T, D], quantized first where the cell says so; returns all rows of the layer."""
-        if self._kv.bits < 16:
+        if self._writer is not None:
             positions = self._positions(self.get_seq_length(layer_idx), key_states)
-            key_states = quantize_rows(key_states, self._kv, positions)
-            value_states = quantize_rows(value_states, self._kv, positions)
+            key_states, value_states = self._writer.write(key_states, value_states, layer_idx, positions)
         if self._replacing is not None and not self.get_seq_length(layer_idx):
             key_states = _with_front(key_states, self._replacing.keys[layer_idx])
             value_states = _with_front(value_states, self._replacing.values[layer_idx])
-        updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated
 
     def _positions(self, start: int, states: Tensor) -> Tensor:

@@ -11,24 +11,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from intactkv_eval.cache.quantizers import quantize_rows
-from intactkv_eval.config import KVSpec
-
-LayerKV = tuple[Tensor, Tensor]
-"""Keys and values [1, H, S, D] of one layer."""
+from intactkv_eval.cache.writer import LayerKV, Writer
 
 
 class SharedCache(DynamicCache):
-    """prefix: keys and values of each layer, possibly none. positions: [B, T] of the tokens that will be written.
+    """prefix: keys and values [1, H, S, D] of each layer, possibly none.
 
+    writer: what quantizes rows, None for nothing. positions: [B, T] of the tokens that will be written.
     keep: whether `rows` is to hold them afterwards.
     """
 
     def __init__(
-        self, prefix: Sequence[LayerKV], batch_size: int, kv: KVSpec, positions: Tensor, keep: bool = False
+        self, prefix: Sequence[LayerKV], batch_size: int, writer: Writer | None, positions: Tensor, keep: bool = False
     ) -> None:
         super().__init__()
-        self._kv, self._positions, self._keep = kv, positions, keep
+        self._writer, self._positions, self._keep = writer, positions, keep
         for keys, values in prefix:
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)
@@ -39,9 +36,8 @@ class SharedCache(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> LayerKV:
         """Append rows [B, H, T, D], quantized where the cell says so; returns all rows of the layer."""
-        if self._kv.bits < 16:
-            key_states = quantize_rows(key_states, self._kv, self._positions)
-            value_states = quantize_rows(value_states, self._kv, self._positions)
+        if self._writer is not None:
+            key_states, value_states = self._writer.write(key_states, value_states, layer_idx, self._positions)
         if self._keep:
             updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
             return updated

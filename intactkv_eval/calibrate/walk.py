@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.method import Block
@@ -123,7 +122,7 @@ class BlockWalk:
             return None
         rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
         devices = self._devices if self._device is None else [self._device] * len(self._devices)
-        return PivotCache(self._model.config, 1, KVSpec(), rows, devices)
+        return PivotCache(self._model.config, 1, None, rows, devices)
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:

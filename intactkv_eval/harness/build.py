@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
+from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
@@ -30,7 +32,7 @@ from intactkv_eval.pivot.capture import (
     fingerprint_of,
     weight_hash,
 )
-from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.kv import ROUNDING, PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
 from intactkv_eval.quantize.rtn import quantize_rtn
@@ -72,10 +74,8 @@ def build(
     vocabulary = config.get_text_config(decoder=True).vocab_size
     from_file = _from_file(cell)
     token_ids = from_file.token_ids if from_file else resolve_tokens(cell.pivot, tokenizer, vocabulary)
-    if cell.pivot.intact and 0 < cell.kv.keep <= len(token_ids):
-        raise ConfigError(
-            f"kv_keep={cell.kv.keep}: does nothing, the {len(token_ids)} intact pivot rows are exempt already"
-        )
+    _check_kept_rows(cell, len(token_ids))
+    levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = _from_reference(cell, cell.model.reference, token_ids, load)
@@ -90,6 +90,8 @@ def build(
         if quantization is not None and "bits" in quantization:
             method, checkpoint = quantization["method"], cell.model.pretrained
             pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
+    if levels is not None:
+        _check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
     if search is not None:
         if pivot is not None:
@@ -100,7 +102,8 @@ def build(
         pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
     if cell.weights.method != "none":
         model = quantize(model, cell.weights, cell.backend, search)
-    pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv)
+    pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
+    _check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
 
@@ -203,3 +206,38 @@ def _check_belongs(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec, quant
         basis="plain",
         weight_hash=found.weight_hash if found else None,
     )
+
+
+def _check_kept_rows(cell: CellSpec, pivot: int) -> None:
+    """Each switch of rows that are left alone must leave other rows alone than without it."""
+    keep = cell.kv.keep
+    if not cell.pivot.intact or keep == 0:
+        return
+    if cell.kv.exempt and keep <= pivot:
+        raise ConfigError(f"kv_keep={keep}: does nothing, the {pivot} intact pivot rows are exempt already")
+    if not cell.kv.exempt and keep >= pivot:
+        raise ConfigError(f"kv_exempt=false: does nothing, kv_keep={keep} leaves all {pivot} pivot rows alone")
+
+
+def _check_cache(pivoted: PivotedModel) -> None:
+    """The cache's quantizer must fit the model and the rows that it is given."""
+    if pivoted.levels is not None:
+        pivoted.levels.check_calibrated(pivoted.token_ids, pivoted.exempt)
+    if pivoted.writer is not None and pivoted.writer.in_groups:
+        check_groups(pivoted)
+
+
+def _check_levels(
+    levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None
+) -> None:
+    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings."""
+    of, dtype = levels.fingerprint, str(model.dtype).removeprefix("torch.")
+    if cell.model.reference is None and quantization is None and of.dtype == dtype:
+        same = of.weight_hash == fingerprint_of(model, cell.model.revision).weight_hash
+    else:
+        same = of.embeddings_differ(embedding_hash(model), embedding_sample(model)) <= ROUNDING
+    if not same:
+        raise ConfigError(
+            f"kv_levels={cell.kv.levels}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
+            f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-levels"
+        )

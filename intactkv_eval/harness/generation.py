@@ -3,6 +3,7 @@
     intact:      ids = [pivot | left padding | body], mask = [1 | 0 | 1], cache = the pivot's rows
     not intact:  ids = [left padding | pivot | body], no cache given
 
+Where the KV is quantized in groups, rows have no padding, and the cache holds all but the last token.
 Knows tokens; stop strings and decoding of text are lm_eval's.
 """
 
@@ -19,6 +20,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from intactkv_eval.cache.group_cache import StreamCache
+from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared_start import SharedStart
@@ -50,7 +53,8 @@ def generate(
         return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
-    if _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
+    in_groups = pivoted.writer is not None and pivoted.writer.in_groups
+    if (in_groups and padding.any()) or _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
         return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
     if front is not None or pivoted.pivot is not None:
         ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
@@ -59,8 +63,10 @@ def generate(
         ids, mask = _behind_padding(pivot, bodies, padding)
     beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
     turns = starts.turns if starts is not None and beams == 1 else None
-    cache = None
-    if front is not None or turns is not None or pivoted.pivot is not None or pivoted.kv.bits < 16:
+    cache: PivotCache | StreamCache | None = None
+    if in_groups:
+        cache = pivoted.prefilled(ids.repeat_interleave(beams, 0))
+    elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.writer is not None:
         empty_columns = (mask == 0).sum(dim=1).repeat_interleave(beams)
         cache = pivoted.new_cache(len(bodies) * beams, empty_columns, *([front.repeated(beams)] if front else []))
     out = pivoted.model.generate(
@@ -72,7 +78,7 @@ def generate(
         use_cache=True,
         **options,
     )
-    if turns is not None and cache is not None and len(out) == len(ids):
+    if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
         turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
 

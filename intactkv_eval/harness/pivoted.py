@@ -3,36 +3,69 @@
     intact:      a fresh cache that starts with the captured rows, then the body
     not intact:  the pivot's tokens and the body, all computed (and KV-quantized) by the model itself
 
+Whole rows, whose KV is quantized in groups, have both their copies side by side in one forward (cache/group_cache.py).
 Knows tokens and tensors; no text, no lm_eval.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
+from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
+from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
+from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
-from intactkv_eval.model.structure import layer_devices
+from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
 
 
+@dataclass(frozen=True, eq=False)
+class _Quantized:
+    """Pivot rows [H, P, D] of each layer, quantized as a cache's rows are."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, pivot: PivotKV, writer: Writer, devices: list[torch.device]) -> "_Quantized":
+        positions = torch.arange(len(pivot))[None]
+        pairs = zip(pivot.keys, pivot.values, devices, strict=True)
+        rows = [
+            writer.write(keys[None].to(device), values[None].to(device), layer, positions)
+            for layer, (keys, values, device) in enumerate(pairs)
+        ]
+        return cls(tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
+
+
 class PivotedModel:
     """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
 
-    Raises PivotError where the PivotKV is of other tokens, or of another number of layers.
+    levels: what kv_scheme=pre_rope rounds to. Raises PivotError where the PivotKV is of other tokens, or of another
+    number of layers; ConfigError or UnsupportedModelError where the scheme of the KV cache does not fit.
     """
 
     def __init__(
-        self, model: PreTrainedModel, token_ids: tuple[int, ...], pivot: PivotKV | None, kv: KVSpec | None = None
+        self,
+        model: PreTrainedModel,
+        token_ids: tuple[int, ...],
+        pivot: PivotKV | None,
+        kv: KVSpec | None = None,
+        levels: KVLevels | None = None,
     ) -> None:
         if pivot is not None and pivot.token_ids != token_ids:
             raise PivotError(f"PivotKV of tokens {list(pivot.token_ids)} given for tokens {list(token_ids)}")
-        self.model, self.token_ids, self.pivot, self.kv = model, token_ids, pivot, kv or KVSpec()
+        self.model, self.token_ids, self.pivot = model, token_ids, pivot
+        self.kv, self.levels = kv or KVSpec(), levels
+        self.writer: Writer | None = writer_of(self.kv, model, levels)  # at once: it may try the model
         if pivot is not None and len(pivot.keys) != len(self.devices):
             raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
 
@@ -47,6 +80,29 @@ class PivotedModel:
         """The device of each layer's KV."""
         return layer_devices(self.model)
 
+    @property
+    def exempt(self) -> int:
+        """The first tokens of a row whose KV is never quantized."""
+        intact = len(self.token_ids) if self.pivot is not None and self.kv.exempt else 0
+        return max(intact, self.kv.keep)
+
+    @cached_property
+    def front_rows(self) -> FrontRows | None:
+        """The rows that caches begin with: the intact pivot's, exact unless the cell does not exempt them.
+
+        Rows that are quantized in groups stay exact here: their group is quantized when it is old enough.
+        """
+        if self.pivot is None or self.kv.exempt or self.writer is None or self.writer.in_groups:
+            return self.pivot
+        return _Quantized.of(self.pivot, self.writer, self.devices)
+
+    def front_layers(self) -> list[LayerKV]:
+        """Keys and values [H, P, D] of `front_rows` on each layer's device; nothing where there is none."""
+        if self.front_rows is None:
+            return []
+        pairs = zip(self.front_rows.keys, self.front_rows.values, self.devices, strict=True)
+        return [(keys.to(device), values.to(device)) for keys, values, device in pairs]
+
     @cached_property
     def pivot_logits(self) -> Tensor:
         """[P, V]: the full-precision model's own where intact, else what the evaluated model says."""
@@ -54,43 +110,94 @@ class PivotedModel:
             return self.pivot.logits.to(self.device)
         if not self.token_ids:
             raise PivotError("there is no pivot, so no token predicts the first one of an empty context")
-        return self._call(torch.tensor([self.token_ids], device=self.device), cache=self._own_cache(1))[0]
+        logits: Tensor = self.forward(torch.tensor([self.token_ids])).logits[0]
+        return logits
 
     def new_cache(self, batch_size: int, padding: Tensor | None = None, front: FrontRows | None = None) -> PivotCache:
         """A fresh cache, which begins with `front`, or with the pivot's rows where they are intact.
 
         padding: [B] of left-padded rows.
         """
-        return PivotCache(self.model.config, batch_size, self.kv, front or self.pivot, self.devices, padding)
+        return PivotCache(self.model.config, batch_size, self.writer, front or self.front_rows, self.devices, padding)
 
     @cached_property
     def window(self) -> int | None:
         """The shortest sliding window among the layers, None where every layer sees all."""
-        layers = PivotCache(self.model.config, 1, self.kv).layers
+        layers = DynamicCache(config=self.model.config).layers
         return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
+
+    @cached_property
+    def windows(self) -> dict[str, int | None]:
+        """The kinds of attention layers, and how many positions each sees."""
+        config: Any = text_config(self.model)
+        kinds = getattr(config, "layer_types", None)
+        kinds = kinds or ["full_attention" if self.window is None else "sliding_attention"]
+        return {kind: self.window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
+
+    def lead(self, tokens: int) -> int:
+        """How many pivot tokens `forward` computes in front of bodies of so many tokens.
+
+        Behind rows that are cached, attention needs a mask, which costs twice its work. So long bodies have an intact
+        pivot's tokens in front, plain causal attention, and the rows of these tokens are replaced by the intact ones.
+        """
+        in_groups = self.writer is not None and self.writer.in_groups
+        length = len(self.token_ids)
+        return length if self.pivot is not None and not in_groups and tokens >= _LONG * max(1, length // 8) else 0
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Any:
+        """The output for right-padded rows [B, T] behind the pivot's rows, or behind nothing where it is not intact.
+
+        Its first columns are those of `lead(T)` pivot tokens.
+        """
+        ids = ids.to(self.device)
+        if self.lead(ids.shape[1]):
+            front = torch.tensor(self.token_ids, dtype=torch.long, device=ids.device).expand(len(ids), -1)
+            whole, front_rows = torch.cat([front, ids], dim=1), self.front_rows
+            cache = PivotCache(self.model.config, len(ids), self.writer, front_rows, self.devices, computed=True)
+            return self.model(input_ids=whole, past_key_values=cache, use_cache=True)
+        if self.writer is not None and self.writer.in_groups:
+            return self.forward_in_groups(ids, self.writer)
+        cache = self.new_cache(len(ids)) if self.pivot is not None or self.writer is not None else None
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+
+    @torch.no_grad()
+    def forward_in_groups(self, ids: Tensor, writer: Writer) -> Any:
+        """The same, with each row of the cache quantized by `writer` and in full side by side."""
+        groups, front = self._groups(writer), self.front_layers()
+        cache = SideBySideCache(front, len(ids), writer.scheme, groups)
+        first = front[0][0].shape[1] if front else 0
+        total = first + ids.shape[1]
+        masks = {
+            kind: groups.mask(first, total, window, self.model.dtype).to(self.device).expand(len(ids), -1, -1, -1)
+            for kind, window in self.windows.items()
+        }
+        positions = torch.arange(first, total, device=self.device).expand(len(ids), -1)
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        return self.model(
+            input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions
+        )
+
+    @torch.no_grad()
+    def prefilled(self, ids: Tensor) -> StreamCache:
+        """The cache of rows [B, P + T] without padding, the pivot's tokens among them, computed but for the last token.
+
+        For schemes that quantize in groups: chunk by chunk, each as its tokens would see the cache one at a time.
+        """
+        assert self.writer is not None, "nothing is quantized"
+        ids = ids.to(self.device)
+        groups = self._groups(self.writer)
+        cache = StreamCache(self.front_layers(), len(ids), self.writer.scheme, groups)
+        for start, stop in groups.chunks(cache.get_seq_length(), ids.shape[1] - 1):
+            self.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+        return cache
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
-        bodies = bodies.to(self.device)
-        if self.pivot is not None:
-            ids, cache, lead = self.behind_pivot(bodies)
-            return self._call(ids, cache)[:, lead:]
-        front = torch.tensor(self.token_ids, dtype=torch.long, device=self.device).expand(len(bodies), -1)
-        whole = torch.cat([front, bodies], dim=1)
-        return self._call(whole, cache=self._own_cache(len(bodies)))[:, len(self.token_ids) :]
-
-    def behind_pivot(self, bodies: Tensor) -> tuple[Tensor, PivotCache, int]:
-        """Bodies [B, T] behind the intact rows: ids [B, lead + T], their cache, and `lead`.
-
-        Behind rows that are cached, attention needs a mask, which costs twice its work. So long bodies get the pivot's
-        tokens in front (lead = P), are computed in plain causal attention, and the rows of these tokens are replaced.
-        """
-        length = len(self.token_ids)
-        if bodies.shape[1] < _LONG * max(1, length // 8):
-            return bodies, self.new_cache(len(bodies)), 0
-        front = torch.tensor(self.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-        cache = PivotCache(self.model.config, len(bodies), self.kv, self.pivot, self.devices, computed=True)
-        return torch.cat([front, bodies], dim=1), cache, length
+        taken = 0 if self.pivot is not None else len(self.token_ids)
+        front = torch.tensor(self.token_ids[:taken], dtype=torch.long).to(bodies.device).expand(len(bodies), -1)
+        logits: Tensor = self.forward(torch.cat([front, bodies], dim=1)).logits
+        return logits[:, taken + self.lead(bodies.shape[1]) :]
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Rows [B, T] -> logits [B, T, V]: T tokens in, T rows out.
@@ -116,11 +223,5 @@ class PivotedModel:
         body = self.body_logits(inputs[:, length:])
         return torch.cat([front.to(body.device), body], dim=1)
 
-    def _own_cache(self, batch_size: int) -> PivotCache | None:
-        """The cache of a call without intact rows: needed only where the KV is quantized."""
-        return self.new_cache(batch_size) if self.kv.bits < 16 else None
-
-    @torch.no_grad()
-    def _call(self, ids: Tensor, cache: PivotCache | None) -> Tensor:
-        logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
-        return logits
+    def _groups(self, writer: Writer) -> Groups:
+        return Groups(self.exempt, writer.scheme.group, writer.scheme.recent)

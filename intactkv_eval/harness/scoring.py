@@ -150,7 +150,7 @@ class _Scorer:
         columns, lead = max(len(row.tokens) for row in rows), 0
         plain = prefix.is_root and not keep and all(row.is_chain for row in rows)
         if plain:
-            ids, cache, lead = self.shared.plain(rows)
+            lead = self.shared.pivoted.lead(columns)
         parts = [self.table.asked_of(row) for row in rows]
         asked = Asked(
             np.concatenate([part.columns + lead + place * (lead + columns) for place, part in enumerate(parts)]),
@@ -161,7 +161,7 @@ class _Scorer:
 
         def forward() -> object:
             if plain:
-                return self.shared.plain_forward(ids, cache)
+                return self.shared.plain_forward(rows)
             output, found = self.shared.forward(prefix, rows, keep)
             kept.extend(found)
             return output

@@ -18,24 +18,31 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.cache.shared_cache import LayerKV, SharedCache
+from intactkv_eval.cache.shared_cache import SharedCache
+from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.harness.batching import kv_bytes_per_token
 from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
-from intactkv_eval.model.structure import text_config
 
 logger = logging.getLogger(__name__)
 
 _AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative RMS of logits; 16 bits:
 _AGREE_16_BITS = 8e-2
 _START, _ENDS = 24, (3, 5, 4, 5, 3)  # tokens of the text's start, and of each of its ends
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
+
+
+def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
+    """What tells logits [N, V] (fp64) apart by more than the order of summation in `dtype`, or None."""
+    expected, found = (part - part.mean(dim=1, keepdim=True) for part in (expected, found))
+    worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
+    allowed = _AGREE.get(dtype, _AGREE_16_BITS)
+    return None if worst <= allowed else f"a trial gave other logits (relative difference {worst:.1e})"
 
 
 class Sharing(IntEnum):
@@ -74,12 +81,8 @@ class SharedModel:
     @cached_property
     def root(self) -> Prefix:
         """The pivot's rows where they are intact, else nothing."""
-        pivot = self.pivoted.pivot
-        if pivot is None:
-            return Prefix([], 0, True)
-        pairs = zip(pivot.keys, pivot.values, self.pivoted.devices, strict=True)
-        rows = [(key[None].to(device), value[None].to(device)) for key, value, device in pairs]
-        return Prefix(rows, len(pivot), True)
+        rows = [(keys[None], values[None]) for keys, values in self.pivoted.front_layers()]
+        return Prefix(rows, rows[0][0].shape[2] if rows else 0, True)
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -95,7 +98,7 @@ class SharedModel:
         ids, depths = padded(rows)
         device = self.pivoted.device
         positions = depths + self.root.length
-        cache = SharedCache(prefix.rows, len(rows), self.pivoted.kv, positions, keep)
+        cache = SharedCache(prefix.rows, len(rows), self.pivoted.writer, positions, keep)
         arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if not all(row.is_chain for row in rows):
             masks = self._masks(rows, positions, prefix.length)
@@ -103,36 +106,29 @@ class SharedModel:
         return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows() if keep else []
 
     @torch.no_grad()
-    def plain_forward(self, ids: Tensor, cache: PivotCache | None) -> Any:
-        """The model's output for what `plain` has made."""
-        return self.pivoted.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+    def plain_forward(self, rows: Sequence[Row]) -> Any:
+        """The model's output for rows of single sequences behind the pivot, as any model computes it.
 
-    def plain(self, rows: Sequence[Row]) -> tuple[Tensor, PivotCache | None, int]:
-        """Rows of single sequences behind the pivot, as any model computes them: ids [B, lead + T], cache and lead."""
-        pivoted, ids = self.pivoted, padded(rows)[0].to(self.pivoted.device)
-        if pivoted.pivot is not None:
-            return pivoted.behind_pivot(ids)
-        return ids, pivoted.new_cache(len(rows)) if pivoted.kv.bits < 16 else None, 0
+        Its first columns are those of `pivoted.lead` pivot tokens.
+        """
+        return self.pivoted.forward(padded(rows)[0])
 
     def _masks(self, rows: Sequence[Row], positions: Tensor, prefix: int) -> Any:
         made = {
             kind: mask(rows, positions, prefix, window, self.pivoted.model.dtype).to(self.pivoted.device)
-            for kind, window in self._windows.items()
+            for kind, window in self.pivoted.windows.items()
         }
         return made if len(made) > 1 else next(iter(made.values()))
-
-    @cached_property
-    def _windows(self) -> dict[str, int | None]:
-        """The kinds of attention layers, and how many positions each sees."""
-        config: Any = text_config(self.pivoted.model)
-        window = self.pivoted.window
-        kinds = getattr(config, "layer_types", None) or ["full_attention" if window is None else "sliding_attention"]
-        return {kind: window if kind == "sliding_attention" else None for kind in sorted(set(kinds))}
 
     @cached_property
     def sharing(self) -> Sharing:
         """The most that this model allows; what it does not allow is logged with its reason."""
         pivoted = self.pivoted
+        if pivoted.writer is not None and pivoted.writer.in_groups:
+            logger.info(
+                "prefixes are not shared: kv_scheme=%s counts its groups along each sequence", pivoted.kv.scheme
+            )
+            return Sharing.NOTHING
         if pivoted.kv.bits < 16:  # rows are quantized one by one, and rounding would drown a trial
             return SharedModel(PivotedModel(pivoted.model, pivoted.token_ids, pivoted.pivot)).sharing
         model = pivoted.model
@@ -151,7 +147,7 @@ class SharedModel:
         return Sharing.TREES
 
     def _why_no_prefix(self) -> str | None:
-        layers = PivotCache(self.pivoted.model.config, 1, self.pivoted.kv).layers
+        layers = DynamicCache(config=self.pivoted.model.config).layers
         other = next((layer for layer in layers if type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer}), None)
         return None if other is None else f"it keeps its past in a {type(other).__name__}"
 
@@ -159,7 +155,7 @@ class SharedModel:
         used = getattr(self.pivoted.model.config, "_attn_implementation", None)
         if used not in {"sdpa", "eager"}:
             return f"attention {used!r} takes no mask of its own"
-        unknown = set(self._windows) - _KNOWN_LAYERS
+        unknown = set(self.pivoted.windows) - KNOWN_LAYERS
         return f"layers of kind {', '.join(sorted(unknown))}" if unknown else None
 
     def _difference(self, shared: Any) -> str | None:
@@ -170,17 +166,14 @@ class SharedModel:
         made = [np.concatenate([start, draw.integers(0, words, count)]).astype(np.int32) for count in _ENDS]
         sequences = build_tree(made).sequences
         leaves = [flatten([Node(0, len(one), place, place + 1)], sequences) for place, one in enumerate(sequences)]
-        ids, cache, lead = self.plain(leaves)
-        plain = self.plain_forward(ids, cache).logits
+        plain = self.plain_forward(leaves).logits
+        lead = self.pivoted.lead(max(map(len, sequences)))
         expected = torch.stack([plain[place, lead + len(one) - 1] for place, one in enumerate(sequences)]).double()
         try:
             found = shared(sequences).double().to(expected.device)
         except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
-        expected, found = (part - part.mean(dim=1, keepdim=True) for part in (expected, found))
-        worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
-        allowed = _AGREE.get(plain.dtype, _AGREE_16_BITS)
-        return None if worst <= allowed else f"a trial gave other logits (relative difference {worst:.1e})"
+        return disagreement(found, expected, plain.dtype)
 
     def _kept_prefix(self, sequences: list[Any]) -> Tensor:
         root = build_tree(sequences).root

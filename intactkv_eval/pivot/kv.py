@@ -18,7 +18,7 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 
 FORMAT = "intactkv-pivot-1"
-_ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
+ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 _TINY = 2**-14  # below it fp16 has fewer digits
 
 
@@ -38,6 +38,14 @@ class Fingerprint(BaseModel):
     dtype: str
     basis: str = "plain"
     embedding_sample: tuple[float, ...] = ()
+
+    def embeddings_differ(self, found_hash: str, found: tuple[float, ...]) -> float:
+        """How far other embeddings are from these, relative to each number; 0 for the same."""
+        own = self.embedding_sample
+        if found_hash == self.embedding_hash:
+            return 0.0
+        pairs = list(zip(own, found, strict=False)) if len(own) == len(found) else []
+        return max((abs(one - other) / max(abs(one), _TINY) for one, other in pairs), default=float("inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +102,11 @@ class PivotKV:
 
         Packed checkpoints store in 16 bits what the full-precision model may hold in 32.
         """
-        own = self.fingerprint.embedding_sample
-        if found_hash == self.fingerprint.embedding_hash:
-            return
-        pairs = list(zip(own, found, strict=False)) if len(own) == len(found) else []
-        worst = max((abs(one - other) / max(abs(one), _TINY) for one, other in pairs), default=float("inf"))
-        if worst > _ROUNDING:
+        worst = self.fingerprint.embeddings_differ(found_hash, found)
+        if worst > ROUNDING:
             raise PivotError(
                 f"this PivotKV was captured from {self.fingerprint.model} and does not belong to this model: their "
-                f"embeddings differ by {worst:.2g} of their size (rounding to 16 bits: at most {_ROUNDING:.2g}). "
+                f"embeddings differ by {worst:.2g} of their size (rounding to 16 bits: at most {ROUNDING:.2g}). "
                 "Capture it from the full-precision model that was quantized: reference=..., or intactkv capture"
             )
 

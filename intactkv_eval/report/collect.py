@@ -89,6 +89,15 @@ def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], i
     return sorted(runs, key=lambda run: (run.date, str(run.path))), len(set(files)) - len(runs)
 
 
+def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
+    """KV levels are what they were calibrated on, not where they lie: a cell and its baseline have a file each."""
+    levels = record.get("kv_levels")
+    if levels is None:
+        return cell
+    named = f"{levels['fingerprint']['weight_hash']} {levels['samples']}"
+    return cell.model_copy(update={"kv": cell.kv.model_copy(update={"levels": named})})
+
+
 def read_run(path: Path, leaves: bool = False) -> Run | None:
     """The run of a results file; None where another model class made it. Raises ConfigError for a damaged file."""
     try:
@@ -98,7 +107,7 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             return None
         asked = {key: value for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
         identity = Identity(
-            cell=CellSpec.model_validate(record["cell"]),
+            cell=_by_samples(CellSpec.model_validate(record["cell"]), record),
             hf_arguments=tuple(sorted(asked.items())),
             source_hash=record.get("source_hash"),
             checkpoint=_checkpoint_label(record),

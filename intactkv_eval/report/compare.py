@@ -100,7 +100,8 @@ def _baseline(identity: Identity) -> Identity:
     cell = identity.cell
     pivot = cell.pivot.model_copy(update={"intact": False})
     model = cell.model.model_copy(update={"reference": None})
-    return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model}))
+    kv = cell.kv.model_copy(update={"exempt": True})  # of intact rows alone
+    return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv}))
 
 
 def _full_precision(identity: Identity) -> Identity:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from intactkv_eval.config import CellSpec
+from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Identity, Run, Score
 from intactkv_eval.report.compare import Comparison, Delta, compare
@@ -69,11 +69,16 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str]
 
 def _cell_columns(identity: Identity) -> list[str]:
     cell = identity.cell
-    kept = f" keep {cell.kv.keep}" if cell.kv.keep else ""
-    kv = "16" if cell.kv.bits == 16 else f"{cell.kv.bits} {cell.kv.scheme}{kept}"
+    kv = "16" if cell.kv.bits == 16 else _kv_label(cell.kv)
     asked = [f"{key}={value}" for key, value in identity.hf_arguments]
     name = " ".join([PurePath(cell.model.pretrained).name, *asked])
     return [name, weights_label(identity), kv, pivot_label(cell)]
+
+
+def _kv_label(kv: KVSpec) -> str:
+    sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
+    kept = f" keep {kv.keep}" if kv.keep else ""
+    return f"{kv.bits} {kv.scheme}{sizes}{kept}{'' if kv.exempt else ' pivot too'}"
 
 
 def _title(score: Score, columns: Sequence[Score]) -> str:

@@ -5,6 +5,7 @@ import torch
 from tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.writer import writer_of
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness import pivoted as pivoted_module
 from intactkv_eval.harness.generation import generate
@@ -59,18 +60,17 @@ def test_long_bodies_see_the_same_rows(family, bits, monkeypatch):
     model, other = (build_model(family, seed, torch.float64) for seed in (0, 1))
     made = PivotedModel(model, TOKENS, capture(other, TOKENS, fingerprint_of(other, "main")), KVSpec(bits=bits))
     body = torch.randint(0, 256, (2, 3 * WINDOW), generator=torch.Generator().manual_seed(3))
-    ids, cache, lead = made.behind_pivot(body)
-    assert (lead, ids.shape) == (0, body.shape)
+    assert made.lead(body.shape[1]) == 0
     expected = made.body_logits(body)
     monkeypatch.setattr(pivoted_module, "_LONG", 8)
-    ids, cache, lead = made.behind_pivot(body)
-    assert lead == len(TOKENS)
-    assert ids[:, :lead].tolist() == [list(TOKENS)] * 2
-    torch.testing.assert_close(made._call(ids, cache)[:, lead:], expected)
+    assert made.lead(body.shape[1]) == len(TOKENS)
+    caches = []
+    plain = made.model.forward
+    monkeypatch.setattr(made.model, "forward", lambda **given: caches.append(given) or plain(**given))
     torch.testing.assert_close(made.body_logits(body), expected)
-    whole = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
-    for layer, key in zip(cache.layers, made.pivot.keys, strict=True):
-        assert layer not in whole or torch.equal(layer.keys[1, :, :lead], key)
+    assert caches[0]["input_ids"][:, : len(TOKENS)].tolist() == [list(TOKENS)] * 2
+    for layer, key in zip(caches[0]["past_key_values"].layers, made.pivot.keys, strict=True):
+        assert getattr(layer, "is_sliding", False) or torch.equal(layer.keys[1, :, : len(TOKENS)], key)
     requests = [Request(row[:-4], row[-4:]) for row in body.tolist()]
     found = score(SharedModel(made), requests, lambda tokens: 2, share=False)
     monkeypatch.setattr(pivoted_module, "_LONG", 10**6)
@@ -101,7 +101,7 @@ def test_kept_tokens_are_left_alone(llama):
     """kv_keep: the evaluated model's own first rows stay exact, counted from each row's first real token."""
     torch.manual_seed(0)
     states = torch.randn(2, 2, 5, 16)
-    cache = PivotCache(llama.config, 2, KVSpec(bits=2, keep=2), padding=torch.tensor([0, 1]))
+    cache = PivotCache(llama.config, 2, writer_of(KVSpec(bits=2, keep=2), llama), padding=torch.tensor([0, 1]))
     keys, _ = cache.update(states, states, 0)
     kept = (keys == states).all(dim=3).all(dim=1)
     assert kept[0].tolist() == [True, True, False, False, False]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kv_cells import spec
 from tiny import BOS, PAD
 
 from intactkv_eval.config import KVSpec
@@ -14,7 +15,7 @@ from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)
 BODIES = [[3], [5, 9, 11, 200, 17, 31, 8, 44, 61, 12, 13], [90, 91, 92, 93], []]
-KV = {"kv16": KVSpec(), "kv3": KVSpec(bits=3), "kv3 keep 3": KVSpec(bits=3, keep=3)}
+KV = {"kv16": KVSpec(), "kv3": KVSpec(bits=3), "kv3 keep 3": KVSpec(bits=3, keep=3), "groups": spec("channel_key")}
 
 
 @pytest.fixture(params=[True, False], ids=["intact", "computed"])

@@ -5,6 +5,8 @@ import random
 
 import pytest
 import torch
+from kv_cells import pivoted as cell_on
+from kv_cells import spec
 from tiny import BOS, FAMILIES, VOCAB, build_model
 
 import intactkv_eval.harness.head as head_module
@@ -16,7 +18,6 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import Counts, score
 from intactkv_eval.harness.shared import SharedModel, Sharing
-from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)
 CELLS = {
@@ -24,6 +25,7 @@ CELLS = {
     "computed": (False, KVSpec()),
     "intact kv3": (True, KVSpec(bits=3)),
     "computed kv3 keep 4": (False, KVSpec(bits=3, keep=4)),
+    "intact pre_rope": (True, spec("pre_rope", exempt=False)),
 }
 
 
@@ -55,8 +57,7 @@ def pivoted(model, cell):
     intact, kv = CELLS[cell]
     if kv.bits < 16:
         model = model.double()
-    pivot = capture(model, TOKENS, fingerprint_of(model, "main")) if intact else None
-    return PivotedModel(model, TOKENS, pivot, kv)
+    return cell_on(model, TOKENS, intact, kv)
 
 
 def assert_same(found, expected):

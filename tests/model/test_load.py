@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.config import KVSpec, WeightSpec
+from intactkv_eval.config import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear
@@ -97,7 +97,7 @@ def test_pivot_rows_go_to_each_layers_device(llama):
     """Two devices without a GPU: the meta device stands for the second."""
     pivot = capture(llama, (BOS, 3), fingerprint_of(llama, "main"))
     devices = [torch.device("cpu"), torch.device("cpu"), torch.device("meta")]
-    cache = PivotCache(llama.config, 2, KVSpec(), pivot, devices)
+    cache = PivotCache(llama.config, 2, None, pivot, devices)
     assert [layer.keys.device.type for layer in cache.layers] == ["cpu", "cpu", "meta"]
     with pytest.raises(PivotError, match="3 layers, the model 2"):
-        PivotCache(llama.config, 2, KVSpec(), pivot, devices[:2])
+        PivotCache(llama.config, 2, None, pivot, devices[:2])

@@ -257,3 +257,23 @@ def test_stderr_of_a_perplexity_comes_from_its_nll(folder):
     assert score.value == pytest.approx(exp(3.05))
     assert score.stderr == pytest.approx(exp(3.05) * (0.05 / 3 / 4) ** 0.5, rel=1e-6)
     assert log(score.value) == pytest.approx(3.05)
+
+
+def test_kv_cells_find_their_baseline(tmp_path):
+    """A cell and its baseline have a file of levels each; the switch of intact rows is no baseline's."""
+    kv = {"pretrained": "m", "kv_bits": 3}
+    levels = {"fingerprint": {"weight_hash": "w"}, "samples": "s"}
+    pre_rope, groups = {**kv, "kv_scheme": "pre_rope"}, {**kv, "kv_scheme": "channel_key"}
+    cells = [
+        ({**pre_rope, "kv_levels": "a.safetensors", "pivot": "none"}, {"kv_levels": levels}),
+        ({**pre_rope, "kv_levels": "b.safetensors"}, {"kv_levels": levels}),
+        ({**pre_rope, "kv_levels": "b.safetensors"}, {"kv_levels": {**levels, "samples": "others"}}),
+        ({**groups, "pivot": "none"}, None),
+        ({**groups, "kv_exempt": False}, None),
+    ]
+    for date, (cell, record) in enumerate(cells, 1):
+        write(tmp_path, cell, [3.0 + date, 3.2 + date, 3.1 + date], date, record=record)
+    runs, _ = collect([tmp_path])
+    paired = [compare(run, "ppl_x", runs).to_baseline is not None for run in runs]
+    assert paired == [False, True, False, False, True]
+    assert "| 3 channel_key g32 recent 128 pivot too |" in markdown(runs)

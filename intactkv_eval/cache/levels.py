@@ -1,0 +1,148 @@
+"""KVLevels: what `pre_rope` calibrates, as a value and a file.
+
+A file is one safetensors: `key_levels`, `value_levels` [L, 2**bits], `low.L`, `high.L` [H, D] for each layer L, and as
+metadata the fingerprint of the model, the bits, and how it was calibrated. Knows no model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import write_atomic
+from intactkv_eval.pivot.kv import Fingerprint
+
+FORMAT = "intactkv-kv-levels-1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How levels were made. front: the token ids before every sample, of which the first `left_out` do not count.
+
+    samples: a hash of the token ids that do. origin: where they are from, in words.
+    """
+
+    front: tuple[int, ...]
+    left_out: int
+    samples: str
+    sequences: int
+    tokens: int
+    origin: str
+
+
+@dataclass(frozen=True, eq=False)
+class KVLevels:
+    """key_levels, value_levels: [L, 2**bits], sorted, in [-1, 1]. low, high: the range of each key channel [H, D].
+
+    Raises ConfigError for tensors that do not fit together or are not finite.
+    """
+
+    bits: int
+    key_levels: Tensor
+    value_levels: Tensor
+    low: tuple[Tensor, ...]
+    high: tuple[Tensor, ...]
+    fingerprint: Fingerprint
+    calibration: Calibration
+
+    def __post_init__(self) -> None:
+        expected = (len(self.low), 2**self.bits)
+        for name in ("key_levels", "value_levels"):
+            found = getattr(self, name)
+            if tuple(found.shape) != expected:
+                raise ConfigError(f"{name} {tuple(found.shape)} should be {expected}: layers, 2**bits")
+            if not (found.diff(dim=1) >= 0).all() or found.abs().max() > 1:
+                raise ConfigError(f"{name} should be sorted numbers from -1 to 1")
+        if not self.low or len(self.low) != len(self.high):
+            raise ConfigError(f"{len(self.low)} lower and {len(self.high)} upper ends of key channels")
+        for layer, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if (
+                low.ndim != 2
+                or low.shape != high.shape
+                or not (low <= high).all()
+                or not torch.isfinite(high - low).all()
+            ):
+                raise ConfigError(
+                    f"layer {layer}: the ranges of key channels should be finite, low <= high, both [H, D]"
+                )
+
+    @property
+    def digest(self) -> str:
+        """A hash of all numbers."""
+        made = hashlib.sha256(f"{self.bits}".encode())
+        for tensor in (self.key_levels, self.value_levels, *self.low, *self.high):
+            made.update(tensor.contiguous().cpu().numpy().tobytes())
+        return made.hexdigest()[:32]
+
+    def record(self) -> dict[str, Any]:
+        """What a run records of the levels that it used."""
+        done = self.calibration
+        return {
+            "digest": self.digest,
+            "samples": done.samples,
+            "sequences": done.sequences,
+            "tokens": done.tokens,
+            "origin": done.origin,
+            "left_out": done.left_out,
+            "fingerprint": self.fingerprint.model_dump(exclude={"embedding_sample"}),
+        }
+
+    def check_calibrated(self, front: tuple[int, ...], exempt: int) -> None:
+        """Raise ConfigError unless made behind these tokens, with the rows of the first `exempt` tokens left out."""
+        done = self.calibration
+        if (done.front, done.left_out) != (front, exempt):
+            raise ConfigError(
+                f"kv_levels: calibrated behind tokens {list(done.front)} with the rows of the first {done.left_out} "
+                f"left out; this cell has {list(front)} in front and {exempt} exempt rows, so other ranges. Calibrate "
+                "as the cell runs: intactkv kv-levels --pivot ... (--no-exempt, --keep)"
+            )
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, atomically. Raises OSError as the file system does."""
+        tensors = {"key_levels": self.key_levels.contiguous(), "value_levels": self.value_levels.contiguous()}
+        for layer, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            tensors[f"low.{layer}"], tensors[f"high.{layer}"] = low.contiguous(), high.contiguous()
+        metadata = {
+            "format": FORMAT,
+            "bits": str(self.bits),
+            "fingerprint": self.fingerprint.model_dump_json(),
+            "calibration": json.dumps(vars(self.calibration)),
+        }
+        write_atomic(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> "KVLevels":
+        """Read what `save` wrote. Raises ConfigError for a missing, damaged or foreign file."""
+        if not path.is_file():
+            raise ConfigError(f"kv_levels={path}: no such file; intactkv kv-levels writes it")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"kv_levels={path}: cannot be read ({error}); calibrate anew") from None
+        if metadata.get("format") != FORMAT:
+            found = metadata.get("format")
+            raise ConfigError(f"kv_levels={path}: no file of levels (format {found!r}, expected {FORMAT!r})")
+        try:
+            layers = sum(key.startswith("low.") for key in tensors)
+            done = json.loads(metadata["calibration"])
+            return cls(
+                bits=int(metadata["bits"]),
+                key_levels=tensors["key_levels"],
+                value_levels=tensors["value_levels"],
+                low=tuple(tensors[f"low.{layer}"] for layer in range(layers)),
+                high=tuple(tensors[f"high.{layer}"] for layer in range(layers)),
+                fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
+                calibration=Calibration(**{**done, "front": tuple(done["front"])}),
+            )
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise ConfigError(f"kv_levels={path}: damaged ({error}); calibrate anew") from None

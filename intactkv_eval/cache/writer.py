@@ -1,0 +1,69 @@
+"""Writer: the scheme of a cell at work, and the one place where schemes are named."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv_eval.cache.channel_key import ChannelKey
+from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.cache.pre_rope import PreRope
+from intactkv_eval.cache.scheme import Scheme
+from intactkv_eval.cache.token_head import TokenHead
+from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import ConfigError
+
+LayerKV = tuple[Tensor, Tensor]
+"""Keys and values [B, H, T, D] of one layer."""
+
+
+def _channel_key(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> Scheme:
+    if spec.group is None or spec.recent is None:
+        raise ConfigError("kv_scheme=channel_key needs kv_group and kv_recent")
+    return ChannelKey(spec.bits, spec.group, spec.recent)
+
+
+def _pre_rope(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> Scheme:
+    if levels is None or levels.bits != spec.bits:
+        held = "none" if levels is None else f"those of {levels.bits} bits"
+        raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs levels of {spec.bits} bits, got {held}")
+    return PreRope(levels, model)
+
+
+SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, KVLevels | None], Scheme]] = {
+    "token_head": lambda spec, model, levels: TokenHead(spec.bits),
+    "channel_key": _channel_key,
+    "pre_rope": _pre_rope,
+}
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Quantizes what is written to a cache, but for the first `keep` tokens of each row."""
+
+    scheme: Scheme
+    keep: int = 0
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether a token's numbers depend on its neighbours, or on how old it is."""
+        return self.scheme.group > 1 or self.scheme.recent > 0
+
+    def write(self, keys: Tensor, values: Tensor, layer: int, positions: Tensor) -> LayerKV:
+        """Rows [B, H, T, D] at `positions` [B or 1, T] as they are stored; for schemes without groups."""
+        fake = self.scheme.keys(keys, layer, positions), self.scheme.values(values, layer, positions)
+        if not self.keep:
+            return fake
+        kept = (positions.to(keys.device) < self.keep)[:, None, :, None]
+        return torch.where(kept, keys, fake[0]), torch.where(kept, values, fake[1])
+
+
+def writer_of(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None = None) -> Writer | None:
+    """The writer of a cell on `model`, None where its KV cache is not quantized.
+
+    Raises ConfigError for levels that are missing or do not fit, UnsupportedModelError where the scheme does not fit
+    the model.
+    """
+    return None if spec.bits == 16 else Writer(SCHEMES[spec.scheme](spec, model, levels), spec.keep)

@@ -1,0 +1,178 @@
+"""channel_key: scoring, prefill in chunks and one token at a time see the same cache; against decoding written here."""
+
+import logging
+from itertools import pairwise
+
+import pytest
+import torch
+from kv_cells import CHANNEL_KEY, pivoted
+from tiny import BOS, FAMILIES, PAD, build_model
+from transformers import BloomConfig, BloomForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from intactkv_eval.cache.group_cache import Groups
+from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.group_trial import check_groups
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.score_table import Request
+from intactkv_eval.harness.scoring import Counts, score
+from intactkv_eval.harness.shared import SharedModel, Sharing
+from intactkv_eval.harness.shared_start import SharedStart
+
+TOKENS = (BOS, 7, 30)
+GROUP = 4
+CELLS = {
+    "intact": (True, KVSpec(bits=2, **CHANNEL_KEY)),
+    "intact, pivot too": (True, KVSpec(bits=2, **CHANNEL_KEY, exempt=False)),
+    "computed": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "recent": 0})),
+    "computed, keep 2": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "recent": 8}, keep=2)),
+}
+BODY = torch.randint(0, 256, (23,), generator=torch.Generator().manual_seed(3))
+OPTIONS = {"do_sample": False, "pad_token_id": PAD}
+
+
+def rounded(rows, bits, dim):
+    low, high = rows.min(dim=dim, keepdim=True).values, rows.max(dim=dim, keepdim=True).values
+    step = (high - low) / (2**bits - 1)
+    return torch.where(step > 0, low + ((rows - low) / step).round() * step, rows)
+
+
+def as_stored(keys, values, column, exempt, kv):
+    """What a query in `column` sees of full rows [1, H, S, D]."""
+    edge = max(0, (max(column - exempt, 0) // kv.group) * kv.group - kv.recent)
+    keys, values = keys.clone(), values.clone()
+    for first in range(exempt, exempt + edge, kv.group):
+        block = slice(first, first + kv.group)
+        keys[:, :, block] = rounded(keys[:, :, block], kv.bits, 2)
+        for at in range(0, values.shape[3], kv.group):
+            values[:, :, block, at : at + kv.group] = rounded(values[:, :, block, at : at + kv.group], kv.bits, 3)
+    return keys, values
+
+
+@torch.no_grad()
+def decoded(made, ids, exempt):
+    """Logits of `ids`, one token after the other, each behind a cache made anew of the full rows."""
+    pivot = made.pivot
+    full = [] if pivot is None else [(k[None], v[None]) for k, v in zip(pivot.keys, pivot.values, strict=True)]
+    logits = []
+    for token in ids.tolist():
+        column = full[0][0].shape[2] if full else 0
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(full):
+            cache.update(*as_stored(keys, values, column, exempt, made.kv), layer)
+        logits.append(made.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1])
+        new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
+        old = full or [(k[:, :, :0], v[:, :, :0]) for k, v in new]
+        full = [
+            (torch.cat([a, c], 2), torch.cat([b, d], 2)) for (a, b), (c, d) in zip(old, new, strict=True)
+        ]  # fmt: skip
+    return torch.stack(logits)
+
+
+EXEMPT = {"intact": 3, "intact, pivot too": 0, "computed": 0, "computed, keep 2": 2}
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_scoring_is_decoding(family, cell):
+    made = pivoted(build_model(family, dtype=torch.float64), TOKENS, *CELLS[cell])
+    front = 0 if made.pivot is not None else len(TOKENS)
+    whole = torch.cat([torch.tensor(TOKENS), BODY])
+    expected = decoded(made, whole[len(TOKENS) - front :], EXEMPT[cell])
+    plain = PivotedModel(made.model, TOKENS, made.pivot).body_logits(BODY[None])[0]
+    if made.window is None or made.kv.recent < made.window:
+        assert (expected[front:] - plain).abs().max() > 1e-2, "quantization is to be seen"
+    padded = torch.full((3, len(BODY)), PAD)
+    for row, length in enumerate((len(BODY), 5, 14)):
+        padded[row, :length] = BODY[:length]
+    scored = made.body_logits(padded)
+    for row, length in enumerate((len(BODY), 5, 14)):
+        torch.testing.assert_close(scored[row, :length], expected[front : front + length], rtol=1e-9, atol=1e-9)
+    for length in (1, 6, 13):  # generation: all but the last of so many tokens at once, then one by one
+        cache = made.prefilled(torch.cat([torch.tensor(TOKENS), BODY[:length]])[None])
+        for place in range(length - 1, len(BODY)):
+            with torch.no_grad():
+                step = made.model(BODY[None, place : place + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+            torch.testing.assert_close(step, expected[front + place], rtol=1e-9, atol=1e-9)
+    if made.pivot is None:
+        torch.testing.assert_close(made.pivot_logits, expected[:front], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("family", ["gemma3", "gpt2", "llama", "mistral"])
+def test_generated_tokens_are_those_that_scoring_finds_greedy(family, cell):
+    made = pivoted(build_model(family, dtype=torch.float64), TOKENS, *CELLS[cell])
+    bodies = [BODY[:1], BODY[:13], BODY[:6]]
+    ids = torch.stack([torch.cat([torch.full((13 - len(body),), PAD), body]) for body in bodies])
+    out = generate(made, ids, (ids != PAD).long(), 9, **OPTIONS)
+    for body, row in zip(bodies, out[:, 13:], strict=True):
+        new = row[row != PAD]
+        logits = made.body_logits(torch.cat([body, new])[None])[0, len(body) - 1 : -1]
+        assert logits.argmax(dim=-1).tolist() == new.tolist()
+    beams = generate(made, ids, (ids != PAD).long(), 5, num_beams=3, **OPTIONS)
+    alone = generate(made, BODY[None, :6], torch.ones(1, 6), 5, num_beams=3, **OPTIONS)[0, 6:]
+    assert beams[2, 13 : 13 + len(alone)].tolist() == alone.tolist()
+
+
+def test_eager_attention():
+    model = build_model("gemma3", dtype=torch.float64)
+    expected = pivoted(model, TOKENS, *CELLS["intact"]).body_logits(BODY[None])
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(
+        pivoted(model, TOKENS, *CELLS["intact"]).body_logits(BODY[None]), expected, rtol=0, atol=1e-4
+    )
+
+
+def test_chunks_change_where_the_boundary_does():
+    for exempt, size, recent in [(0, 4, 4), (3, 4, 0), (2, 3, 9)]:
+        groups = Groups(exempt, size, recent)
+        for start in range(12):
+            pieces = list(groups.chunks(start, 40))
+            assert [column for first, last in pieces for column in range(first, last)] == list(range(start, 40))
+            for first, last in pieces:
+                assert groups.boundary(first) == groups.boundary(last - 1)
+            assert all(groups.boundary(a) != groups.boundary(b) for (a, _), (b, _) in pairwise(pieces))
+
+
+def test_a_prefill_across_a_boundary_is_not_taken():
+    made = pivoted(build_model("llama"), TOKENS, *CELLS["intact"])
+    cache = made.prefilled(torch.tensor([[*TOKENS, 5]]))
+    with pytest.raises(AssertionError, match="do not see the same rows"):
+        made.model(BODY[None], past_key_values=cache, use_cache=True)
+
+
+def test_nothing_is_shared_and_it_is_said_once(caplog):
+    caplog.set_level(logging.INFO)
+    made = pivoted(build_model("llama", dtype=torch.float64), TOKENS, *CELLS["intact"])
+    shared, counts = SharedModel(made), Counts()
+    head = BODY[:18].tolist()
+    requests = [Request([*head, 5], [6]), Request([*head, 9, 9], [6, 7]), Request([], [3])]
+    found = score(shared, requests, lambda tokens: 3, counts=counts)
+    again = [score(shared, [request], lambda tokens: 1)[0] for request in requests]
+    assert [one.log_likelihood for one in found] == pytest.approx([one.log_likelihood for one in again], abs=1e-9)
+    assert counts.sharing == "nothing"
+    assert len([record for record in caplog.records if "not shared" in record.message]) == 1
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    starts = SharedStart(shared)
+    with starts.turns_kept():
+        assert starts.turns is None
+        assert starts.of([[*head, 1], [*head, 2]]) is None
+    assert shared.sharing is Sharing.NOTHING
+
+
+def test_models_are_tried(monkeypatch):
+    kv = CELLS["intact"][1]
+    for family in sorted(FAMILIES):
+        check_groups(pivoted(build_model(family), TOKENS, True, kv))
+    check_groups(pivoted(build_model("llama", dtype=torch.bfloat16), TOKENS, False, kv))
+    torch.manual_seed(0)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=64, n_layer=2, n_head=4, initializer_range=0.3))
+    with pytest.raises(UnsupportedModelError, match="channel_key is not possible with BloomForCausalLM"):
+        check_groups(PivotedModel(bloom.eval(), TOKENS, None, kv))
+    made = pivoted(build_model("llama"), TOKENS, True, kv)
+    right = Groups.mask
+    monkeypatch.setattr(Groups, "mask", lambda self, first, total, *rest: right(self, first, total, *rest) * 0)
+    with pytest.raises(UnsupportedModelError, match="other logits"):
+        check_groups(made)

@@ -1,0 +1,35 @@
+"""Quantized KV caches of the small models: what tests of several schemes share."""
+
+import torch
+
+from intactkv_eval.cache.calibrate_levels import calibrate_levels
+from intactkv_eval.config import KVSpec
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+
+PRE_ROPE = {"scheme": "pre_rope", "levels": "file.safetensors"}
+CHANNEL_KEY = {"scheme": "channel_key", "group": 4, "recent": 4}
+
+
+def samples(count=3, length=40, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 256, (length,), generator=draw) for _ in range(count)]
+
+
+def levels_of(model, tokens, left_out, bits=3, texts=None):
+    return calibrate_levels(
+        model, samples() if texts is None else texts, bits, fingerprint_of(model, "main"), tokens, left_out
+    )
+
+
+def pivoted(model, tokens, intact, kv, texts=None):
+    """A cell on `model`, levels calibrated on itself where its scheme needs them."""
+    pivot = capture(model, tokens, fingerprint_of(model, "main")) if intact else None
+    left_out = max(len(tokens) if intact and kv.exempt else 0, kv.keep)
+    levels = levels_of(model, tokens, left_out, kv.bits, texts) if kv.scheme == "pre_rope" else None
+    return PivotedModel(model, tokens, pivot, kv, levels)
+
+
+def spec(scheme, bits=3, **others):
+    """A KVSpec of a scheme's name, with small groups."""
+    return KVSpec(bits=bits, **{"token_head": {}, "channel_key": CHANNEL_KEY, "pre_rope": PRE_ROPE}[scheme], **others)
