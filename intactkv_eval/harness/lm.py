@@ -7,6 +7,7 @@ launch); this class adds the cell's arguments, and does its own scoring and gene
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,6 +65,7 @@ class IntactKVLM(PivotedGeneration):
         self._most_rows = arguments.get("max_batch_size")
         self._longest: int | None = None
         self._warned = False
+        self._encoded = lru_cache(maxsize=2)(super().tok_encode)
         self.built: Built | None = None
         self._quantization = quantization_in_memory(loaded) if loaded is not None else None
         self._layout: Format | None = None
@@ -182,6 +184,13 @@ class IntactKVLM(PivotedGeneration):
         self._longest = max((len(self.tok_encode(request.args[0])) for request in requests), default=None)
         rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         return rolled
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """The tokens of a text, as lm_eval's `hf` makes them; a context that several continuations share only once."""
+        if args or kwargs:
+            encoded: list[int] = super().tok_encode(string, *args, **kwargs)
+            return encoded
+        return list(self._encoded(string))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):

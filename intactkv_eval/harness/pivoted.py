@@ -154,8 +154,8 @@ class PivotedModel:
         if self.lead(ids.shape[1]):
             front = torch.tensor(self.token_ids, dtype=torch.long, device=ids.device).expand(len(ids), -1)
             whole, front_rows = torch.cat([front, ids], dim=1), self.front_rows
-            cache = PivotCache(self.model.config, len(ids), self.writer, front_rows, self.devices, computed=True)
-            return self.model(input_ids=whole, past_key_values=cache, use_cache=True)
+            replacing = PivotCache(self.model.config, len(ids), self.writer, front_rows, self.devices, computed=True)
+            return self.model(input_ids=whole, past_key_values=replacing, use_cache=True)
         if self.writer is not None and self.writer.in_groups:
             return self.forward_in_groups(ids, self.writer)
         cache = self.new_cache(len(ids)) if self.pivot is not None or self.writer is not None else None

@@ -21,6 +21,7 @@ from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
 
 CAPACITY = 192  # tokens of a row of many branches: more of them share less, and every one pays for masked columns
+FAR, NEAR_CAPACITY = 256, 96  # behind a prefix of FAR tokens every masked column is dear: rows are shorter
 OVERHEAD = 64  # tokens that a forward of its own costs beside its work
 PREFIX_BUDGET = 2**30  # bytes of KV held in prefixes
 SMALLEST_BATCH = 512  # tokens that any batch may hold
@@ -87,7 +88,9 @@ class _Scorer:
     def _visit(self, prefix: Prefix, rows: list[Node], kept: list[Node], held: int) -> None:
         """Everything behind a prefix; what it keeps is let go before its next branch."""
         packed = [row for row in rows if row.children]
-        bins = merged(packed, self.limits.capacity) + [[row] for row in rows if not row.children and row.size]
+        bins = merged(packed, self._limits_behind(prefix.length).capacity) + [
+            [row] for row in rows if not row.children and row.size
+        ]
         flat = [(part, flatten(part, self.table.tree.sequences)) for part in bins]
         for chains in (False, True):
             self._batches(prefix, [(part, row) for part, row in flat if row.is_chain is chains])
@@ -102,9 +105,14 @@ class _Scorer:
                 whole = Node(node.start, node.start, node.first, node.last, children=[node])
                 self._visit(prefix, behind(whole, replace(self.limits, overhead=math.inf), held).rows, [], held)
                 continue
-            found = behind(node, self.limits, held + node.end)
+            found = behind(node, self._limits_behind(node.end), held + node.end)
             self._visit(longer, found.rows, found.kept, held + node.end)
             del longer
+
+    def _limits_behind(self, length: int) -> Limits:
+        if length < FAR:
+            return self.limits
+        return replace(self.limits, capacity=min(self.limits.capacity, NEAR_CAPACITY))
 
     def _batches(self, prefix: Prefix, rows: list[tuple[list[Node], Row]]) -> None:
         waiting = sorted(rows, key=lambda pair: len(pair[1].tokens))
