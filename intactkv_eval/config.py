@@ -1,4 +1,4 @@
-"""A cell: model x weights x KV cache x pivot, frozen and checked; and how flat arguments become one.
+"""A cell: model x weights x activations x KV cache x pivot, frozen and checked; and how flat arguments become one.
 
 The flat keys are those of lm_eval's --model_args, and a YAML of model_configs/ holds the same keys. Every key either
 acts or is an error: unknown keys, keys that do nothing in this cell, and values out of range are refused with the
@@ -8,14 +8,12 @@ nearest right name. Knows no torch.
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import shipped_folder
+from intactkv_eval.files import load_config
 
 
 class Spec(BaseModel):
@@ -37,6 +35,7 @@ class WeightSpec(Spec):
     """How the linear layers of the decoder are quantized. group_size -1 is one scale per output channel.
 
     search: llm-awq's search result, whose scales and clips are applied before rounding (method `awq`).
+    rotate: the model is rotated first, as QuaRot does, also where the weights then stay in full precision.
     """
 
     method: Literal["none", "rtn", "awq"] = "none"
@@ -44,6 +43,7 @@ class WeightSpec(Spec):
     group_size: int | None = None
     symmetric: bool = False
     search: str | None = None
+    rotate: bool = False
 
     @field_validator("group_size")
     @classmethod
@@ -53,16 +53,31 @@ class WeightSpec(Spec):
         return value
 
 
+class ActivationSpec(Spec):
+    """How the inputs of the decoder's linear layers are quantized, simulated; bits 16 is off.
+
+    Scheme `token`: dynamic, each token's own range. `tensor`: static, a calibrated range a layer. clip: the share kept.
+    """
+
+    bits: Literal[4, 6, 8, 16] = 16
+    scheme: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+    clip: float = Field(default=1.0, gt=0, le=1)
+
+
 class KVSpec(Spec):
     """How the KV cache is quantized at the moment of writing; bits 16 is off.
 
     Scheme `token_head`: asymmetric min/max over each token's head_dim, keys after RoPE (the IntactKV paper's).
-    `keep` first tokens are left alone although the evaluated model computed them.
+    `keep` first tokens are left alone although the evaluated model computed them. rotate: keys are quantized behind a
+    Hadamard transform of head_dim, as QuaRot does. clip: the share of each row's range, zero among it, that is kept.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
     scheme: Literal["token_head"] = "token_head"
     keep: int = Field(default=0, ge=0)
+    rotate: bool = False
+    clip: float = Field(default=1.0, gt=0, le=1)
 
 
 class PivotSpec(Spec):
@@ -100,6 +115,7 @@ class CellSpec(Spec):
 
     model: ModelSpec
     weights: WeightSpec = WeightSpec()
+    activations: ActivationSpec = ActivationSpec()
     kv: KVSpec = KVSpec()
     pivot: PivotSpec = PivotSpec()
     backend: Literal["auto", "dense", "cpu", "triton", "gptqmodel"] = "auto"
@@ -111,6 +127,13 @@ class CellSpec(Spec):
             raise ValueError(f"weights={self.weights.method} needs bits=2, 3, 4 or 8")
         if (self.weights.method == "awq") != (self.weights.search is not None):
             raise ValueError("weights=awq needs awq_search=FILE.pt (llm-awq's search result); nothing else takes it")
+        if self.weights.rotate and self.weights.search is not None:
+            raise ValueError("weights=awq with rotate=true: the scales were searched for the unrotated model")
+        if self.activations.scheme == "tensor":
+            raise ValueError(
+                "act_scheme=tensor needs calibrated ranges, which only a checkpoint carries: make one with "
+                "`intactkv quantize` and name it with pretrained=..., or use act_scheme=token"
+            )
         return self
 
 
@@ -125,9 +148,16 @@ _PLACES: dict[str, tuple[str, str]] = {
     "group_size": ("weights", "group_size"),
     "symmetric": ("weights", "symmetric"),
     "awq_search": ("weights", "search"),
+    "rotate": ("weights", "rotate"),
+    "act_bits": ("activations", "bits"),
+    "act_scheme": ("activations", "scheme"),
+    "act_symmetric": ("activations", "symmetric"),
+    "act_clip": ("activations", "clip"),
     "kv_bits": ("kv", "bits"),
     "kv_scheme": ("kv", "scheme"),
     "kv_keep": ("kv", "keep"),
+    "kv_rotate": ("kv", "rotate"),
+    "kv_clip": ("kv", "clip"),
     "pivot": ("pivot", "source"),
     "intact": ("pivot", "intact"),
     "chat_template": ("pivot", "chat_template"),
@@ -156,7 +186,7 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         raise ConfigError("no model given: set pretrained=<folder or hub id>, or config=<name> with one in it")
     flat = _expand(flat)
     _refuse_idle_keys(flat)
-    nested: dict[str, Any] = {"model": {}, "weights": {}, "kv": {}, "pivot": {}}
+    nested: dict[str, Any] = {"model": {}, "weights": {}, "activations": {}, "kv": {}, "pivot": {}}
     for key, value in flat.items():
         part, field = _PLACES[key]
         (nested[part] if part else nested)[field] = value
@@ -173,31 +203,6 @@ def weight_spec(method: str, bits: int, group_size: int, symmetric: bool) -> Wei
         return WeightSpec.model_validate(given)
     except ValidationError as error:
         raise ConfigError(_readable(error)) from None
-
-
-def load_config(name: str) -> dict[str, Any]:
-    """The flat keys of a YAML: a path, or a name in model_configs/. Raises ConfigError where it cannot be read."""
-    path = Path(name)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = shipped_folder("model_configs") / f"{name}.yaml"
-        if not path.is_file():
-            known = config_names()
-            near = get_close_matches(name, known, n=3) or known
-            raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
-    if "config" in loaded:
-        raise ConfigError(f"config {path}: a config cannot name another config")
-    return loaded
-
-
-def config_names() -> list[str]:
-    """The names that `config=` knows, sorted."""
-    return sorted(path.stem for path in shipped_folder("model_configs").glob("*.yaml"))
 
 
 def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:
@@ -228,8 +233,9 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 # A key that is given explicitly takes with it what the file said about the choice it replaces.
 _REPLACES = {
-    "weights": ("bits", "group_size", "symmetric", "awq_search", "backend"),
-    "kv_bits": ("kv_scheme", "kv_keep"),
+    "weights": ("bits", "group_size", "symmetric", "awq_search", "backend", "rotate"),
+    "act_bits": ("act_scheme", "act_symmetric", "act_clip"),
+    "kv_bits": ("kv_scheme", "kv_keep", "kv_rotate", "kv_clip"),
     "pivot": ("intact", "reference"),
 }
 
@@ -247,15 +253,21 @@ def _means_something(key: str, value: Any) -> bool:
     return value is not None or key in _NONE_IS_A_VALUE
 
 
+_QUANTIZED = {
+    "weights": "quantized weights; add weights=rtn",
+    "act_bits": "quantized activations; add act_bits=8",
+    "kv_bits": "a quantized KV cache; add kv_bits=4",
+}
+
+
 def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
-    if flat.get("weights", "none") == "none":
-        idle = [key for key in ("bits", "group_size", "symmetric", "awq_search") if key in flat]
+    off = {key for key in _QUANTIZED if str(flat.get(key, "none")) in {"none", "16"}}
+    for key in sorted(off):
+        idle = [part for part in _REPLACES[key] if part in flat and part not in {"backend", "rotate"}]
         if idle:
-            raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
-    if str(flat.get("kv_bits", 16)) == "16":
-        idle = [key for key in ("kv_scheme", "kv_keep") if key in flat]
-        if idle:
-            raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
+            raise ConfigError(f"{', '.join(idle)}: does nothing without {_QUANTIZED[key]} or drop it")
+    if flat.get("rotate") and off == set(_QUANTIZED):
+        raise ConfigError("rotate: does nothing where nothing is quantized; add weights=rtn or drop it")
     if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):
         raise ConfigError("reference: does nothing where the pivot's KV comes from a file; drop one of the two")
     if not flat.get("intact", True) and "reference" in flat:

@@ -69,7 +69,7 @@ class PivotCache(DynamicCache):
         """Append rows [B, H, T, D], quantized first where the cell says so; returns all rows of the layer."""
         if self._kv.bits < 16:
             positions = self._positions(self.get_seq_length(layer_idx), key_states)
-            key_states = quantize_rows(key_states, self._kv, positions)
+            key_states = quantize_rows(key_states, self._kv, positions, self._kv.rotate)
             value_states = quantize_rows(value_states, self._kv, positions)
         updated: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return updated

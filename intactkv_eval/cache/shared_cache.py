@@ -40,7 +40,7 @@ class SharedCache(DynamicCache):
     ) -> LayerKV:
         """Append rows [B, H, T, D], quantized where the cell says so; returns all rows of the layer."""
         if self._kv.bits < 16:
-            key_states = quantize_rows(key_states, self._kv, self._positions)
+            key_states = quantize_rows(key_states, self._kv, self._positions, self._kv.rotate)
             value_states = quantize_rows(value_states, self._kv, self._positions)
         if self._keep:
             updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
+from intactkv_eval.model.activations import StagedLinear
 
 
 def text_config(model: PreTrainedModel) -> object:
@@ -47,15 +48,19 @@ def check_resident(model: PreTrainedModel) -> None:
         )
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+LinearLayer = nn.Linear | Conv1D | StagedLinear
+"""A linear layer in full precision."""
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
     """The linear layers to quantize, by full name, in order.
 
     Raises UnsupportedModelError where a decoder layer holds a matrix that is not a linear layer's.
     """
     prefix, layers = decoder_layers(model)
-    found: dict[str, nn.Linear | Conv1D] = {}
+    found: dict[str, LinearLayer] = {}
     for name, module in layers.named_modules(prefix=prefix):
-        if type(module) is nn.Linear or isinstance(module, Conv1D):
+        if type(module) is nn.Linear or isinstance(module, (Conv1D, StagedLinear)):
             found[name] = module
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
@@ -71,7 +76,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     return found
 
 
-def matrix_of(layer: nn.Linear | Conv1D) -> Tensor:
+def matrix_of(layer: LinearLayer) -> Tensor:
     """The layer's matrix as [O, I]: GPT-2's Conv1D stores its transpose."""
     weight: Tensor = layer.weight.detach()
     return weight.t().contiguous() if isinstance(layer, Conv1D) else weight

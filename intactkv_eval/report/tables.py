@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, Score
+from intactkv_eval.report.collect import Identity, Run, Score, activations_label
 from intactkv_eval.report.compare import Comparison, Delta, compare
 
 NOTES = """\
@@ -37,12 +37,13 @@ def markdown(runs: Sequence[Run]) -> str:
 
 
 def weights_label(identity: Identity) -> str:
-    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized."""
+    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized. Then the activations."""
     weights = identity.cell.weights
+    stages = [*activations_label(identity.cell.activations), *(["rotated"] if weights.rotate else [])]
     if weights.method == "none":
-        return identity.checkpoint or "fp"
+        return " ".join([identity.checkpoint or "fp", *stages])
     group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
-    return f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}"
+    return " ".join([f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}", *stages])
 
 
 def pivot_label(cell: CellSpec) -> str:
@@ -60,7 +61,8 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str]
 
     def place(item: tuple[Identity, object]) -> tuple[object, ...]:
         identity, cell = item[0], item[0].cell
-        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16), -cell.kv.bits)
+        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
+        weights = (*weights, -cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
         return cell.model.pretrained, *weights, *pivot, str(identity)
 
@@ -70,7 +72,8 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str]
 def _cell_columns(identity: Identity) -> list[str]:
     cell = identity.cell
     kept = f" keep {cell.kv.keep}" if cell.kv.keep else ""
-    kv = "16" if cell.kv.bits == 16 else f"{cell.kv.bits} {cell.kv.scheme}{kept}"
+    turned = (" rotated" if cell.kv.rotate else "") + (f" clip {cell.kv.clip:g}" if cell.kv.clip < 1 else "")
+    kv = "16" if cell.kv.bits == 16 else f"{cell.kv.bits} {cell.kv.scheme}{kept}{turned}"
     asked = [f"{key}={value}" for key, value in identity.hf_arguments]
     name = " ".join([PurePath(cell.model.pretrained).name, *asked])
     return [name, weights_label(identity), kv, pivot_label(cell)]

@@ -2,12 +2,25 @@
 
 from typing import NamedTuple
 
+from intactkv_eval.config import ActivationSpec
+from intactkv_eval.weights.stages import Rotation
+
 
 class Scheme(NamedTuple):
-    """bits, group_size (-1 per channel), symmetric; made_by: program and method; kept: layers in full precision."""
+    """bits, group_size (-1 per channel), symmetric; made_by: program and method; kept: layers in full precision.
+
+    activations, rotation: what only the format `intactkv` can say.
+    """
 
     bits: int
     group_size: int
     symmetric: bool
     made_by: str
     kept: tuple[str, ...] = ("lm_head",)
+    activations: ActivationSpec = ActivationSpec()
+    rotation: Rotation | None = None
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether inputs of layers are transformed or quantized."""
+        return self.activations.bits < 16 or self.rotation is not None
