@@ -43,12 +43,12 @@ def quantize_activations(
     if spec.symmetric:
         top = 2 ** (spec.bits - 1) - 1
         step = (torch.maximum(-low, high).clamp(min=0) / top).clamp(min=smallest)
-        return (torch.round(values / step).clamp(-top - 1, top) * step).to(x.dtype)
+        return torch.round(values / step).clamp(-top - 1, top).mul(step).to(x.dtype)
     top = 2**spec.bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     step = ((high - low) / top).clamp(min=smallest)
     zero = torch.round(-low / step)
-    return (((torch.round(values / step) + zero).clamp(0, top) - zero) * step).to(x.dtype)
+    return (torch.round(values / step) + zero).clamp(0, top).sub(zero).mul(step).to(x.dtype)
 
 
 class InputStage(nn.Module):
@@ -110,6 +110,7 @@ class StagedLinear(nn.Module):
     (GPT-2's Conv1D keeps its transpose: there the matrix is a view.)
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter | None
 
     def __init__(self, layer: "nn.Linear | Conv1D | StagedLinear", prepare: InputStage) -> None:
@@ -117,7 +118,7 @@ class StagedLinear(nn.Module):
         matrix, bias = layer.weight.detach(), layer.bias
         self.weight = nn.Parameter(matrix.t() if isinstance(layer, Conv1D) else matrix, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self.out_features, self.in_features = self.weight.shape
+        self.out_features, self.in_features = int(self.weight.shape[0]), int(self.weight.shape[1])
         self.prepare = prepare
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Quantized are the linear layers of the decoder layers and nothing else: embeddin
 layers stay in full precision. A matrix inside a layer that is no linear layer (fused experts) is refused, not skipped.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,7 +50,7 @@ def check_resident(model: PreTrainedModel) -> None:
         )
 
 
-LinearLayer = nn.Linear | Conv1D | StagedLinear
+LinearLayer: TypeAlias = nn.Linear | Conv1D | StagedLinear
 """A linear layer in full precision."""
 
 

@@ -62,9 +62,9 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str]
     def place(item: tuple[Identity, object]) -> tuple[object, ...]:
         identity, cell = item[0], item[0].cell
         weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
-        weights = (*weights, -cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
+        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
-        return cell.model.pretrained, *weights, *pivot, str(identity)
+        return cell.model.pretrained, *weights, *stages, *pivot, str(identity)
 
     return sorted(found.items(), key=place)
 

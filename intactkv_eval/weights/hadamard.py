@@ -55,7 +55,7 @@ def hadamard_rows(x: Tensor, width: int = 1, inverse: bool = False) -> Tensor:
             matrix = matrix if inverse else matrix.t()
             rows = (parts.squeeze(-1) @ matrix.t() if right == 1 else matrix @ parts).reshape(len(rows), -1)
         left *= factor
-    return (rows / order**0.5).to(x.dtype).view(x.shape)
+    return rows.mul(order**-0.5).to(x.dtype).view(x.shape)
 
 
 def block_digest(order: int) -> str:
@@ -92,7 +92,7 @@ def _block(order: int) -> Tensor:
             "pip install 'intactkv-eval[rotation]'"
         ) from None
     drawn = random_hadamard_matrix(order, dtype=torch.float32, gen=torch.Generator().manual_seed(0))
-    matrix = drawn * drawn[:, :1].sign()
+    matrix: Tensor = drawn * drawn[:, :1].sign()
     if not torch.equal(matrix @ matrix.t(), order * torch.eye(order)):
         raise UnsupportedModelError(f"compressed-tensors gave no Hadamard matrix of order {order}: update it")
     return matrix

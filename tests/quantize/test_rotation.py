@@ -9,7 +9,9 @@ from tiny import BOS, FAMILIES, VOCAB, build_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.quantizers import fake_quantize, quantize_rows
+from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
@@ -178,3 +180,13 @@ def test_keys_are_quantized_rotated_and_stay_in_the_plain_basis():
     assert error(found, keys) < error(fake_quantize(keys, spec), keys)
     fine = KVSpec(bits=8, rotate=True)
     torch.testing.assert_close(quantize_rows(keys, fine, torch.arange(5)[None], rotate=True), keys, rtol=0, atol=0.3)
+
+
+def test_both_caches_turn_keys_and_leave_values_to_the_weights():
+    """A second transform of V would undo that of the rotated weights."""
+    spec, places = KVSpec(bits=3, rotate=True), torch.arange(5)[None]
+    keys, values = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    for cache in (PivotCache(made("llama").config, 1, spec), SharedCache([], 1, spec, places)):
+        held = cache.update(keys, values, 0)
+        assert torch.equal(held[0], quantize_rows(keys, spec, places, rotate=True))
+        assert torch.equal(held[1], quantize_rows(values, spec, places))
