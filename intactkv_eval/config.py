@@ -1,4 +1,4 @@
-"""A cell: model x weights x KV cache x pivot, frozen and checked; and how flat arguments become one.
+"""A cell: model x weights x activations x KV cache x pivot, frozen and checked; and how flat arguments become one.
 
 The flat keys are those of lm_eval's --model_args, and a YAML of model_configs/ holds the same keys. Every key either
 acts or is an error: unknown keys, keys that do nothing in this cell, and values out of range are refused with the
@@ -8,14 +8,12 @@ nearest right name. Knows no torch.
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import shipped_folder
+from intactkv_eval.errors import ConfigError, unknown_key
+from intactkv_eval.files import load_config
 
 
 class Spec(BaseModel):
@@ -37,6 +35,7 @@ class WeightSpec(Spec):
     """How the linear layers of the decoder are quantized. group_size -1 is one scale per output channel.
 
     search: llm-awq's search result, whose scales and clips are applied before rounding (method `awq`).
+    rotate: the model is rotated first, as QuaRot does, also where the weights then stay in full precision.
     """
 
     method: Literal["none", "rtn", "awq"] = "none"
@@ -44,6 +43,7 @@ class WeightSpec(Spec):
     group_size: int | None = None
     symmetric: bool = False
     search: str | None = None
+    rotate: bool = False
 
     @field_validator("group_size")
     @classmethod
@@ -53,6 +53,18 @@ class WeightSpec(Spec):
         return value
 
 
+class ActivationSpec(Spec):
+    """How the inputs of the decoder's linear layers are quantized, simulated; bits 16 is off.
+
+    Scheme `token`: dynamic, each token's own range. `tensor`: static, a calibrated range a layer. clip: the share kept.
+    """
+
+    bits: Literal[4, 6, 8, 16] = 16
+    scheme: Literal["token", "tensor"] = "token"
+    symmetric: bool = True
+    clip: float = Field(default=1.0, gt=0, le=1)
+
+
 class KVSpec(Spec):
     """How the KV cache is quantized at the moment of writing; bits 16 is off.
 
@@ -60,6 +72,8 @@ class KVSpec(Spec):
     channel_key: keys by channel over `group` tokens, values by token, the newest `recent` tokens in full (KIVI's).
     pre_rope: keys before RoPE, at the uneven `levels` of a calibration file (KVQuant's).
     `keep` first tokens are left alone although the evaluated model computed them; `exempt`: intact pivot rows are.
+    rotate: keys are quantized behind a Hadamard transform of head_dim, as QuaRot does; clip: the share of each row's
+    range, zero among it, that is kept (both of token_head).
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
@@ -69,6 +83,8 @@ class KVSpec(Spec):
     recent: int | None = Field(default=None, ge=0)
     levels: str | None = None
     exempt: bool = True
+    rotate: bool = False
+    clip: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _whole(self) -> "KVSpec":
@@ -78,6 +94,8 @@ class KVSpec(Spec):
             raise ValueError(f"kv_recent={self.recent} is no multiple of kv_group={self.group}: choose one that is")
         if (self.scheme == "pre_rope") != (self.levels is not None):
             raise ValueError("kv_scheme=pre_rope needs kv_levels=FILE (intactkv kv-levels makes it); no other takes it")
+        if self.scheme != "token_head" and (self.rotate or self.clip < 1):
+            raise ValueError(f"kv_rotate and kv_clip: do nothing with kv_scheme={self.scheme}, only with token_head")
         return self
 
 
@@ -116,6 +134,7 @@ class CellSpec(Spec):
 
     model: ModelSpec
     weights: WeightSpec = WeightSpec()
+    activations: ActivationSpec = ActivationSpec()
     kv: KVSpec = KVSpec()
     pivot: PivotSpec = PivotSpec()
     backend: Literal["auto", "dense", "cpu", "triton", "gptqmodel"] = "auto"
@@ -127,6 +146,13 @@ class CellSpec(Spec):
             raise ValueError(f"weights={self.weights.method} needs bits=2, 3, 4 or 8")
         if (self.weights.method == "awq") != (self.weights.search is not None):
             raise ValueError("weights=awq needs awq_search=FILE.pt (llm-awq's search result); nothing else takes it")
+        if self.weights.rotate and self.weights.search is not None:
+            raise ValueError("weights=awq with rotate=true: the scales were searched for the unrotated model")
+        if self.activations.scheme == "tensor":
+            raise ValueError(
+                "act_scheme=tensor needs calibrated ranges, which only a checkpoint carries: make one with "
+                "`intactkv quantize` and name it with pretrained=..., or use act_scheme=token"
+            )
         return self
 
 
@@ -141,6 +167,11 @@ _PLACES: dict[str, tuple[str, str]] = {
     "group_size": ("weights", "group_size"),
     "symmetric": ("weights", "symmetric"),
     "awq_search": ("weights", "search"),
+    "rotate": ("weights", "rotate"),
+    "act_bits": ("activations", "bits"),
+    "act_scheme": ("activations", "scheme"),
+    "act_symmetric": ("activations", "symmetric"),
+    "act_clip": ("activations", "clip"),
     "kv_bits": ("kv", "bits"),
     "kv_scheme": ("kv", "scheme"),
     "kv_keep": ("kv", "keep"),
@@ -148,6 +179,8 @@ _PLACES: dict[str, tuple[str, str]] = {
     "kv_recent": ("kv", "recent"),
     "kv_levels": ("kv", "levels"),
     "kv_exempt": ("kv", "exempt"),
+    "kv_rotate": ("kv", "rotate"),
+    "kv_clip": ("kv", "clip"),
     "pivot": ("pivot", "source"),
     "intact": ("pivot", "intact"),
     "chat_template": ("pivot", "chat_template"),
@@ -177,7 +210,7 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         raise ConfigError("no model given: set pretrained=<folder or hub id>, or config=<name> with one in it")
     flat = _expand(flat)
     _refuse_idle_keys(flat)
-    nested: dict[str, Any] = {"model": {}, "weights": {}, "kv": {}, "pivot": {}}
+    nested: dict[str, Any] = {"model": {}, "weights": {}, "activations": {}, "kv": {}, "pivot": {}}
     for key, value in flat.items():
         part, field = _PLACES[key]
         (nested[part] if part else nested)[field] = value
@@ -185,38 +218,6 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         return CellSpec.model_validate(nested)
     except ValidationError as error:
         raise ConfigError(_readable(error)) from None
-
-
-def load_config(name: str) -> dict[str, Any]:
-    """The flat keys of a YAML: a path, or a name in model_configs/. Raises ConfigError where it cannot be read."""
-    path = Path(name)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = shipped_folder("model_configs") / f"{name}.yaml"
-        if not path.is_file():
-            known = config_names()
-            near = get_close_matches(name, known, n=3) or known
-            raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
-    if "config" in loaded:
-        raise ConfigError(f"config {path}: a config cannot name another config")
-    return loaded
-
-
-def config_names() -> list[str]:
-    """The names that `config=` knows, sorted."""
-    return sorted(path.stem for path in shipped_folder("model_configs").glob("*.yaml"))
-
-
-def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:
-    """The error for a key nobody reads, with the nearest right name."""
-    near = get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-    return ConfigError(f"unknown argument {key!r}: {hint}")
 
 
 def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,8 +243,9 @@ def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 # A key that is given explicitly takes with it what the file said about the choice it replaces.
 _REPLACES = {
-    "weights": ("bits", "group_size", "symmetric", "awq_search", "backend"),
-    "kv_bits": ("kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_levels", "kv_exempt"),
+    "weights": ("bits", "group_size", "symmetric", "awq_search", "backend", "rotate"),
+    "act_bits": ("act_scheme", "act_symmetric", "act_clip"),
+    "kv_bits": ("kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_levels", "kv_exempt", "kv_rotate", "kv_clip"),
     "kv_scheme": ("kv_group", "kv_recent", "kv_levels"),
     "pivot": ("intact", "reference"),
 }
@@ -262,15 +264,21 @@ def _means_something(key: str, value: Any) -> bool:
     return value is not None or key in _NONE_IS_A_VALUE
 
 
+_QUANTIZED = {
+    "weights": "quantized weights; add weights=rtn",
+    "act_bits": "quantized activations; add act_bits=8",
+    "kv_bits": "a quantized KV cache; add kv_bits=4",
+}
+
+
 def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
-    if flat.get("weights", "none") == "none":
-        idle = [key for key in ("bits", "group_size", "symmetric", "awq_search") if key in flat]
+    off = {key for key in _QUANTIZED if str(flat.get(key, "none")) in {"none", "16"}}
+    for key in sorted(off):
+        idle = [part for part in _REPLACES[key] if part in flat and part not in {"backend", "rotate"}]
         if idle:
-            raise ConfigError(f"{', '.join(idle)}: does nothing without quantized weights; add weights=rtn or drop it")
-    if str(flat.get("kv_bits", 16)) == "16":
-        idle = [key for key in _REPLACES["kv_bits"] if key in flat]
-        if idle:
-            raise ConfigError(f"{', '.join(idle)}: does nothing without a quantized KV cache; add kv_bits=4 or drop it")
+            raise ConfigError(f"{', '.join(idle)}: does nothing without {_QUANTIZED[key]} or drop it")
+    if flat.get("rotate") and off == set(_QUANTIZED):
+        raise ConfigError("rotate: does nothing where nothing is quantized; add weights=rtn or drop it")
     if "kv_exempt" in flat and not flat.get("intact", True):
         raise ConfigError("kv_exempt: does nothing without intact pivot rows; kv_keep leaves first tokens alone")
     if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):

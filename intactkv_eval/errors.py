@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message names the thing, what was expected, what came, and the fix."""
 
+from difflib import get_close_matches
+
 
 class IntactKVError(Exception):
     """Base of every error that is the user's to mend; the command line turns it into one message and exit code 2."""
@@ -23,3 +25,10 @@ class UnsupportedModelError(IntactKVError):
 
 class DataError(IntactKVError):
     """A data set of a task that is missing or not in a layout we read."""
+
+
+def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:
+    """The error for a key nobody reads, with the nearest right name."""
+    near = get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
+    return ConfigError(f"unknown argument {key!r}: {hint}")

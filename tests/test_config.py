@@ -2,8 +2,9 @@
 
 import pytest
 
-from intactkv_eval.config import CellSpec, cell_from_args, config_names, load_config
+from intactkv_eval.config import CellSpec, cell_from_args
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import config_names, load_config
 
 RTN = {"pretrained": "m", "weights": "rtn", "bits": 4}
 
@@ -28,7 +29,15 @@ def test_none_is_the_baseline_and_not_the_default(none):
     [
         ({}, "pretrained"),
         ({"pretrained": "m", "pivto": "bos"}, "'pivot'"),
-        ({"pretrained": "m", "act_bits": 4}, "unknown argument"),
+        ({"pretrained": "m", "act_bits": 5}, "act_bits=5"),
+        ({"pretrained": "m", "act_clip": 0.9}, "act_clip: does nothing without quantized activations"),
+        ({"pretrained": "m", "act_bits": 8, "act_scheme": "tensor"}, "act_scheme=tensor .*`intactkv quantize`"),
+        ({"pretrained": "m", "act_bits": 8, "act_clip": 0}, "act_clip=0"),
+        ({"pretrained": "m", "act_bits": 8, "act_scheme": "row"}, "act_scheme='row'"),
+        ({"pretrained": "m", "kv_rotate": True}, "kv_rotate: does nothing without a quantized KV cache"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_clip": 1.5}, "kv_clip=1.5"),
+        ({"pretrained": "m", "rotate": True}, "rotate: does nothing where nothing is quantized"),
+        ({"pretrained": "m", "weights": "awq", "bits": 4, "awq_search": "s.pt", "rotate": True}, "unrotated model"),
         ({"pretrained": "m", "bits": 4}, "does nothing"),
         ({"pretrained": "m", "group_size": 64}, "does nothing"),
         ({"pretrained": "m", "kv_keep": 1}, "does nothing"),
@@ -81,7 +90,9 @@ def test_a_replaced_choice_takes_its_details_with_it(tmp_path):
     """Full precision of a quantized config is weights=none, without an error about the file's bits."""
     file = tmp_path / "cell.yaml"
     file.write_text("pretrained: m\nweights: rtn\nbits: 3\nkv_bits: 4\nkv_keep: 1\npivot: bos\n")
-    cell = cell_from_args({"config": str(file), "weights": None, "kv_bits": 16, "pivot": "none"})
+    file.write_text(file.read_text() + "rotate: true\nact_bits: 4\nact_clip: 0.9\nkv_rotate: true\nkv_clip: 0.95\n")
+    everything = {"weights": None, "act_bits": 16, "kv_bits": 16, "pivot": "none"}
+    cell = cell_from_args({"config": str(file), **everything})
     assert cell == cell_from_args({"pretrained": "m", "pivot": "none"})
     assert cell_from_args({"config": str(file), "weights": "rtn"}).weights.bits == 3
 
@@ -128,6 +139,14 @@ def test_shipped_cells_cover_the_papers_models():
         "opt-",
     ):
         assert family in hubs
+
+
+def test_quarot_and_unrotated_w4a4_are_one_cell_each():
+    flat = {**RTN, "group_size": -1, "symmetric": True, "act_bits": 4, "act_clip": 0.9}
+    plain, turned = cell_from_args(flat), cell_from_args({**flat, "rotate": True, "kv_bits": 4, "kv_rotate": True})
+    assert (plain.activations.bits, plain.activations.scheme, plain.activations.clip) == (4, "token", 0.9)
+    assert (plain.weights.rotate, turned.weights.rotate, turned.kv.rotate) == (False, True, True)
+    assert cell_from_args({"pretrained": "m", "act_bits": 4, "rotate": True}).weights.method == "none"
 
 
 def test_token_lists():

@@ -40,13 +40,16 @@ def working(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def round_to_steps(states: Tensor, bits: int, dim: int) -> Tensor:
+def round_to_steps(states: Tensor, bits: int, dim: int, clip: float = 1.0) -> Tensor:
     """Asymmetric, dynamic rounding with the minimum and maximum over `dim`. Returns a new tensor of the same dtype.
 
     s = (max(x) - min(x)) / (2**b - 1),  q = clamp(round((x - min(x)) / s), 0, 2**b - 1),  x' = q s + min(x)
+    With `clip` below 1 both ends are multiplied by it, zero held among them (QuaRot's).
     """
     rows = working(states)
     low, high = rows.amin(dim=dim, keepdim=True), rows.amax(dim=dim, keepdim=True)
+    if clip < 1:
+        low, high = low.clamp(max=0) * clip, high.clamp(min=0) * clip
     top = 2**bits - 1
     # Equal numbers have no spread: any step gives code 0, and min(x) comes back exactly.
     step = ((high - low) / top).clamp(min=torch.finfo(torch.float32).tiny)

@@ -33,7 +33,7 @@ def _pre_rope(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> 
 
 
 SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, KVLevels | None], Scheme]] = {
-    "token_head": lambda spec, model, levels: TokenHead(spec.bits),
+    "token_head": lambda spec, model, levels: TokenHead(spec.bits, spec.rotate, spec.clip),
     "channel_key": _channel_key,
     "pre_rope": _pre_rope,
 }

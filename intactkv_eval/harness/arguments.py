@@ -6,8 +6,8 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from intactkv_eval.config import CELL_KEYS, unknown_key
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.config import CELL_KEYS
+from intactkv_eval.errors import ConfigError, unknown_key
 
 # What hf hands on to transformers' from_pretrained.
 _LOADING_KEYS = """

@@ -26,8 +26,8 @@ class _Names(NamedTuple):
     output: str
 
 
-# GPTQ leaves the weights where they are; AWQ, also inside of compressed-tensors, may not.
-_MAY_BE_SCALED = {"awq", "compressed-tensors"}
+# GPTQ leaves the weights where they are; AWQ, also inside of compressed-tensors or of our own format, may not.
+_MAY_BE_SCALED = {"awq", "compressed-tensors", "intactkv"}
 _LAYERS = (
     _Names("input_layernorm", "self_attn.v_proj", "self_attn.o_proj"),  # Llama, Mistral, Qwen, Gemma
     _Names("self_attn_layer_norm", "self_attn.v_proj", "self_attn.out_proj"),  # OPT
@@ -67,16 +67,17 @@ def in_basis_of(
     for index, layer in enumerate(layers):
         value, output = (layer.get_submodule(name) for name in (names.value, names.output))
         wanted = [f"{prefix}.{index}.{names.value}.weight", f"{prefix}.{index}.{names.norm}.weight"]
-        full, norm_full = _read(source, wanted, model.base_model_prefix)
+        full, norm_full = read_named(source, wanted, model.base_model_prefix)
         norm = layer.get_parameter(f"{names.norm}.weight").detach().cpu()
         alike = (value.in_features, value.out_features) == (output.in_features, output.out_features)
         folded = may_be_scaled and alike
-        found.append(recover(_matrix(value), full, norm_full.float() + gemma, norm.float() + gemma, folded))
+        found.append(recover(dequantized(value), full, norm_full.float() + gemma, norm.float() + gemma, folded))
     worst = check_residuals(found, checkpoint, reference)
     return to_basis(pivot, [layer.ratio for layer in found]), worst
 
 
-def _matrix(layer: torch.nn.Module) -> Tensor:
+def dequantized(layer: torch.nn.Module) -> Tensor:
+    """The matrix [O, I] of a layer, on the CPU, in fp32 where it is quantized."""
     if isinstance(layer, QuantizedLinear):
         return layer.quantized_weight().dequantize(torch.float32).cpu()
     return layer.get_parameter("weight").detach().cpu()
@@ -87,7 +88,8 @@ def _fits(layer: torch.nn.Module, names: _Names) -> bool:
     return set(names) <= held
 
 
-def _read(source: Checkpoint, wanted: list[str], prefix: str) -> list[Tensor]:
+def read_named(source: Checkpoint, wanted: list[str], prefix: str) -> list[Tensor]:
+    """Tensors of a reference by the model's names, with or without the base model's prefix. Raises PivotError."""
     stored = [name if name in source.names else name.removeprefix(f"{prefix}.") for name in wanted]
     absent = [name for name in stored if name not in source.names]
     if absent:

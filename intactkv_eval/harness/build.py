@@ -7,11 +7,12 @@ import copy
 import gc
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
@@ -20,10 +21,13 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.rotated_basis import check_rotated_embeddings, in_rotated_basis
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
-from intactkv_eval.model.structure import check_resident
+from intactkv_eval.model.stages import apply_stages, stage_specs
+from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.pivot import store
+from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import (
     capture,
     check_supported,
@@ -35,7 +39,10 @@ from intactkv_eval.pivot.capture import (
 from intactkv_eval.pivot.kv import ROUNDING, PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
+from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_eval.weights.stages import Rotation, StageSpec
 
 logger = logging.getLogger(__name__)
 
@@ -63,11 +70,13 @@ def build(
     load: Loader,
     quantization: dict[str, Any] | None = None,
     changed: bool = False,
+    rotation: Rotation | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
     what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
+    `rotation`: how the checkpoint's model was rotated.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -83,11 +92,15 @@ def build(
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
+    if cell.weights.rotate:
+        check_rotatable(model)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
     if pivot is not None:
-        _check_belongs(pivot, model, cell, quantization)
-        if quantization is not None and "bits" in quantization:
+        _check_belongs(pivot, model, cell, quantization, rotation)
+        if rotation is not None:
+            pivot, residual = in_rotated_basis(pivot, model, rotation, cell.model.pretrained, cell.model.reference)
+        elif quantization is not None and "bits" in quantization:
             method, checkpoint = quantization["method"], cell.model.pretrained
             pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
     if levels is not None:
@@ -100,8 +113,9 @@ def build(
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
         pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
-    if cell.weights.method != "none":
-        model = quantize(model, cell.weights, cell.backend, search)
+    if cell.weights.rotate and pivot is not None:
+        pivot = to_rotated(pivot)
+    model = _evaluated(model, cell, search)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
     _check_cache(pivoted)
     digest = search.digest if search else None
@@ -119,19 +133,43 @@ def _source_hash(model: PreTrainedModel) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
+def _evaluated(model: PreTrainedModel, cell: CellSpec, search: AWQSearch | None) -> PreTrainedModel:
+    """The model that answers: rotated, quantized, with input stages, as the cell says; packed layers as they are."""
+    if quantized_layers(model):
+        if cell.activations.bits < 16:
+            apply_stages(model, None, cell.activations)
+        return model
+    rotation = None
+    if cell.weights.rotate:
+        model = copy.deepcopy(model) if cell.model.pretrained == IN_MEMORY else model
+        rotation = rotate(model)
+    if cell.weights.method == "none" and cell.activations.bits == 16 and rotation is None:
+        return model
+    stages = stage_specs(list(linear_layers(model)), rotation, cell.activations)
+    if cell.weights.method == "none":
+        return quantized_model(model, None, stages=stages)
+    return quantize(model, cell.weights, cell.backend, search, stages)
+
+
 def quantize(
-    model: PreTrainedModel, weights: WeightSpec, backend: str = "auto", search: AWQSearch | None = None
+    model: PreTrainedModel,
+    weights: WeightSpec,
+    backend: str = "auto",
+    search: AWQSearch | None = None,
+    stages: Mapping[str, StageSpec] | None = None,
 ) -> PreTrainedModel:
     """`model` with its decoder's linear layers quantized as `weights` says; `model` itself is unchanged.
 
-    `search`: whose clips are applied first; its scales must be in `model` already.
+    `search`: whose clips are applied first; its scales must be in `model` already. `stages`: of the layers' inputs.
     """
     if weights.bits is None or weights.group_size is None:
         raise ConfigError("quantized weights need bits and group_size")
     bits, size, clips = weights.bits, weights.group_size, search.clips if search else {}
-    return quantized_model(
-        model, lambda w, name: quantize_rtn(clipped(w, clips.get(name)), bits, size, weights.symmetric, name), backend
-    )
+
+    def quantizer(matrix: Tensor, name: str) -> QuantizedWeight:
+        return quantize_rtn(clipped(matrix, clips.get(name)), bits, size, weights.symmetric, name)
+
+    return quantized_model(model, quantizer, backend, stages)
 
 
 def _from_file(cell: CellSpec) -> PivotKV | None:
@@ -189,6 +227,13 @@ def _check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_piv
         raise ConfigError(
             f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}"
         )
+    if cell.weights.rotate:
+        raise ConfigError(f"{cell.model.pretrained} is quantized already ({method}): it cannot be rotated; drop rotate")
+    if cell.activations.bits < 16 and (cell.model.pretrained == IN_MEMORY or "activations" in quantization):
+        raise ConfigError(
+            f"act_bits: {cell.model.pretrained} ({method}) says itself how its activations are quantized, or is a "
+            "loaded model whose quantized layers are not changed; drop act_bits and what belongs to it"
+        )
     if needs_pivot:
         raise PivotError(
             f"{cell.model.pretrained} is quantized ({method}): name the full-precision model it was made from with "
@@ -196,11 +241,20 @@ def _check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_piv
         )
 
 
-def _check_belongs(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None) -> None:
+def _check_belongs(
+    pivot: PivotKV,
+    model: PreTrainedModel,
+    cell: CellSpec,
+    quantization: dict[str, Any] | None,
+    rotation: Rotation | None,
+) -> None:
     """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
     same_model = cell.model.reference is None and quantization is None
     found = fingerprint_of(model, cell.model.revision) if same_model else None
-    pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
+    if rotation is not None:
+        check_rotated_embeddings(pivot, model, rotation)
+    else:
+        pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
     pivot.check_matches(
         dtype=str(model.dtype).removeprefix("torch."),
         basis="plain",

@@ -36,7 +36,7 @@ from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
-from intactkv_eval.weights.formats import Format
+from intactkv_eval.weights.formats import Format, rotation_of
 from intactkv_kernels.native import library
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,9 @@ class IntactKVLM(PivotedGeneration):
 
     def _build(self, load: Any) -> None:
         changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
-        self.built = build(self.cell, self.config, self.tokenizer, load, self._quantization, changed)
+        self.built = build(
+            self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout)
+        )
         self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:

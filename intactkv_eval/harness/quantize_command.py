@@ -100,7 +100,7 @@ def _export(
     kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
     ordered = any(weight.order is not None for weight in layers.values())
     made_by = f"intactkv_eval:{__version__} {job.method}"
-    scheme = Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, ordered)
+    scheme = Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, act_order=ordered)
     packed = {f"{name}.weight" for name in layers}
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     others: dict[str, Tensor] = {

@@ -1,9 +1,9 @@
 """QuantizedLinear: torch.nn.Linear whose matrix is a QuantizedWeight.
 
-    y = F.linear(x, dequantize(weight), bias)
+    y = F.linear(prepare(x), dequantize(weight), bias)
 
-How it is computed is the backend's (intactkv_kernels), which holds the weight in the form that it wants. Knows nothing
-of models.
+`prepare` is an input stage (activations.py), where there is one. How the product is computed is the backend's
+(intactkv_kernels), which holds the weight in the form that it wants. Knows nothing of models.
 """
 
 from typing import Any, cast
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.model.activations import InputStage
 from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.packing import unpack
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -22,7 +23,8 @@ from intactkv_kernels.parts import Parts
 class QuantizedLinear(nn.Module):
     """A linear layer [I] -> [O] on a quantized matrix.
 
-    `compute_dtype` is the dtype of the activations. Raises ConfigError where a named backend cannot run the layer.
+    `compute_dtype` is the dtype of the activations; `prepare` is applied to them before the product.
+    Raises ConfigError where a named backend cannot run the layer.
     """
 
     bias: nn.Parameter | None
@@ -34,6 +36,7 @@ class QuantizedLinear(nn.Module):
         compute_dtype: torch.dtype | None = None,
         backend: str = "auto",
         name: str = "the layer",
+        prepare: InputStage | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
@@ -46,6 +49,7 @@ class QuantizedLinear(nn.Module):
         except (ValueError, NotImplementedError) as error:
             raise ConfigError(f"{name}: {error}") from None
         self._run = self.kernel.forward  # no hooks inside: a module's own call costs as much as a small product
+        self.prepare = prepare
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
 
     @property
@@ -62,6 +66,8 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> y [..., O]."""
+        if self.prepare is not None:
+            x = self.prepare(x)
         y: Tensor = self._run(x, self._parameters["bias"])
         return y
 

@@ -5,7 +5,7 @@ copied. Knows nothing of pivots and of the harness.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from accelerate import dispatch_model
@@ -13,27 +13,42 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.model.activations import InputStage, StagedLinear
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.quantize.matrices import finite_matrix
 from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_eval.weights.stages import StageSpec
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]
 """A matrix [O, I] and the layer's name -> the quantized matrix."""
 
 
-def quantized_model(source: PreTrainedModel, quantizer: Quantizer, backend: str = "auto") -> PreTrainedModel:
-    """`source` with every linear layer of its decoder layers quantized.
+def quantized_model(
+    source: PreTrainedModel,
+    quantizer: Quantizer | None,
+    backend: str = "auto",
+    stages: Mapping[str, StageSpec] | None = None,
+) -> PreTrainedModel:
+    """`source` with every linear layer of its decoder layers quantized, and with input stages by the layers' names.
 
-    Raises UnsupportedModelError where a layer could not be quantized, CheckpointError where a tensor has no place, a
-    place no tensor, or a matrix holds NaN; ConfigError from the quantizer (a group_size that does not fit).
+    Without a `quantizer` the matrices are shared as they are. Layers that `stages` does not name keep the stage they
+    have in `source`. Raises UnsupportedModelError where a layer could not be quantized, CheckpointError where a tensor
+    has no place, a place no tensor, or a matrix holds NaN; ConfigError from the quantizer (a group_size that does not
+    fit).
     """
-    layers = linear_layers(source)
+    layers, specs = linear_layers(source), stages or {}
     check_resident(source)
     target = _build_on_meta(source)
     for name, layer in layers.items():
+        held = layer.prepare.spec if isinstance(layer, StagedLinear) else StageSpec()
+        spec = specs.get(name, held)
+        prepare = None if spec.is_idle else InputStage(spec, name).to(layer.weight.device)
+        if quantizer is None:
+            swap(target, name, StagedLinear(layer, prepare or InputStage(spec)))
+            continue
         weight = quantizer(finite_matrix(layer, name), name)
-        swap(target, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype, backend, name))
+        swap(target, name, QuantizedLinear(weight, layer.bias, layer.weight.dtype, backend, name, prepare))
     _assign(target, source, swapped=set(layers))
     verify(target)
     target.eval().requires_grad_(False)
@@ -68,7 +83,7 @@ def _assign(target: PreTrainedModel, source: PreTrainedModel, swapped: set[str])
     if left_out or unexpected:
         raise CheckpointError(f"tensors without a place: {unexpected[:5]}; places without a tensor: {left_out[:5]}")
     for name, module in source.named_modules():
-        if name not in swapped and module._non_persistent_buffers_set:
+        if name not in swapped and not name.startswith(held) and module._non_persistent_buffers_set:
             _assign_buffers(target, name, module)
     target.tie_weights()
 

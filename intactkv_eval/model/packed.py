@@ -20,10 +20,11 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.model.activations import InputStage
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.load import swap, verify
 from intactkv_eval.weights.checkpoint import Checkpoint
-from intactkv_eval.weights.formats import Format
+from intactkv_eval.weights.formats import Format, rotation_of, stage_of
 from intactkv_eval.weights.formats.layer import LayerTensors
 
 logger = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def packed_model(
         raise CheckpointError(f"{checkpoint.folder}: no layer holds {layout.main}, though its config says quantized")
     if any(layer is model.get_output_embeddings() for layer in packed.values()):
         model.config.tie_word_embeddings = False  # packed codes are no embedding matrix
+    _check_online(layout, packed, checkpoint)
     _assign(model, names, places, packed)  # the embeddings first: read and copied they need room that layers will take
     for name, layer in packed.items():
         swap(model, name, _read_layer(names, layout, name, layer, model.dtype, backend, places.of(name)))
@@ -76,6 +78,14 @@ def packed_model(
     if len(places.all) > 1:
         dispatch_model(model, device_map=dict(places.table))
     return model
+
+
+def _check_online(layout: Format, packed: Collection[str], checkpoint: Checkpoint) -> None:
+    """A transform that the config says of a layer that is not there would be left out without a word."""
+    rotation = rotation_of(layout)
+    strange = sorted(set(rotation.online if rotation else ()) - set(packed))
+    if strange:
+        raise CheckpointError(f"{checkpoint.folder}: its config rotates the input of {strange[0]}, which is not packed")
 
 
 def _give_back_freed_memory() -> None:
@@ -177,7 +187,8 @@ def _read_layer(
     tensors = {key.rpartition(".")[2]: value for key, value in names.take([f"{name}.{key}" for key in held]).items()}
     bias = tensors.pop("bias", None)
     inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-    weight = layout.read(LayerTensors(name, tensors, inputs, outputs))
+    held_tensors = LayerTensors(name, tensors, inputs, outputs)
+    weight, stage = layout.read(held_tensors), stage_of(layout, held_tensors)
     if bias is None and layer.bias is not None:
         raise CheckpointError(f"{name}.bias: expected the tensor, found only {', '.join(sorted(held))}")
     if bias is not None:
@@ -185,7 +196,8 @@ def _read_layer(
             raise CheckpointError(f"{name}.bias: expected shape {(outputs,)}, found {tuple(bias.shape)}")
         # Some writers add a bias of zeros to layers that have none.
         bias = None if layer.bias is None and not bias.any() else bias.to(device, dtype)
-    return QuantizedLinear(weight.to(device), bias, dtype, backend, name)
+    prepare = None if stage.is_idle else InputStage(stage, name).to(device)
+    return QuantizedLinear(weight.to(device), bias, dtype, backend, name, prepare)
 
 
 def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Collection[str]) -> None:

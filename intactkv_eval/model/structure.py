@@ -4,12 +4,15 @@ Quantized are the linear layers of the decoder layers and nothing else: embeddin
 layers stay in full precision. A matrix inside a layer that is no linear layer (fused experts) is refused, not skipped.
 """
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
+from intactkv_eval.model.activations import StagedLinear
 
 
 def text_config(model: PreTrainedModel) -> object:
@@ -47,15 +50,19 @@ def check_resident(model: PreTrainedModel) -> None:
         )
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
+LinearLayer: TypeAlias = nn.Linear | Conv1D | StagedLinear
+"""A linear layer in full precision."""
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
     """The linear layers to quantize, by full name, in order.
 
     Raises UnsupportedModelError where a decoder layer holds a matrix that is not a linear layer's.
     """
     prefix, layers = decoder_layers(model)
-    found: dict[str, nn.Linear | Conv1D] = {}
+    found: dict[str, LinearLayer] = {}
     for name, module in layers.named_modules(prefix=prefix):
-        if type(module) is nn.Linear or isinstance(module, Conv1D):
+        if type(module) is nn.Linear or isinstance(module, (Conv1D, StagedLinear)):
             found[name] = module
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -7,6 +7,8 @@ which divides V by t. K is unchanged. So, with W the full-precision v_proj and Q
     s = norm_full / norm_checkpoint (exactly)        Q[o] ~ ratio[o] * (W * s)[o],   ratio = 1 / t, by least squares
     V in the checkpoint's basis = ratio * V          residual = |Q - ratio * (W * s)| / |Q|
 
+QuaRot fuses a Hadamard transform of head_dim into v_proj, head by head, which is known exactly: V turns with it.
+
 The residual is the quantization error where the checkpoint is of this model, and about 1 where it is not. Where nothing
 can have been scaled the ratio is 1: least squares would only add its own error.
 Source: llm-awq and AutoAWQ, their scaling of layers (apply_scale); METHOD of the paper: V is captured after it.
@@ -22,6 +24,10 @@ from torch import Tensor
 
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.weights.hadamard import hadamard_rows
+
+ROTATED = "hadamard"
+"""The basis of a PivotKV whose values are transformed per head, as in a model that QuaRot rotated."""
 
 # Rounding alone leaves 0.1 (4 bits), 0.25 (3 bits), 0.6 (2 bits, per channel); weights of another model 1 or more.
 WORST_RESIDUAL = 0.9
@@ -91,3 +97,14 @@ def to_basis(pivot: PivotKV, ratios: Sequence[Tensor]) -> PivotKV:
     digest = hashlib.sha256(torch.cat([ratio.half().cpu() for ratio in ratios]).numpy().tobytes()).hexdigest()
     fingerprint = pivot.fingerprint.model_copy(update={"basis": f"awq:{digest[:16]}"})
     return replace(pivot, values=tuple(values), fingerprint=fingerprint)
+
+
+def to_rotated(pivot: PivotKV) -> PivotKV:
+    """`pivot` in the basis of the rotated model: V [H, P, D] behind a Hadamard transform of D, rounded once.
+
+    Keys and logits are those of the model in any basis. Raises PivotError where V is not in the plain basis.
+    """
+    pivot.check_matches(basis="plain")
+    values = tuple(hadamard_rows(value.double()).to(value.dtype) for value in pivot.values)
+    fingerprint = pivot.fingerprint.model_copy(update={"basis": ROTATED})
+    return replace(pivot, values=values, fingerprint=fingerprint)

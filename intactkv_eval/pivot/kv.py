@@ -39,13 +39,15 @@ class Fingerprint(BaseModel):
     basis: str = "plain"
     embedding_sample: tuple[float, ...] = ()
 
-    def embeddings_differ(self, found_hash: str, found: tuple[float, ...]) -> float:
-        """How far other embeddings are from these, relative to each number; 0 for the same."""
+    def embeddings_differ(self, found_hash: str, found: tuple[float, ...], rows: tuple[float, ...] = ()) -> float:
+        """How far other embeddings are from these, relative to each number or its row's size in `rows`."""
         own = self.embedding_sample
         if found_hash == self.embedding_hash:
             return 0.0
         pairs = list(zip(own, found, strict=False)) if len(own) == len(found) else []
-        return max((abs(one - other) / max(abs(one), _TINY) for one, other in pairs), default=float("inf"))
+        floors = [max(_TINY, 2 * size) for size in rows] or [_TINY] * len(pairs)
+        sized = zip(pairs, floors, strict=True) if len(floors) == len(pairs) else ()
+        return max((abs(one - other) / max(abs(one), floor) for (one, other), floor in sized), default=float("inf"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,12 +99,13 @@ class PivotKV:
                     "full-precision model that was quantized, in the dtype of the evaluation: intactkv capture"
                 )
 
-    def check_embeddings(self, found_hash: str, found: tuple[float, ...]) -> None:
+    def check_embeddings(self, found_hash: str, found: tuple[float, ...], rows: tuple[float, ...] = ()) -> None:
         """Raise PivotError unless the embeddings are this PivotKV's, be it rounded once more to 16 bits.
 
-        Packed checkpoints store in 16 bits what the full-precision model may hold in 32.
+        Packed checkpoints store in 16 bits what the full-precision model may hold in 32. `rows`: the size of each
+        number's row, where they were rotated when they were rounded, which spreads a row's rounding over it.
         """
-        worst = self.fingerprint.embeddings_differ(found_hash, found)
+        worst = self.fingerprint.embeddings_differ(found_hash, found, rows)
         if worst > ROUNDING:
             raise PivotError(
                 f"this PivotKV was captured from {self.fingerprint.model} and does not belong to this model: their "

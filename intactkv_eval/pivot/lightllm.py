@@ -15,11 +15,16 @@ import torch
 
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.pivot.basis import ROTATED
 from intactkv_eval.pivot.kv import PivotKV
 
 
 def _check_fits(pivot: PivotKV, config: dict[str, Any], folder: Path) -> None:
     method = (config.get("quantization_config") or {}).get("quant_method")
+    if pivot.fingerprint.basis == ROTATED or method == "intactkv":
+        raise PivotError(
+            f"{folder}: rotated values, and checkpoints of the format intactkv, are nothing LightLLM reads"
+        )
     if method in {"awq", "compressed-tensors"} and pivot.fingerprint.basis == "plain":
         raise PivotError(
             f"{folder} is quantized by {method}, which may have V scaled: this pivot is in the full-precision model's "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.weights.checkpoint import INDEX
-from intactkv_eval.weights.formats import FORMATS
+from intactkv_eval.weights.formats import FORMATS, intactkv
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -37,11 +37,16 @@ def export(
     """Write `layers` in `layout` and the `others` (biases, norms, embeddings) as they are, into the new folder `out`;
     tokenizer and generation settings come from the folder `beside`.
 
-    Raises ConfigError for an unknown layout or a folder that holds something; CheckpointError for a layer that the
-    layout cannot hold, by name.
+    Raises ConfigError for an unknown layout, one that cannot say what the scheme's input stages are, or a folder that
+    holds something; CheckpointError for a layer that the layout cannot hold, by name.
     """
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
+    if scheme.has_stages and layout != intactkv.NAME:
+        raise ConfigError(
+            f"--format {layout}: others would load it and compute without the rotation or the quantized activations; "
+            f"use {intactkv.NAME}"
+        )
     check_new(out)
     tensors = dict(others)
     for name, weight in layers.items():

@@ -10,8 +10,8 @@ from typing import Any, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from intactkv_eval.config import PivotSpec, Spec, unknown_key
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.config import PivotSpec, Spec
+from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ
 from intactkv_eval.quantize.method import Method

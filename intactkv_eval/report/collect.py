@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from intactkv_eval.config import CellSpec
+from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
@@ -34,7 +34,9 @@ class Identity:
     @property
     def is_full_precision(self) -> bool:
         """Nothing is quantized, neither here nor in the checkpoint."""
-        return self.cell.weights.method == "none" and self.cell.kv.bits == 16 and self.checkpoint is None
+        return self.checkpoint is None and all(
+            (self.cell.weights.method == "none", self.cell.activations.bits == 16, self.cell.kv.bits == 16)
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,22 @@ def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
         return method and f"{method} checkpoint"
     group = "" if found["group_size"] == -1 else f"g{found['group_size']}"
     flags = [word for word, key in (("sym", "symmetric"), ("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
-    return " ".join([found["method"], f"w{found['bits']}{group}", *flags])
+    said = ActivationSpec.model_validate(found.get("activations") or {})
+    rotated = ["rotated"] if found.get("rotation") else []
+    return " ".join([found["method"], f"w{found['bits']}{group}", *flags, *activations_label(said), *rotated])
+
+
+def activations_label(spec: ActivationSpec) -> list[str]:
+    """`a4`, and what of it is not the default; nothing where they are not quantized."""
+    if spec.bits == 16:
+        return []
+    clip = [f"clip {spec.clip:g}"] if spec.clip < 1 else []
+    return [
+        f"a{spec.bits}",
+        *(["static"] if spec.scheme == "tensor" else []),
+        *([] if spec.symmetric else ["asym"]),
+        *clip,
+    ]
 
 
 def _scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import exp, sqrt
 
-from intactkv_eval.config import KVSpec, WeightSpec
+from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity, Run, Score
 
 _NOISE = 2.0  # standard errors
@@ -110,6 +110,14 @@ def _full_precision(identity: Identity) -> Identity:
     reference = identity.cell.model.reference
     other = {"pretrained": reference, "revision": "main"} if reference else {}
     model = baseline.model.model_copy(update=other)
-    cell = baseline.model_copy(update={"weights": WeightSpec(), "kv": KVSpec(), "backend": "auto", "model": model})
+    cell = baseline.model_copy(
+        update={
+            "weights": WeightSpec(),
+            "kv": KVSpec(),
+            "activations": ActivationSpec(),
+            "backend": "auto",
+            "model": model,
+        }
+    )
     source = None if reference else identity.source_hash
     return replace(identity, cell=cell, source_hash=source, checkpoint=None, awq_search=None)

@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, Score
+from intactkv_eval.report.collect import Identity, Run, Score, activations_label
 from intactkv_eval.report.compare import Comparison, Delta, compare
 
 NOTES = """\
@@ -37,12 +37,13 @@ def markdown(runs: Sequence[Run]) -> str:
 
 
 def weights_label(identity: Identity) -> str:
-    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized."""
+    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized. Then the activations."""
     weights = identity.cell.weights
+    stages = [*activations_label(identity.cell.activations), *(["rotated"] if weights.rotate else [])]
     if weights.method == "none":
-        return identity.checkpoint or "fp"
+        return " ".join([identity.checkpoint or "fp", *stages])
     group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
-    return f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}"
+    return " ".join([f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}", *stages])
 
 
 def pivot_label(cell: CellSpec) -> str:
@@ -60,9 +61,10 @@ def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str]
 
     def place(item: tuple[Identity, object]) -> tuple[object, ...]:
         identity, cell = item[0], item[0].cell
-        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16), -cell.kv.bits)
+        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
+        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
-        return cell.model.pretrained, *weights, *pivot, str(identity)
+        return cell.model.pretrained, *weights, *stages, *pivot, str(identity)
 
     return sorted(found.items(), key=place)
 
@@ -78,7 +80,8 @@ def _cell_columns(identity: Identity) -> list[str]:
 def _kv_label(kv: KVSpec) -> str:
     sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
     kept = f" keep {kv.keep}" if kv.keep else ""
-    return f"{kv.bits} {kv.scheme}{sizes}{kept}{'' if kv.exempt else ' pivot too'}"
+    turned = (" rotated" if kv.rotate else "") + (f" clip {kv.clip:g}" if kv.clip < 1 else "")
+    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{'' if kv.exempt else ' pivot too'}"
 
 
 def _title(score: Score, columns: Sequence[Score]) -> str:

@@ -131,7 +131,7 @@ def test_simple_evaluate_records_the_cell(saved_llama):
         bootstrap_iters=1,
     )
     record = found["config"]["intactkv"]
-    expected = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False, "search": None}
+    expected = {"method": "rtn", "bits": 4, "group_size": 32, "symmetric": False, "search": None, "rotate": False}
     assert record["cell"]["weights"] == expected
     assert record["backends"] == {"dense": 21}
     assert record["cell"]["pivot"]["intact"] is False

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from intactkv_eval.weights.formats import awq, compressed_tensors, gptq
+from intactkv_eval.weights.formats import awq, compressed_tensors, gptq, intactkv
 from intactkv_eval.weights.formats.layer import LayerTensors
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_eval.weights.stages import Rotation, StageSpec
 
 
 class Format(Protocol):
@@ -45,6 +46,7 @@ FORMATS: dict[str, Layout] = {
     gptq.NAME: Layout(gptq.GPTQFormat, gptq.describe, gptq.encode),
     awq.NAME: Layout(awq.AWQFormat, awq.describe, awq.encode),
     _CT.NAME: Layout(_CT.CompressedTensorsFormat, _CT.describe, _CT.encode),
+    intactkv.NAME: Layout(intactkv.IntactKVFormat, intactkv.describe, intactkv.encode),
 }
 
 
@@ -55,3 +57,13 @@ def format_of(quantization: Mapping[str, Any] | None) -> Format | None:
     """
     found = FORMATS.get(str((quantization or {}).get("quant_method", "")).lower())
     return found.reads(quantization or {}) if found else None
+
+
+def stage_of(layout: Format, layer: LayerTensors) -> StageSpec:
+    """What a checkpoint says of the input of one layer: an idle stage in every format but our own."""
+    return layout.stage(layer) if isinstance(layout, intactkv.IntactKVFormat) else StageSpec()
+
+
+def rotation_of(layout: Format | None) -> Rotation | None:
+    """How the checkpoint's model was rotated, None where it was not."""
+    return layout.rotation if isinstance(layout, intactkv.IntactKVFormat) else None

@@ -2,11 +2,15 @@
 
 from typing import NamedTuple
 
+from intactkv_eval.config import ActivationSpec
+from intactkv_eval.weights.stages import Rotation
+
 
 class Scheme(NamedTuple):
     """bits, group_size (-1 per channel), symmetric; made_by: program and method; kept: layers in full precision.
 
     act_order: whether groups are of inputs in an order of their own.
+    activations, rotation: what only the format `intactkv` can say.
     """
 
     bits: int
@@ -14,4 +18,11 @@ class Scheme(NamedTuple):
     symmetric: bool
     made_by: str
     kept: tuple[str, ...] = ("lm_head",)
+    activations: ActivationSpec = ActivationSpec()
+    rotation: Rotation | None = None
     act_order: bool = False
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether inputs of layers are transformed or quantized."""
+        return self.activations.bits < 16 or self.rotation is not None
