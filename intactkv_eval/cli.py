@@ -104,7 +104,11 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn (0).")] = None,
     pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV: bos, tokens:ID+ID.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The method's own, KEY=VALUE.")] = None,
-    layout: Annotated[str, typer.Option("--format", help="gptq, awq or compressed-tensors.")] = "gptq",
+    rotate: Annotated[bool | None, typer.Option("--rotate", help="Rotate the model first (QuaRot).")] = None,
+    act_bits: Annotated[int | None, typer.Option(help="Of activations: 8, 6 or 4.")] = None,
+    act_scheme: Annotated[str | None, typer.Option(help="token (dynamic) or tensor (static, calibrated).")] = None,
+    act_clip: Annotated[float | None, typer.Option(help="The share of the range that is kept.")] = None,
+    layout: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, intactkv.")] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in full precision: auto, float16, bfloat16.")] = "auto",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
@@ -115,19 +119,26 @@ def quantize(
     A run that was killed goes on when the same command is given again. Of compressed-tensors transformers itself loads
     only symmetric ones (--symmetric), whoever wrote them.
     """
-    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "data": data}
-    given |= {"samples": samples, "length": length, "seed": seed, "pivot": pivot}
+    given: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "data": data,
+    }
+    given |= {"samples": samples, "length": length, "seed": seed, "pivot": pivot, "rotate": rotate}
+    given |= {"act_bits": act_bits, "act_scheme": act_scheme, "act_clip": act_clip}
     job = _late("quantize.job", "job_from")(given, option or [], preset)
     command = import_module("intactkv_eval.harness.quantize_command")
     source = command.Source(model, dtype, revision, trust_remote_code, device)
-    count = command.quantize_to_folder(source, out, layout, job)
-    typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {layout}")
+    count, written = command.quantize_to_folder(source, out, layout, job)
+    typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
 
 
 @app.command("kv-levels")
 def kv_levels(
     model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
-    data: Annotated[Path, typer.Option(help="A .txt, or a .jsonl whose lines have a key 'text'.")],
+    data: Annotated[str, typer.Option(help="wikitext2, c4, pile, or a .txt or .jsonl.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     bits: Annotated[int, typer.Option(min=2, max=8, help="kv_bits of the cell.")] = 4,
     pivot: Annotated[str, typer.Option(help="Of the cell: none, bos, prompt or tokens:ID+ID+...")] = "bos",

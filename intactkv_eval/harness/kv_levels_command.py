@@ -8,10 +8,10 @@ from torch import Tensor
 
 from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.text_samples import text_samples
 from intactkv_eval.pivot.capture import fingerprint_of
 
 
@@ -52,7 +52,7 @@ def levels_of_text(
     arguments: dict[str, Any],
     loading: dict[str, Any],
     bits: int,
-    data: Path,
+    data: str,
     count: int,
     length: int,
     seed: int,
@@ -60,9 +60,10 @@ def levels_of_text(
     keep: int,
     exempt: bool,
 ) -> KVLevels:
-    """`levels_to_file` on random pieces of a text file."""
-    origin = f"{data.name}: {count} samples of {length} tokens, seed {seed}"
-    return levels_to_file(
-        arguments, loading, bits, lambda tokenizer: text_samples(data, tokenizer, count, length, seed), origin, out,
-        keep, exempt,
-    )  # fmt: skip
+    """`levels_to_file` on calibration samples (calibrate/data.py)."""
+    origin = f"{Path(data).name}: {count} samples of {length} tokens, seed {seed}"
+
+    def samples(tokenizer: Any) -> Sequence[Tensor]:
+        return load_samples(data, tokenizer, count, length, seed).tokens
+
+    return levels_to_file(arguments, loading, bits, samples, origin, out, keep, exempt)

@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,22 +16,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from intactkv_eval import __version__
 from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
+from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
+from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
+from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.export import check_new, export
-from intactkv_eval.quantize.job import Calibration, Job
+from intactkv_eval.quantize.job import Calibration, Job, layout_of
 from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
 from intactkv_eval.quantize.matrices import matrix_of
+from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.formats import FORMATS
+from intactkv_eval.weights.formats.intactkv import range_tensors
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_eval.weights.stages import Rotation
 
 
 class Source(NamedTuple):
@@ -42,12 +51,13 @@ class Source(NamedTuple):
     device: str = "cpu"
 
 
-def quantize_to_folder(source: Source, out: Path, layout: str, job: Job) -> int:
-    """Quantize every linear layer of the decoder layers and write the checkpoint; the number of those layers.
+def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job: Job) -> tuple[int, str]:
+    """Quantize every linear layer of the decoder layers and write the checkpoint; their number, and the format.
 
     Finished decoder layers are kept beside `out` until it is written: the same command goes on with them.
     Raises ConfigError, CheckpointError, DataError or UnsupportedModelError before `out` is written.
     """
+    layout = layout_of(job, asked_layout)
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
     check_new(out)
@@ -55,6 +65,11 @@ def quantize_to_folder(source: Source, out: Path, layout: str, job: Job) -> int:
     _check_layout(model, layout, job)
     samples, pivot = _calibration(job.calibration, model, tokenizer)
     record = _record(job, source, model, samples, pivot)
+    rotation = None
+    if job.rotate:
+        rotation = rotate(model)
+        apply_stages(model, rotation, ActivationSpec())
+        pivot = to_rotated(pivot) if pivot is not None else None
     folder = out.parent / f".{out.name}.blocks"
     store = BlockStore(folder, {**record, "format": layout})
     method = job.made()
@@ -67,9 +82,29 @@ def quantize_to_folder(source: Source, out: Path, layout: str, job: Job) -> int:
         for index in range(len(walk))
         for name, weight in store.read(index).layers.items()
     }
-    _export(out, layout, job, model, tokenizer, layers, record)
+    ranges = {}
+    if job.activations.bits < 16 and job.activations.scheme == "tensor":
+        ranges = calibrate_ranges(model, partial(_run_all, model, tokens, pivot))
+    scheme = _scheme(job, model, layers, rotation)
+    _export(out, layout, scheme, model, tokenizer, layers, range_tensors(ranges), record)
     shutil.rmtree(folder)
-    return len(layers)
+    return len(layers), layout
+
+
+def _run_all(model: PreTrainedModel, samples: Sequence[Tensor], pivot: PivotKV | None) -> None:
+    pivoted = PivotedModel(model, pivot.token_ids if pivot else (), pivot)
+    for sample in tqdm(samples, desc="Ranges of activations"):
+        cache = pivoted.new_cache(1) if pivot else None  # never the pivot's tokens themselves
+        model(input_ids=sample[None].to(pivoted.device), past_key_values=cache, use_cache=cache is not None)
+
+
+def _scheme(
+    job: Job, model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], rotation: Rotation | None
+) -> Scheme:
+    kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
+    ordered = any(weight.order is not None for weight in layers.values())
+    made_by = f"intactkv_eval:{__version__} {job.method}"
+    return Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, job.activations, rotation, ordered)
 
 
 def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
@@ -91,16 +126,13 @@ def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
 def _export(
     out: Path,
     layout: str,
-    job: Job,
+    scheme: Scheme,
     model: PreTrainedModel,
     tokenizer: Any,
-    layers: dict[str, QuantizedWeight],
+    layers: Mapping[str, QuantizedWeight],
+    ranges: Mapping[str, Tensor],
     record: dict[str, Any],
 ) -> None:
-    kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
-    ordered = any(weight.order is not None for weight in layers.values())
-    made_by = f"intactkv_eval:{__version__} {job.method}"
-    scheme = Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, act_order=ordered)
     packed = {f"{name}.weight" for name in layers}
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     others: dict[str, Tensor] = {
@@ -111,7 +143,7 @@ def _export(
         tokenizer.save_pretrained(beside)
         model.generation_config.save_pretrained(beside)
         config = {**model.config.to_diff_dict(), RECORD: record}
-        export(out, layout, scheme, config, layers, others, Path(beside))
+        export(out, layout, scheme, config, layers, {**others, **ranges}, Path(beside))
 
 
 def _record(

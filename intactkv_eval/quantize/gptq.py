@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block
-from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.quantize.rtn import group_range, quantize_in_range
+from intactkv_eval.quantize.shrink import shrunk_range
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ _DAMPS = (1, 10, 100)  # times the damping that was asked, where the matrix is n
 class GPTQ:
     """The method on blocks. sequential: within a block, too, layers see the inputs that quantized ones make.
 
-    damp: of the mean of H's diagonal.
+    damp: of the mean of H's diagonal. shrink: each group's range is searched for the least error (shrink.py).
     """
 
     bits: int
@@ -45,6 +46,7 @@ class GPTQ:
     static_groups: bool = False
     damp: float = 0.01
     sequential: bool = True
+    shrink: bool = False
     wants_full_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ def gptq(weight: Tensor, hessian: Tensor, options: GPTQ, name: str = "the layer"
     # stable: of equal columns the order, and so the bytes, must not depend on the sort
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     static = options.static_groups or size == weight.shape[1]
-    fixed = quantize_rtn(matrix, options.bits, size, options.symmetric, name, torch.float16) if static else None
+    fixed = _in_range(matrix, options, size, name) if static else None
     place = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     if order is not None:
         matrix, hessian = matrix[:, order], hessian[order][:, order]
@@ -93,6 +95,13 @@ def gptq(weight: Tensor, hessian: Tensor, options: GPTQ, name: str = "the layer"
     return QuantizedWeight.from_codes(
         codes, scales, zeros, options.bits, size, None if order is None else order.to(torch.int32)
     )
+
+
+def _in_range(weight: Tensor, options: GPTQ, size: int, name: str) -> QuantizedWeight:
+    """Rounded to nearest: its scales and zeros are those that GPTQ rounds with."""
+    find = shrunk_range(weight, options.bits, size, options.symmetric, torch.float16) if options.shrink else None
+    low, high = find or group_range(weight, size)
+    return quantize_in_range(weight, low, high, options.bits, size, torch.float16, options.symmetric, name)
 
 
 def _columns(matrix: Tensor, root: Tensor, rounding: "_Rounding") -> Tensor:
@@ -131,7 +140,7 @@ class _Rounding:
     def begin(self, group: int, rows: Tensor) -> None:
         """The columns [S, O] of a group as they are now."""
         if self.fixed is None:
-            made = quantize_rtn(rows.t(), self.options.bits, -1, self.options.symmetric, self.name, torch.float16)
+            made = _in_range(rows.t(), self.options, len(rows), self.name)
             self._scales.append(made.scales[:, 0])
             self._zeros.append(made.zeros[:, 0])
 
@@ -195,6 +204,8 @@ def hessians(block: Block, groups: Sequence[list[str]]) -> list[Tensor]:
     tokens = 0
 
     def note(name: str, x: Tensor) -> None:
+        stage = getattr(block.layers[name], "prepare", None)  # of a rotated model: what its product is given
+        x = x if stage is None else stage(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         sums[name] = sums[name].addmm_(rows.t(), rows) if name in sums else rows.t() @ rows
 

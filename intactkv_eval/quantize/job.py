@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from intactkv_eval.config import PivotSpec, Spec
+from intactkv_eval.config import ActivationSpec, PivotSpec, Spec
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ
@@ -35,7 +35,7 @@ class Calibration(Spec):
 
 
 class Job(Spec):
-    """One quantized checkpoint. options: the method's own."""
+    """One quantized checkpoint. options: the method's own. rotate: the model is rotated first, as QuaRot does."""
 
     method: str
     bits: int
@@ -43,6 +43,13 @@ class Job(Spec):
     symmetric: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
     calibration: Calibration | None = None
+    rotate: bool = False
+    activations: ActivationSpec = ActivationSpec()
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether only our own format can say what the checkpoint is."""
+        return self.rotate or self.activations.bits < 16
 
     def made(self) -> Method:
         """The method with its options."""
@@ -56,13 +63,28 @@ _DATA: dict[str, dict[str, Any]] = {
     "awq": {"data": "pile", "length": 512},
     "omniquant": {"data": "wikitext2"},
 }
+_FOLDING = {"awq", "omniquant"}  # methods that scale channels, V's among them
 _PAPER = {"bits": 3, "group_size": 128}
 PRESETS: dict[str, dict[str, Any]] = {
     "intactkv-rtn-w3g128": {"method": "rtn", **_PAPER},
     "intactkv-gptq-w3g128": {"method": "gptq", **_PAPER, "act_order": True, "data": "c4"},
     "intactkv-awq-w3g128": {"method": "awq", **_PAPER, "data": "pile", "samples": 128, "length": 512},
     "omniquant-w3g128": {"method": "omniquant", **_PAPER, "let": False, "data": "wikitext2"},
+    "quarot-w4a4": {
+        "method": "gptq",
+        "bits": 4,
+        "group_size": -1,
+        "symmetric": True,
+        "act_order": True,
+        "shrink": True,
+        "data": "wikitext2",
+        "rotate": True,
+        "act_bits": 4,
+        "act_clip": 0.9,
+    },
 }
+_STATIC_DATA = {"data": "pile", "length": 512}  # for static ranges of activations, as SmoothQuant's
+_ACTIVATIONS = {"act_bits": "bits", "act_scheme": "scheme", "act_clip": "clip", "act_symmetric": "symmetric"}
 _OF_CALIBRATION = ("data", "samples", "length", "seed", "pivot")
 
 
@@ -80,16 +102,35 @@ def job_from(given: Mapping[str, Any], options: list[str], preset: str | None = 
     common = {"bits": DEFAULT_BITS, **{key: flat.pop(key) for key in _COMMON if key in flat}}
     check_bits(common["bits"])
     calibration = {key: flat.pop(key) for key in _OF_CALIBRATION if key in flat}
+    activations = {field: flat.pop(key) for key, field in _ACTIVATIONS.items() if key in flat}
+    common["rotate"] = bool(flat.pop("rotate", False))
+    _check_stages(method, common["rotate"], activations)
     own = _options(method, {**flat, **dict(_pair(text) for text in options)})
     try:
-        job = Job.model_validate(
-            {"method": method, "options": own, "calibration": _calibration(method, calibration), **common}
-        )
+        static = activations.get("scheme") == "tensor"
+        data = _DATA.get(method, _STATIC_DATA if static else None)
+        made = {"calibration": _calibration(method, data, calibration), "activations": activations}
+        job = Job.model_validate({"method": method, "options": own, **made, **common})
     except ValidationError as error:
         found = error.errors()[0]
         raise ConfigError(f"--{'.'.join(map(str, found['loc'])).replace('_', '-')}: {found['msg']}") from None
     job.made()
     return job
+
+
+def layout_of(job: Job, asked: str | None) -> str:
+    """The checkpoint format: what was asked, or one that holds the job. Raises ConfigError where that one cannot.
+
+    What scales V is not written as gptq, where readers do not look for it.
+    """
+    own = "intactkv" if job.has_stages else None
+    if own is None and job.method in _FOLDING:
+        own = "awq" if job.method == "awq" and job.bits == 4 and not job.symmetric else "compressed-tensors"
+        if asked == "gptq":
+            raise ConfigError(f"--format gptq: {job.method} may scale V, which that format cannot say; use {own}")
+    if job.has_stages and asked not in {None, own}:
+        raise ConfigError(f"--format {asked}: cannot say that inputs are rotated or quantized; leave it out")
+    return asked or own or "gptq"
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -123,12 +164,19 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _calibration(method: str, given: dict[str, Any]) -> dict[str, Any] | None:
-    if method not in _DATA:
+def _check_stages(method: str, rotate: bool, activations: Mapping[str, Any]) -> None:
+    if activations and activations.get("bits", 16) == 16:
+        raise ConfigError("--act-scheme, --act-clip: do nothing without --act-bits 8, 6 or 4")
+    if rotate and method in _FOLDING:
+        raise ConfigError(f"--rotate: {method} scales channels, which a rotation mixes; use --method rtn or gptq")
+
+
+def _calibration(method: str, data: Mapping[str, Any] | None, given: dict[str, Any]) -> dict[str, Any] | None:
+    if data is None:
         if given:
             raise ConfigError(f"--{next(iter(given))}: does nothing with --method {method}, which is not calibrated")
         return None
     if given.get("pivot") is not None:
         pivot = str(given["pivot"])
         given["pivot"] = None if pivot == "none" else {"source": pivot}
-    return {**_DATA[method], **given}
+    return {**data, **given}

@@ -16,7 +16,6 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError
 from intactkv_eval.harness.kv_levels_command import levels_of_text
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.text_samples import text_samples
 from intactkv_eval.pivot.capture import fingerprint_of
 
 
@@ -188,21 +187,5 @@ def test_the_command(saved_llama, tmp_path):
     assert (levels.bits, levels.key_levels.shape, levels.calibration.front) == (2, (3, 4), (BOS,))
     cell = {"kv_bits": 2, "kv_scheme": "pre_rope", "kv_levels": str(file), "kv_keep": 2, "pivot": "none"}
     IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", **cell)
-    with pytest.raises(DataError, match="one sample takes 512"):
+    with pytest.raises(DataError, match="one window has 512"):
         CliRunner().invoke(app, asked, catch_exceptions=False)
-
-
-def test_text_samples(tokenizer, tmp_path):
-    text = tmp_path / "t.txt"
-    text.write_text("abcdefghij" * 20)
-    one, two = (text_samples(text, tokenizer, 3, 7, seed) for seed in (0, 1))
-    assert [len(part) for part in one] == [7] * 3
-    assert any(not torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    assert tokenizer.decode(one[0]) in "abcdefghij" * 3
-    bad = {"x.csv": "a", "x.jsonl": '{"txt": 1}', "y.jsonl": "{", "short.txt": "abc"}
-    for name, content in bad.items():
-        (tmp_path / name).write_text(content)
-        with pytest.raises(DataError, match=name):
-            text_samples(tmp_path / name, tokenizer, 1, 7, 0)
-    with pytest.raises(DataError, match="cannot be read"):
-        text_samples(tmp_path / "none.txt", tokenizer, 1, 7, 0)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, options_of
+from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, layout_of, options_of
 from intactkv_eval.quantize.layerwise import BlockStore
 
 
@@ -83,6 +83,48 @@ def test_a_killed_command_goes_on_to_the_same_bytes(saved_llama, text, tmp_path,
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize(
+    ("method", "layout"), [("awq", "compressed-tensors"), ("omniquant", "compressed-tensors"), ("awq", "awq")]
+)
+def test_scaling_methods_are_loaded_behind_a_pivot(saved_llama, text, tmp_path, method, layout):
+    more = ("-o", "epochs=2") if method == "omniquant" else ()
+    quantize(saved_llama, tmp_path / "out", text, "--method", method, "--pivot", "bos", *more,
+             bits=4 if layout == "awq" else 3)  # fmt: skip
+    found = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"]
+    assert found == layout
+    lm = IntactKVLM(str(tmp_path / "out"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense")
+    assert lm.built.basis_residual < 0.6
+    with pytest.raises(ConfigError, match=f"{method} may scale V"):
+        layout_of(job_from({"method": method}, []), "gptq")
+
+
+def test_quarot_is_written_and_loaded(saved_llama, text, tmp_path):
+    made = quantize(saved_llama, tmp_path / "out", text, "--method", "gptq", "--preset", "quarot-w4a4", "--pivot", "bos",
+                    bits=4)  # fmt: skip
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    said = config["quantization_config"]
+    assert (said["quant_method"], said["symmetric"]) == ("intactkv", True)
+    assert (said["activations"]["bits"], said["activations"]["clip"]) == (4, 0.9)
+    assert said["rotation"]["online"]
+    assert "lm_head.weight" in made
+    lm = IntactKVLM(str(tmp_path / "out"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense",
+                    kv_bits=4, kv_rotate=True, kv_clip=0.95)  # fmt: skip
+    assert lm.built.basis_residual < 0.3
+    assert lm.cell_record()["quantization"]["made"]["job"]["options"]["shrink"] is True
+
+
+def test_static_ranges_leave_the_pivots_activations_out(saved_llama, text, tmp_path):
+    options = ("--act-bits", 8, "--act-scheme", "tensor", "--data", text, "--samples", 3, "--length", 24)
+    plain = quantize(saved_llama, tmp_path / "plain", text, *options, bits=8)
+    aware = quantize(saved_llama, tmp_path / "aware", text, *options, "--pivot", "bos", bits=8)
+    ranges = [key for key in plain if key.endswith("input_range")]
+    assert len(ranges) == 3 * 7
+    assert any(not torch.equal(plain[key], aware[key]) for key in ranges)
+    assert torch.equal(plain["model.layers.0.mlp.up_proj.qweight"], aware["model.layers.0.mlp.up_proj.qweight"])
+    lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense")
+    assert lm.cell_record()["quantization"]["activations"]["scheme"] == "tensor"
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole(preset):
     job = job_from({}, [], preset)
@@ -99,7 +141,7 @@ def test_options_are_named_with_their_defaults(method):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"method": "gpt", "bits": 4}, [], "use one of rtn, gptq"),
+        ({"method": "gpt", "bits": 4}, [], "use one of rtn, gptq, awq, omniquant"),
         ({"method": "gptq", "bits": 5}, [], "bits=5"),
         ({"method": "rtn", "bits": 4, "data": "c4"}, [], "--data: does nothing with --method rtn"),
         ({"method": "rtn", "bits": 4}, ["act_order=true"], "rtn has no options"),
@@ -109,6 +151,9 @@ def test_options_are_named_with_their_defaults(method):
         ({"method": "gptq", "bits": 4}, ["damp=2"], "damp=2"),
         ({"method": "gptq", "bits": 4, "samples": 0}, [], "samples"),
         ({"method": "gptq", "bits": 4, "pivot": "boss"}, [], "did you mean 'bos'"),
+        ({"method": "awq", "rotate": True}, [], "--rotate: awq scales channels"),
+        ({"method": "rtn", "act_scheme": "tensor"}, [], "without --act-bits"),
+        ({"method": "rtn", "act_bits": 7}, [], "act"),
     ],
 )
 def test_bad_jobs(given, options, message):

@@ -8,7 +8,8 @@ from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.gptq import GPTQ, gptq, hessians, input_groups, inverse_root
 from intactkv_eval.quantize.matrices import matrix_of
-from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.quantize.rtn import group_range, quantize_in_range, quantize_rtn
+from intactkv_eval.quantize.shrink import shrunk_range
 
 TOKENS = [torch.arange(start, start + 40) % 250 for start in (3, 90, 170)]
 
@@ -122,3 +123,21 @@ def test_a_block_of_every_family(family):
     for name, layer in block.layers.items():
         assert torch.equal(matrix_of(layer), found[name].dequantize(torch.float32))
         assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_shrunk_range_errs_no_more(symmetric):
+    """Against every share of the range tried one by one, in the norm of 2.4."""
+    weight = problem()[0]
+    weight[:, 3] *= 6
+
+    def error(share):
+        low, high = (end * share for end in group_range(weight, 32))
+        made = quantize_in_range(weight, low, high, 3, 32, torch.float16, symmetric).dequantize(torch.float32)
+        return (made - weight).abs().pow(2.4).view(24, 2, 32).sum(dim=-1)
+
+    tried = torch.stack([error(1 - step / 100) for step in range(80)])
+    low, high = shrunk_range(weight, 3, 32, symmetric, torch.float16)
+    found = quantize_in_range(weight, low, high, 3, 32, torch.float16, symmetric).dequantize(torch.float32)
+    torch.testing.assert_close((found - weight).abs().pow(2.4).view(24, 2, 32).sum(dim=-1), tried.amin(dim=0))
+    assert (tried.amin(dim=0) < 0.9 * tried[0]).any()
