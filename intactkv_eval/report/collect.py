@@ -6,7 +6,7 @@ Only runs of this package's model class have a cell; others are left out and cou
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from pydantic import ValidationError
@@ -130,7 +130,11 @@ def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
     flags = [word for word, key in (("sym", "symmetric"), ("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
     said = ActivationSpec.model_validate(found.get("activations") or {})
     rotated = ["rotated"] if found.get("rotation") else []
-    return " ".join([found["method"], f"w{found['bits']}{group}", *flags, *activations_label(said), *rotated])
+    job = (found.get("made") or {}).get("job") or {}  # of our own: the method, whatever format holds it
+    behind = ((job.get("calibration") or {}).get("pivot") or {}).get("source")
+    aware = [f"calibrated behind {PurePath(behind).name}"] if behind else []
+    method = job.get("method", found["method"])
+    return " ".join([method, f"w{found['bits']}{group}", *flags, *activations_label(said), *rotated, *aware])
 
 
 def activations_label(spec: ActivationSpec) -> list[str]:

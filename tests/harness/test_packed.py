@@ -38,6 +38,7 @@ def scores(lm):
 def test_the_record_says_what_ran(packed, saved_llama):
     lm = make(packed, reference=str(saved_llama), dtype="bfloat16")
     record = lm.cell_record()
+    assert record["quantization"].pop("made")["job"]["method"] == "rtn"
     assert record["quantization"] == {
         "method": "gptq", "bits": 4, "group_size": 32, "symmetric": False, "act_order": False, "mixed": False
     }  # fmt: skip

@@ -173,6 +173,9 @@ def test_a_quantized_checkpoint_is_compared_with_its_reference(tmp_path):
         (exp(3.5575) - exp(3.3)) / (exp(3.5575) - exp(3.05))
     )
     assert "gptq w4g128 sym act-order" in markdown(runs)
+    quantized["quantization"]["made"] = {"job": {"method": "awq", "calibration": {"pivot": {"source": "bos"}}}}
+    write(tmp_path, made, [3.25, 3.46, 3.34, 3.15], 3, record=quantized)
+    assert "awq w4g128 sym act-order calibrated behind bos" in markdown(collect([tmp_path])[0])
 
 
 def test_an_exact_pairing_says_so(folder):

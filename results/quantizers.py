@@ -1,0 +1,95 @@
+"""The table of quantizers: python results/quantizers.py MODEL FOLDER [--windows 60] [--only TEXT]
+
+Every checkpoint is quantized by `intactkv quantize`, every cell is one run of `intactkv eval` on the same first windows
+of ppl_wikitext2; what FOLDER holds already is not done again, so a killed run goes on. `intactkv report` makes the table.
+Calibration: 64 windows of 512 tokens of WikiText-2's train split, seed 0, plain and behind [BOS]'s KV.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+GROUP = 64
+_CALIBRATION = ["--data", "wikitext2", "--samples", "64", "--length", "512"]
+_STATIC = ["--bits", "8", "--group-size", "-1", "--symmetric", "--act-bits", "8", "--act-scheme", "tensor"]
+
+
+def checkpoints() -> dict[str, list[str]]:
+    """Name -> arguments of `intactkv quantize`. Names that end in -aware are calibrated behind the pivot."""
+    made = {}
+    for bits in (4, 3):
+        for method in ("gptq", "awq", "omniquant"):
+            made[f"{method}-w{bits}"] = ["--method", method, "--bits", str(bits), "--group-size", str(GROUP)]
+    made["quarot-w4a4"] = ["--preset", "quarot-w4a4"]
+    made["rtn-w8a8-static"] = _STATIC
+    plain = {name: [*arguments, *_CALIBRATION] for name, arguments in made.items()}
+    return plain | {f"{name}-aware": [*arguments, "--pivot", "bos"] for name, arguments in plain.items()}
+
+
+def cells(model: str, folder: Path) -> dict[str, str]:
+    """Name -> model_args, each without its pivot."""
+    found = {"fp": f"pretrained={model}"}
+    for bits in (4, 3):
+        found[f"rtn-w{bits}"] = f"pretrained={model},weights=rtn,bits={bits},group_size={GROUP}"
+    act = "act_bits=4,act_clip=0.9"
+    kv = "kv_bits=4,kv_clip=0.95"
+    found["rtn-w4a4"] = f"pretrained={model},weights=rtn,bits=4,group_size=-1,symmetric=true,{act},{kv}"
+    for name in checkpoints():
+        extra = f",{kv},kv_rotate=true" if name.startswith("quarot") else ""
+        found[name] = f"pretrained={folder / 'models' / name}{extra}"
+    for bits in (4, 3, 2):
+        for scheme in ("token_head", "channel_key", "pre_rope"):
+            found[f"{scheme}-kv{bits}"] = f"pretrained={model},kv_bits={bits},kv_scheme={scheme}"
+    return found
+
+
+def arguments_of(name: str, cell: str, pivot: str, model: str, folder: Path) -> str:
+    """The cell with its pivot: a reference for checkpoints, the levels of that pivot for pre_rope."""
+    whole = f"{cell},pivot={pivot},dtype=float32"
+    if name in checkpoints() and pivot != "none":
+        whole += f",reference={model}"
+    if name.startswith("pre_rope"):
+        whole += f",kv_levels={folder / 'levels' / f'{name}-{pivot}.safetensors'}"
+    return whole
+
+
+def run(*arguments: str) -> None:
+    """One command of ours, in a process of its own; the first that fails ends all."""
+    print("intactkv", *arguments, flush=True)
+    subprocess.run([sys.executable, "-m", "intactkv_eval.cli", *arguments], check=True)
+
+
+def main() -> None:
+    """Do what is missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--windows", type=int, default=60)
+    parser.add_argument("--only", default="")
+    asked = parser.parse_args()
+    model, folder = (
+        str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model,
+        asked.folder.resolve(),
+    )
+    for name, cell in cells(model, folder).items():
+        if asked.only not in name:
+            continue
+        made = folder / "models" / name
+        if name in checkpoints() and not made.is_dir():
+            run("quantize", model, "--dtype", "float32", "--out", str(made), *checkpoints()[name])
+        for pivot in ("none", "bos"):
+            levels = folder / "levels" / f"{name}-{pivot}.safetensors"
+            if name.startswith("pre_rope") and not levels.is_file():
+                written = ["--dtype", "float32", "--out", str(levels)]
+                run("kv-levels", model, "--bits", name[-1], "--pivot", pivot, *written, *_CALIBRATION)
+            out = folder / "runs" / f"{name}-{pivot}"
+            if not list(out.rglob("results_*.json")):
+                run("eval", "--model_args", arguments_of(name, cell, pivot, model, folder), "--tasks", "ppl_wikitext2",
+                    "--limit", str(asked.windows), "--batch_size", "1", "--device", "cpu", "--log_samples",
+                    "--output_path", str(out))  # fmt: skip
+    run("report", str(folder / "runs"))
+
+
+if __name__ == "__main__":
+    main()
