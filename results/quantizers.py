@@ -1,7 +1,8 @@
 """The table of quantizers: python results/quantizers.py MODEL FOLDER [--windows 60] [--only TEXT]
 
 Every checkpoint is quantized by `intactkv quantize`, every cell is one run of `intactkv eval` on the same first windows
-of ppl_wikitext2; what FOLDER holds already is not done again, so a killed run goes on. `intactkv report` makes the table.
+of ppl_wikitext2; what FOLDER holds already is not done again, so a killed run goes on. The table is
+`intactkv report`'s.
 Calibration: 64 windows of 512 tokens of WikiText-2's train split, seed 0, plain and behind [BOS]'s KV.
 """
 
@@ -68,10 +69,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=60)
     parser.add_argument("--only", default="")
     asked = parser.parse_args()
-    model, folder = (
-        str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model,
-        asked.folder.resolve(),
-    )
+    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
+    folder = asked.folder.resolve()
     for name, cell in cells(model, folder).items():
         if asked.only not in name:
             continue
