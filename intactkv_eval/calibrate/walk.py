@@ -97,6 +97,13 @@ class BlockWalk:
             self._layers[index].to(self._devices[index])
 
     @torch.no_grad()
+    def run_model(self, sample: Tensor) -> None:
+        """The whole model, as it is now, on a sample [T] behind the pivot's rows; never on the pivot's own tokens."""
+        cache = self._cache(self._model.dtype)
+        ids = sample[None].to(self._model.get_input_embeddings().weight.device)
+        self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+
+    @torch.no_grad()
     def _through(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
         return [self._run(index, one).to(one.device) for one in hidden]
 

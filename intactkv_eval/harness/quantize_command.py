@@ -18,7 +18,6 @@ from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -84,18 +83,16 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     }
     ranges = {}
     if job.activations.bits < 16 and job.activations.scheme == "tensor":
-        ranges = calibrate_ranges(model, partial(_run_all, model, tokens, pivot))
+        ranges = calibrate_ranges(model, partial(_run_all, walk, tokens))
     scheme = _scheme(job, model, layers, rotation)
     _export(out, layout, scheme, model, tokenizer, layers, range_tensors(ranges), record)
     shutil.rmtree(folder)
     return len(layers), layout
 
 
-def _run_all(model: PreTrainedModel, samples: Sequence[Tensor], pivot: PivotKV | None) -> None:
-    pivoted = PivotedModel(model, pivot.token_ids if pivot else (), pivot)
+def _run_all(walk: BlockWalk, samples: Sequence[Tensor]) -> None:
     for sample in tqdm(samples, desc="Ranges of activations"):
-        cache = pivoted.new_cache(1) if pivot else None  # never the pivot's tokens themselves
-        model(input_ids=sample[None].to(pivoted.device), past_key_values=cache, use_cache=cache is not None)
+        walk.run_model(sample)
 
 
 def _scheme(

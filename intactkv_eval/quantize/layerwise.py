@@ -6,6 +6,8 @@ one model, never two. Knows no model class.
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,10 +39,14 @@ class Walk(Protocol):
 
 
 class Finished(NamedTuple):
-    """One block: its quantized weights and its other tensors, by their names inside of it."""
+    """One block: its quantized weights and its other tensors, by their names inside of it.
+
+    divided: what its values were divided by, [H*D]; None where they were not.
+    """
 
     layers: dict[str, QuantizedWeight]
     others: dict[str, Tensor]
+    divided: Tensor | None = None
 
 
 class BlockStore:
@@ -72,6 +78,8 @@ class BlockStore:
     def keep(self, index: int, found: Finished) -> None:
         """Write block `index`, whole or not at all."""
         tensors = {f"others/{name}": tensor.cpu().contiguous() for name, tensor in found.others.items()}
+        if found.divided is not None:
+            tensors["divided"] = found.divided.cpu()
         shapes = {}
         for name, weight in found.layers.items():
             shapes[name] = [weight.bits, weight.group_size, weight.in_features]
@@ -93,7 +101,8 @@ class BlockStore:
                 layers[name] = QuantizedWeight(codes, scales, zeros, bits, group_size, width, order)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._path(index)}: damaged ({error}); remove it to do the block again") from error
-        return Finished(layers, {k.removeprefix("others/"): v for k, v in tensors.items() if k.startswith("others/")})
+        others = {key.removeprefix("others/"): tensor for key, tensor in tensors.items() if key.startswith("others/")}
+        return Finished(layers, others, tensors.get("divided"))
 
 
 def quantize_blocks(walk: Walk, method: Method, store: BlockStore, done: Callable[[], object] = lambda: None) -> None:
@@ -106,13 +115,20 @@ def quantize_blocks(walk: Walk, method: Method, store: BlockStore, done: Callabl
         if store.has(index):
             put_back(block, store.read(index))
         else:
-            found = method.quantize(block)
+            divided: list[Tensor] = []
+            found = method.quantize(replace(block, divide_values=partial(_noting, block.divide_values, divided)))
             assert found.keys() == block.layers.keys(), "a method left a layer out"
             weights = {f"{name}.weight" for name in found}
             others = {name: tensor for name, tensor in block.module.state_dict().items() if name not in weights}
-            store.keep(index, Finished(found, others))
+            store.keep(index, Finished(found, others, divided[0] if divided else None))
         walk.advance(index)
         done()
+
+
+def _noting(divide: Callable[[Tensor], None] | None, divided: list[Tensor], factor: Tensor) -> None:
+    divided.append(factor)
+    if divide is not None:
+        divide(factor)
 
 
 @torch.no_grad()
@@ -122,6 +138,8 @@ def put_back(block: Block, found: Finished) -> None:
         held = block.module.get_submodule(name.rpartition(".")[0])
         getattr(held, name.rpartition(".")[2]).copy_(tensor)
     install(block, found.layers)
+    if found.divided is not None and block.divide_values is not None:
+        block.divide_values(found.divided)
 
 
 def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

@@ -1,16 +1,21 @@
 """The walk computes what the model computes, behind the pivot or not; and a killed run goes on to the same bytes."""
 
+import contextlib
+
 import pytest
 import torch
-from tiny import BOS, FAMILIES, build_model
+from tiny import _SHAPE, BOS, FAMILIES, build_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ
 from intactkv_eval.quantize.layerwise import BlockStore, Finished, quantize_blocks
+from intactkv_eval.quantize.omniquant import OmniQuant
 
 SAMPLES = [torch.arange(3, 20), torch.arange(40, 57), torch.arange(90, 101)]
 
@@ -113,3 +118,37 @@ def test_pivot_rows_change_what_a_layer_is_calibrated_on():
     outs = [walk.block(0).run(walk.inputs[0], 0) for walk in (plain, aware)]
     assert outs[0].shape == outs[1].shape
     assert (outs[0] - outs[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", [AWQ(3, 32), OmniQuant(3, 32, epochs=2)], ids=["awq", "omniquant"])
+def test_a_resumed_run_divides_the_pivots_values_again(method, tmp_path):
+    """With as many kv heads as heads V is scaled, and the pivot's values with it, also where a block is read back."""
+
+    def run(folder, blocks):
+        config = LlamaConfig(**{**_SHAPE, "num_key_value_heads": 4})
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.data[::5] *= 8
+        pivot = capture(model, (BOS, 7), fingerprint_of(model, "main"))
+        walk, store = BlockWalk(model, SAMPLES, pivot, keep_full=True), BlockStore(folder, {})
+        finished = []
+
+        def done():
+            finished.append(1)
+            if len(finished) == blocks:
+                raise Killed
+
+        with contextlib.suppress(Killed):
+            quantize_blocks(walk, method, store, done)
+        return store
+
+    whole = run(tmp_path / "whole", 4)
+    for blocks in (1, 2, 4):
+        store = run(tmp_path / "killed", blocks)
+    assert max((whole.read(index).divided - 1).abs().max() for index in range(2)) > 1e-2
+    for index in range(3):
+        one, other = whole.read(index), store.read(index)
+        assert torch.equal(one.divided, other.divided)
+        for name, weight in one.layers.items():
+            assert torch.equal(weight.codes, other.layers[name].codes), (index, name)
