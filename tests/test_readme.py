@@ -68,6 +68,7 @@ def test_the_commands_in_their_order(smollm2, tmp_path, small_wikitext):
             words += ["--limit", "4", "--device", "cpu", "--metadata", "ppl_window=256"]
         words = [f"pretrained={smollm2},{word}" if word.startswith("config=") else word for word in words]
         words = [str(ROOT / "tasks") if word == "tasks" and words[0] == "lm_eval" else word for word in words]
+        words = [str(ROOT / word) if word.startswith("tasks/") else word for word in words]
         done = subprocess.run(
             [str(BIN / words[0]), *words[1:]], cwd=tmp_path, env=env, check=False, capture_output=True, text=True
         )
