@@ -96,7 +96,7 @@ def quantize(
     method: Annotated[str | None, typer.Option(help="rtn (default), gptq, awq or omniquant.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale (128); -1 per channel.")] = None,
-    symmetric: Annotated[bool | None, typer.Option("--symmetric", help="Zero in the middle of the codes.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Zero in the middle?")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of a published table, by name; options win.")] = None,
     data: Annotated[str | None, typer.Option(help="Calibration: wikitext2, c4, pile, or a .txt or .jsonl.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows (128).")] = None,
@@ -104,10 +104,13 @@ def quantize(
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn (0).")] = None,
     pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV: bos, tokens:ID+ID.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The method's own, KEY=VALUE.")] = None,
-    rotate: Annotated[bool | None, typer.Option("--rotate", help="Rotate the model first (QuaRot).")] = None,
+    rotate: Annotated[bool | None, typer.Option("--rotate/--no-rotate", help="QuaRot: rotate the model first.")] = None,
     act_bits: Annotated[int | None, typer.Option(help="Of activations: 8, 6 or 4.")] = None,
     act_scheme: Annotated[str | None, typer.Option(help="token (dynamic) or tensor (static, calibrated).")] = None,
     act_clip: Annotated[float | None, typer.Option(help="The share of the range that is kept.")] = None,
+    act_symmetric: Annotated[
+        bool | None, typer.Option("--act-symmetric/--act-asymmetric", help="Default: yes.")
+    ] = None,
     layout: Annotated[str | None, typer.Option("--format", help="gptq, awq, compressed-tensors, intactkv.")] = None,
     dtype: Annotated[str, typer.Option(help="Of what stays in full precision: auto, float16, bfloat16.")] = "auto",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
@@ -128,6 +131,7 @@ def quantize(
     }
     given |= {"samples": samples, "length": length, "seed": seed, "pivot": pivot, "rotate": rotate}
     given |= {"act_bits": act_bits, "act_scheme": act_scheme, "act_clip": act_clip}
+    given["act_symmetric"] = act_symmetric
     job = _late("quantize.job", "job_from")(given, option or [], preset)
     command = import_module("intactkv_eval.harness.quantize_command")
     source = command.Source(model, dtype, revision, trust_remote_code, device)

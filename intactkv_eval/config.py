@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from intactkv_eval.config_files import load_config
 from intactkv_eval.errors import ConfigError, unknown_key
-from intactkv_eval.files import load_config
 
 
 class Spec(BaseModel):

@@ -6,10 +6,12 @@ The mirror has the hub's layout: ROOT/<org>/<name>/ as a repository lies there. 
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+from numpy.typing import NDArray
 
 from intactkv_eval.errors import DataError
 from intactkv_eval.files import cache_folder
@@ -52,6 +54,14 @@ def _cache_of(folder: Path) -> Path:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     listed = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return cache_folder() / "datasets" / hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:32]
+
+
+def digest_of(windows: Iterable[NDArray[Any]]) -> str:
+    """SHA-256 over windows of token ids: the name of a set of samples, wherever it is recorded."""
+    made = hashlib.sha256()
+    for window in windows:
+        made.update(f"{len(window)} ".encode() + window.astype("<i4").tobytes())
+    return made.hexdigest()
 
 
 def origin() -> str:

@@ -24,7 +24,7 @@ class UnsupportedModelError(IntactKVError):
 
 
 class DataError(IntactKVError):
-    """A data set of a task that is missing or not in a layout we read."""
+    """A data set or a text that is missing, too short, or not in a layout we read."""
 
 
 def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:

@@ -1,4 +1,4 @@
-"""Files: where the shipped folders lie, the cells' YAMLs, and writing that is never seen half done.
+"""Files: where the shipped folders lie, and writing that is never seen half done.
 
 Knows paths and bytes only.
 """
@@ -6,11 +6,7 @@ Knows paths and bytes only.
 import os
 import tempfile
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from intactkv_eval.errors import ConfigError
 
@@ -34,31 +30,6 @@ def shipped_folder(name: str) -> Path:
 def cache_folder() -> Path:
     """Where captured pivots are kept: $INTACTKV_CACHE, else ~/.cache/intactkv."""
     return Path(os.environ.get("INTACTKV_CACHE") or Path.home() / ".cache" / "intactkv")
-
-
-def load_config(name: str) -> dict[str, Any]:
-    """The flat keys of a YAML: a path, or a name in model_configs/. Raises ConfigError where it cannot be read."""
-    path = Path(name)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = shipped_folder("model_configs") / f"{name}.yaml"
-        if not path.is_file():
-            known = config_names()
-            near = get_close_matches(name, known, n=3) or known
-            raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from None
-    if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
-        raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
-    if "config" in loaded:
-        raise ConfigError(f"config {path}: a config cannot name another config")
-    return loaded
-
-
-def config_names() -> list[str]:
-    """The names that `config=` knows, sorted."""
-    return sorted(path.stem for path in shipped_folder("model_configs").glob("*.yaml"))
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:

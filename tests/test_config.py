@@ -3,8 +3,8 @@
 import pytest
 
 from intactkv_eval.config import CellSpec, cell_from_args
+from intactkv_eval.config_files import config_names, load_config
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import config_names, load_config
 
 RTN = {"pretrained": "m", "weights": "rtn", "bits": 4}
 

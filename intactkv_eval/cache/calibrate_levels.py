@@ -7,7 +7,6 @@
 Memory is that of one sample and two histograms a layer, however many samples. Nothing is drawn at random.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -22,6 +21,7 @@ from intactkv_eval.cache.levels import Calibration, KVLevels
 from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.scheme import working
 from intactkv_eval.cache.writer import LayerKV
+from intactkv_eval.data import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import Fingerprint
@@ -76,6 +76,7 @@ def calibrate_levels(
     for seen in (first, second):
         _each(model, texts, front, left_out, seen, bar)
     bar.close()
+    digest = digest_of(text.numpy() for text in texts)
     return KVLevels(
         bits=bits,
         key_levels=torch.stack([k_means(counts, 2**bits) for counts in of_keys]),
@@ -83,7 +84,7 @@ def calibrate_levels(
         low=tuple(_there(end).float() for end in low),
         high=tuple(_there(end).float() for end in high),
         fingerprint=fingerprint,
-        calibration=Calibration(front, left_out, _hash(texts), len(texts), sum(map(len, texts)), origin),
+        calibration=Calibration(front, left_out, digest, len(texts), sum(map(len, texts)), origin),
     )
 
 
@@ -201,10 +202,3 @@ def _there(end: Tensor | None) -> Tensor:
     if end is None:
         raise CheckpointError("KV levels: the model fills no KV cache in one of its layers")
     return end
-
-
-def _hash(texts: Sequence[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(f"{len(text)} ".encode() + text.numpy().tobytes())
-    return digest.hexdigest()[:32]

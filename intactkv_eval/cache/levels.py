@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.kv import Fingerprint
+from intactkv_eval.tensor_file import read_tensor_file
 
 FORMAT = "intactkv-kv-levels-1"
 
@@ -124,10 +124,8 @@ class KVLevels:
         if not path.is_file():
             raise ConfigError(f"kv_levels={path}: no such file; intactkv kv-levels writes it")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            metadata, tensors = read_tensor_file(path)
+        except CheckpointError as error:
             raise ConfigError(f"kv_levels={path}: cannot be read ({error}); calibrate anew") from None
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")

@@ -8,17 +8,15 @@
 No BOS and no other special token is put in. What was drawn is told by a hash over the tokens.
 """
 
-import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from intactkv_eval.data import load_dataset, mirror, origin, read_jsonl
+from intactkv_eval.data import digest_of, load_dataset, mirror, origin, read_jsonl
 from intactkv_eval.errors import ConfigError, DataError
 
 SOURCES = ("wikitext2", "c4", "pile")
@@ -61,7 +59,7 @@ def load_samples(source: str, tokenizer: Any, count: int, length: int, seed: int
     else:
         windows = _drawn(_text_of(Path(source)), source, tokenizer, count, length, draw)
     tokens = [torch.tensor(window, dtype=torch.long) for window in windows]
-    digest = hashlib.sha256(np.concatenate([window.numpy() for window in tokens]).astype("<i4").tobytes()).hexdigest()
+    digest = digest_of(window.numpy() for window in tokens)
     known = f"{source} ({origin()})" if source in SOURCES else Path(source).name
     return Samples(tokens, known, seed, digest)
 

@@ -19,9 +19,16 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
-from intactkv_eval.harness.group_trial import check_groups
+from intactkv_eval.harness.cell_checks import (
+    IN_MEMORY,
+    check_belongs,
+    check_cache,
+    check_kept_rows,
+    check_levels,
+    check_origin,
+)
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.rotated_basis import check_rotated_embeddings, in_rotated_basis
+from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.stages import apply_stages, stage_specs
@@ -31,12 +38,10 @@ from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import (
     capture,
     check_supported,
-    embedding_hash,
-    embedding_sample,
     fingerprint_of,
     weight_hash,
 )
-from intactkv_eval.pivot.kv import ROUNDING, PivotKV
+from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
@@ -46,8 +51,6 @@ from intactkv_eval.weights.stages import Rotation, StageSpec
 
 logger = logging.getLogger(__name__)
 
-IN_MEMORY = "in-memory"
-"""What stands for the name of a model that was given loaded."""
 Loader = Callable[[str, str], PreTrainedModel]
 """(name or folder, revision) -> the model on its devices."""
 
@@ -83,12 +86,12 @@ def build(
     vocabulary = config.get_text_config(decoder=True).vocab_size
     from_file = _from_file(cell)
     token_ids = from_file.token_ids if from_file else resolve_tokens(cell.pivot, tokenizer, vocabulary)
-    _check_kept_rows(cell, len(token_ids))
+    check_kept_rows(cell, len(token_ids))
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = _from_reference(cell, cell.model.reference, token_ids, load)
-    _check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
+    check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
@@ -97,14 +100,14 @@ def build(
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
     if pivot is not None:
-        _check_belongs(pivot, model, cell, quantization, rotation)
+        check_belongs(pivot, model, cell, quantization, rotation)
         if rotation is not None:
             pivot, residual = in_rotated_basis(pivot, model, rotation, cell.model.pretrained, cell.model.reference)
         elif quantization is not None and "bits" in quantization:
             method, checkpoint = quantization["method"], cell.model.pretrained
             pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
     if levels is not None:
-        _check_levels(levels, model, cell, quantization)
+        check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
     if search is not None:
         if pivot is not None:
@@ -117,7 +120,7 @@ def build(
         pivot = to_rotated(pivot)
     model = _evaluated(model, cell, search)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
-    _check_cache(pivoted)
+    check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
 
@@ -213,85 +216,3 @@ def _captured(
     pivot = capture(model, token_ids, fingerprint)
     store.keep(pivot, identity, cell.model.dtype)
     return pivot
-
-
-def _check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_pivot: bool) -> None:
-    """A checkpoint that is quantized already is no source of a full-precision pivot, and is not quantized again."""
-    packed = quantization is not None and "bits" in quantization
-    if cell.backend != "auto" and cell.weights.method == "none" and not packed:
-        raise ConfigError(f"backend={cell.backend}: does nothing without quantized weights; drop it")
-    if quantization is None:
-        return
-    method = quantization["method"]
-    if cell.weights.method != "none":
-        raise ConfigError(
-            f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}"
-        )
-    if cell.weights.rotate:
-        raise ConfigError(f"{cell.model.pretrained} is quantized already ({method}): it cannot be rotated; drop rotate")
-    if cell.activations.bits < 16 and (cell.model.pretrained == IN_MEMORY or "activations" in quantization):
-        raise ConfigError(
-            f"act_bits: {cell.model.pretrained} ({method}) says itself how its activations are quantized, or is a "
-            "loaded model whose quantized layers are not changed; drop act_bits and what belongs to it"
-        )
-    if needs_pivot:
-        raise PivotError(
-            f"{cell.model.pretrained} is quantized ({method}): name the full-precision model it was made from with "
-            "reference=..., or a captured PivotKV file with pivot=FILE.safetensors"
-        )
-
-
-def _check_belongs(
-    pivot: PivotKV,
-    model: PreTrainedModel,
-    cell: CellSpec,
-    quantization: dict[str, Any] | None,
-    rotation: Rotation | None,
-) -> None:
-    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
-    same_model = cell.model.reference is None and quantization is None
-    found = fingerprint_of(model, cell.model.revision) if same_model else None
-    if rotation is not None:
-        check_rotated_embeddings(pivot, model, rotation)
-    else:
-        pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
-    pivot.check_matches(
-        dtype=str(model.dtype).removeprefix("torch."),
-        basis="plain",
-        weight_hash=found.weight_hash if found else None,
-    )
-
-
-def _check_kept_rows(cell: CellSpec, pivot: int) -> None:
-    """Each switch of rows that are left alone must leave other rows alone than without it."""
-    keep = cell.kv.keep
-    if not cell.pivot.intact or keep == 0:
-        return
-    if cell.kv.exempt and keep <= pivot:
-        raise ConfigError(f"kv_keep={keep}: does nothing, the {pivot} intact pivot rows are exempt already")
-    if not cell.kv.exempt and keep >= pivot:
-        raise ConfigError(f"kv_exempt=false: does nothing, kv_keep={keep} leaves all {pivot} pivot rows alone")
-
-
-def _check_cache(pivoted: PivotedModel) -> None:
-    """The cache's quantizer must fit the model and the rows that it is given."""
-    if pivoted.levels is not None:
-        pivoted.levels.check_calibrated(pivoted.token_ids, pivoted.exempt)
-    if pivoted.writer is not None and pivoted.writer.in_groups:
-        check_groups(pivoted)
-
-
-def _check_levels(
-    levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None
-) -> None:
-    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings."""
-    of, dtype = levels.fingerprint, str(model.dtype).removeprefix("torch.")
-    if cell.model.reference is None and quantization is None and of.dtype == dtype:
-        same = of.weight_hash == fingerprint_of(model, cell.model.revision).weight_hash
-    else:
-        same = of.embeddings_differ(embedding_hash(model), embedding_sample(model)) <= ROUNDING
-    if not same:
-        raise ConfigError(
-            f"kv_levels={cell.kv.levels}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
-            f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-levels"
-        )

@@ -21,8 +21,9 @@ from intactkv_eval.config import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
-from intactkv_eval.harness.build import IN_MEMORY, Built, build
+from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
+from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.pivoted import PivotedModel

@@ -28,7 +28,7 @@ from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.export import check_new, export
-from intactkv_eval.quantize.job import Calibration, Job, layout_of
+from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of
 from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
 from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rotation import rotate
@@ -159,7 +159,7 @@ def _record(
 
 
 def _calibration(
-    asked: Calibration | None, model: PreTrainedModel, tokenizer: Any
+    asked: CalibrationSpec | None, model: PreTrainedModel, tokenizer: Any
 ) -> tuple[Samples | None, PivotKV | None]:
     if asked is None:
         return None, None

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from intactkv_eval.config_files import load_config
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import load_config
 from intactkv_eval.pivot.tokens import use_chat_template
 
 _KEYS = ("revision", "trust_remote_code", "gguf_file", "subfolder")

@@ -12,7 +12,6 @@ Source: QuaRot, quant_utils.py of its code (ActQuantizer).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.hadamard import hadamard_rows
 from intactkv_eval.weights.stages import StageSpec
 
@@ -79,10 +79,7 @@ class InputStage(nn.Module):
         x = self.rotated(x)
         if not self.quantizes:
             return x
-        if x.requires_grad:
-            straight: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
-            return straight
-        return self.quantized(x)
+        return straight_through(x, self.quantized(x.detach()))
 
     def quantized(self, x: Tensor) -> Tensor:
         """x through the quantizer alone."""
@@ -92,16 +89,6 @@ class InputStage(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows."""
         return f"across={self.spec.across}, {self.spec.activations!r}"
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, stage: InputStage) -> Tensor:
-        return stage.quantized(x)
-
-    @staticmethod
-    def backward(ctx: Any, *upper: Any) -> tuple[Any, None]:
-        return upper[0], None
 
 
 class StagedLinear(nn.Module):

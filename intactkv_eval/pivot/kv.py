@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from intactkv_eval.errors import PivotError
+from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.tensor_file import read_tensor_file
 
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
@@ -131,10 +131,8 @@ class PivotKV:
         if not path.is_file():
             raise PivotError(f"pivot file {path} does not exist")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
+            metadata, tensors = read_tensor_file(path)
+        except CheckpointError as error:
             raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
         if metadata.get("format") != FORMAT:
             raise PivotError(f"{path} is no PivotKV file (format {metadata.get('format')!r}, expected {FORMAT!r})")

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.awq_search import clipped
-from intactkv_eval.quantize.method import Block, install
+from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_rtn
 from intactkv_eval.quantize.scale_groups import ScaleGroup, fold, scale_groups
 from intactkv_eval.quantize.trial import Inputs, inputs_of, output_of, substituted
-from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
+from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 SCALES = torch.float16  # as all formats hold them
 _SEARCH_TOKENS = 16384  # of whole samples, on which a ratio is judged; the means are over all
@@ -45,9 +45,7 @@ class AWQ:
     wants_full_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"awq: group_size={self.group_size}: use a width that is shared, or -1 for whole rows")
+        check_settings(self.bits, self.group_size)
         if self.grid < 1:
             raise ConfigError(f"awq: grid={self.grid}: use the number of ratios to try, 1 or more (20 in the paper)")
 

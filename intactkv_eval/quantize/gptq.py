@@ -9,26 +9,24 @@ turn comes. Source: Frantar et al. 2023, algorithm 1; act-order and static group
 """
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
-from intactkv_eval.quantize.method import Block
+from intactkv_eval.quantize.method import Block, check_settings
 from intactkv_eval.quantize.rtn import group_range, quantize_in_range
 from intactkv_eval.quantize.shrink import shrunk_range
+from intactkv_eval.quantize.trial import run_noting
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = 128  # of a lazy batch
-_Note = Callable[[str, Tensor], None]
-"""A layer's name and its input."""
 _DAMPS = (1, 10, 100)  # times the damping that was asked, where the matrix is not positive definite
 
 
@@ -50,6 +48,7 @@ class GPTQ:
     wants_full_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_settings(self.bits, self.group_size)
         if not 0 < self.damp < 1:
             raise ConfigError(f"GPTQ: damp={self.damp}; use a share of the diagonal's mean between 0 and 1")
 
@@ -191,7 +190,7 @@ def input_groups(block: Block) -> list[list[str]]:
                 return
         seen.append((x, [name]))
 
-    _run_noting(block, 0, list(block.layers), note)
+    run_noting(block, 0, list(block.layers), note)
     missing = [name for name in block.layers if not any(name in names for _, names in seen)]
     if missing:
         raise ConfigError(f"{block.name}: {missing[0]} is not used on the calibration samples, so GPTQ cannot place it")
@@ -210,33 +209,6 @@ def hessians(block: Block, groups: Sequence[list[str]]) -> list[Tensor]:
         sums[name] = sums[name].addmm_(rows.t(), rows) if name in sums else rows.t() @ rows
 
     for sample, hidden in enumerate(block.inputs):
-        _run_noting(block, sample, [names[0] for names in groups], note)
+        run_noting(block, sample, [names[0] for names in groups], note)
         tokens += hidden.shape[1]
     return [sums[names[0]] / tokens for names in groups]
-
-
-class _Seen(Exception):
-    """The last layer of interest has its input."""
-
-
-@torch.no_grad()
-def _run_noting(block: Block, sample: int, names: list[str], note: _Note) -> None:
-    """Run the block until all of `names` were called; `note(name, input)` for each."""
-    waiting = set(names)
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def called(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            note(name, args[0])
-            waiting.discard(name)
-            if not waiting:
-                raise _Seen
-
-        return called
-
-    hooks = [block.layers[name].register_forward_pre_hook(hook(name)) for name in names]
-    try:
-        with suppress(_Seen):
-            block.run(block.inputs[sample], sample)
-    finally:
-        for one in hooks:
-            one.remove()

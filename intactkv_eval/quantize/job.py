@@ -17,14 +17,13 @@ from intactkv_eval.quantize.gptq import GPTQ
 from intactkv_eval.quantize.method import Method
 from intactkv_eval.quantize.omniquant import OmniQuant
 from intactkv_eval.quantize.rtn import RTN
-from intactkv_eval.weights.quantized import check_bits
 
 METHODS: dict[str, type[Any]] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "omniquant": OmniQuant}
 DEFAULT_BITS = 4
 _COMMON = ("bits", "group_size", "symmetric")
 
 
-class Calibration(Spec):
+class CalibrationSpec(Spec):
     """Windows of `length` tokens of `data`, drawn by `seed`; behind a pivot's full-precision KV where one is named."""
 
     data: str
@@ -42,7 +41,7 @@ class Job(Spec):
     group_size: int = 128
     symmetric: bool = False
     options: dict[str, Any] = Field(default_factory=dict)
-    calibration: Calibration | None = None
+    calibration: CalibrationSpec | None = None
     rotate: bool = False
     activations: ActivationSpec = ActivationSpec()
 
@@ -100,7 +99,6 @@ def job_from(given: Mapping[str, Any], options: list[str], preset: str | None = 
     if method not in METHODS:
         raise ConfigError(f"--method {method}: use one of {', '.join(METHODS)}")
     common = {"bits": DEFAULT_BITS, **{key: flat.pop(key) for key in _COMMON if key in flat}}
-    check_bits(common["bits"])
     calibration = {key: flat.pop(key) for key in _OF_CALIBRATION if key in flat}
     activations = {field: flat.pop(key) for key, field in _ACTIVATIONS.items() if key in flat}
     common["rotate"] = bool(flat.pop("rotate", False))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.quantize.method import Block, Method, install
+from intactkv_eval.tensor_file import read_tensor_file
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 _PARTS = ("codes", "scales", "zeros", "order")
@@ -91,15 +91,14 @@ class BlockStore:
     def read(self, index: int) -> Finished:
         """Block `index`. Raises CheckpointError where its file is damaged."""
         try:
-            with safe_open(self._path(index), framework="pt") as file:
-                shapes = json.loads(file.metadata()["layers"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata, tensors = read_tensor_file(self._path(index))
+            shapes = json.loads(metadata["layers"])
             layers = {}
             for name, (bits, group_size, width) in shapes.items():
                 codes, scales, zeros = (tensors[f"{part}/{name}"] for part in _PARTS[:3])
                 order = tensors.get(f"order/{name}")
                 layers[name] = QuantizedWeight(codes, scales, zeros, bits, group_size, width, order)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (CheckpointError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._path(index)}: damaged ({error}); remove it to do the block again") from error
         others = {key.removeprefix("others/"): tensor for key, tensor in tensors.items() if key.startswith("others/")}
         return Finished(layers, others, tensors.get("divided"))

@@ -9,8 +9,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.quantize.matrices import set_matrix
-from intactkv_eval.weights.quantized import QuantizedWeight
+from intactkv_eval.weights.quantized import QuantizedWeight, check_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +53,10 @@ def install(block: Block, weights: Mapping[str, QuantizedWeight]) -> None:
     """Put what `weights` stand for into the linear layers of `block`, in their own dtype."""
     for name, weight in weights.items():
         set_matrix(block.layers[name], weight)
+
+
+def check_settings(bits: int, group_size: int) -> None:
+    """Raise ConfigError for what no method can round to; whether a width can be shared by it, its layers tell."""
+    check_bits(bits)
+    if group_size != -1 and group_size < 1:
+        raise ConfigError(f"group_size={group_size}: use a width that is shared by a scale, or -1 for whole rows")

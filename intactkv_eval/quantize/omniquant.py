@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
-from intactkv_eval.quantize.method import Block, install
+from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_in_range
 from intactkv_eval.quantize.scale_groups import ScaleGroup, fold, scale_groups
 from intactkv_eval.quantize.trial import in_float32, inputs_of, substituted
-from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
+from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 SCALES = torch.float16  # as all formats hold them
 _FIRST_STRENGTH = 4.0
@@ -69,9 +69,7 @@ class OmniQuant:
     wants_full_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.group_size != -1 and self.group_size < 1:
-            raise ConfigError(f"omniquant: group_size={self.group_size}: use a shared width, or -1 for whole rows")
+        check_settings(self.bits, self.group_size)
         if self.epochs < 1:
             raise ConfigError(f"omniquant: epochs={self.epochs}: use 1 or more (20 in the paper)")
         if not (self.lwc or self.let):

@@ -11,15 +11,15 @@ Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric 
 rounded is that of what is not (Bengio et al. 2013); the zero point has none.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from intactkv_eval.quantize.matrices import finite_matrix
-from intactkv_eval.quantize.method import Block, install
+from intactkv_eval.quantize.method import Block, check_settings, install
+from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
 
 
@@ -87,33 +87,16 @@ def _rounded(
     # fp16 is held to 2**-20, where it still has four bits: its normal numbers end within reach of real weights.
     smallest = 2**-20 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
     exact = (spread / top).clamp(min=smallest)
-    steps = _straight_through(exact, exact.detach().to(scale_dtype).to(torch.float32))
+    steps = straight_through(exact, exact.detach().to(scale_dtype).to(torch.float32))
     with torch.no_grad():
         zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)
     ratios = groups / steps.unsqueeze(-1)
-    codes = (_straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1)).clamp(0, top)
+    codes = (straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1)).clamp(0, top)
     return codes, steps, zeros
 
 
 def _grouped(weight: Tensor, size: int) -> Tensor:
     return weight.to(torch.float32).reshape(weight.shape[0], -1, size)
-
-
-def _straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    apply: Callable[[Tensor, Tensor], Tensor] = _StraightThrough.apply
-    return apply(value, rounded) if value.requires_grad else rounded
-
-
-class _StraightThrough(torch.autograd.Function):
-    """`rounded` exactly, with the gradient of `value`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, rounded: Tensor) -> Tensor:
-        return rounded.view_as(rounded)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients[0], None
 
 
 @dataclass(frozen=True)
@@ -124,6 +107,9 @@ class RTN:
     group_size: int
     symmetric: bool = False
     wants_full_inputs: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(self.bits, self.group_size)
 
     def quantize(self, block: Block) -> dict[str, QuantizedWeight]:
         """Every layer of the block."""

@@ -4,8 +4,8 @@ The inside of a block is seen from hooks while `block.run` runs it, never by cal
 the pivot's KV are only known to `run`, and a cache handed to attention a second time would have grown.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -75,27 +75,49 @@ def output_of(block: Block, name: str, index: int) -> Tensor:
     return _seen(block, name, index, before=False)
 
 
+@torch.no_grad()
+def run_noting(block: Block, index: int, names: Collection[str], note: Callable[[str, Tensor], None]) -> None:
+    """Run sample `index` until all modules `names` were called; `note(name, input)` for each."""
+    _run_until(block, index, names, before=True, note=note)
+
+
 class _SeenError(Exception):
     """Ends a run where all that was wanted of it has been seen."""
 
 
 def _seen(block: Block, name: str, index: int, before: bool) -> Tensor:
     found: list[Tensor] = []
+    _run_until(block, index, [name], before, lambda _, value: found.append(value))
+    assert found, f"{block.name}.{name} took no part in running the block"
+    return found[0]
 
-    def keep(_module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        value = args[0] if before else output
-        found.append(value[0] if isinstance(value, tuple) else value)
-        raise _SeenError
 
-    module = block.module.get_submodule(name)
-    handle = module.register_forward_pre_hook(keep) if before else module.register_forward_hook(keep)
+def _run_until(
+    block: Block, index: int, names: Collection[str], before: bool, note: Callable[[str, Tensor], None]
+) -> None:
+    waiting = set(names)
+
+    def hook(name: str) -> Callable[..., None]:
+        def called(_module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+            value = args[0] if before else output
+            note(name, value[0] if isinstance(value, tuple) else value)
+            waiting.discard(name)
+            if not waiting:
+                raise _SeenError
+
+        return called
+
+    modules = {name: block.module.get_submodule(name) for name in names}
+    hooks = [
+        module.register_forward_pre_hook(hook(name)) if before else module.register_forward_hook(hook(name))
+        for name, module in modules.items()
+    ]
     try:
-        block.run(block.inputs[index], index)
-    except _SeenError:
-        return found[0]
+        with suppress(_SeenError):
+            block.run(block.inputs[index], index)
     finally:
-        handle.remove()
-    raise AssertionError(f"{block.name}.{name} took no part in running the block")
+        for one in hooks:
+            one.remove()
 
 
 def _put(layer: nn.Module, weight: Tensor) -> None:

@@ -143,6 +143,8 @@ def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
     cell = {"kv_bits": 3, "kv_scheme": "pre_rope", "kv_levels": str(file)}
     lm = IntactKVLM(**arguments, **loading, **cell, weights="rtn", bits=4, group_size=32)
     assert lm.cell_record()["kv_levels"]["digest"] == made.digest
+    with pytest.raises(ConfigError, match="drop rotate"):
+        IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", rotate=True, **cell)
     for changed, said in [
         ({"kv_bits": 4}, "got those of 3 bits"),
         ({"pivot": "none"}, "calibrated behind"),

@@ -178,10 +178,10 @@ def test_basis_of_v_is_the_one_that_is_recovered(method):
 
 
 def test_what_is_no_setting_and_what_does_not_fit():
-    for method, said in ((AWQ, "awq"), (OmniQuant, "omniquant")):
+    for method in (AWQ, OmniQuant):
         with pytest.raises(ConfigError, match="bits=5"):
             method(5, 32)
-        with pytest.raises(ConfigError, match=f"{said}: group_size=0"):
+        with pytest.raises(ConfigError, match="group_size=0: use a width"):
             method(4, 0)
         with pytest.raises(
             ConfigError, match=r"group_size=48 does not divide the width 64 of model\.layers\.1\.self_attn"

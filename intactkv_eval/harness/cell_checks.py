@@ -1,0 +1,103 @@
+"""Whether what a cell asks for belongs together: checkpoint, pivot, levels and cache, each error with its fix.
+
+Knows cells and loaded models; changes neither.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.group_trial import check_groups
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
+from intactkv_eval.pivot.capture import embedding_hash, embedding_sample, fingerprint_of
+from intactkv_eval.pivot.kv import ROUNDING, PivotKV
+from intactkv_eval.weights.stages import Rotation
+
+IN_MEMORY = "in-memory"
+"""What stands for the name of a model that was given loaded."""
+
+
+def check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_pivot: bool) -> None:
+    """A checkpoint that is quantized already is no source of a full-precision pivot, and is not quantized again."""
+    packed = quantization is not None and "bits" in quantization
+    if cell.backend != "auto" and cell.weights.method == "none" and not packed:
+        raise ConfigError(f"backend={cell.backend}: does nothing without quantized weights; drop it")
+    if quantization is None:
+        return
+    method = quantization["method"]
+    if cell.weights.method != "none":
+        raise ConfigError(
+            f"{cell.model.pretrained} is quantized already ({method}): drop weights={cell.weights.method}"
+        )
+    if cell.weights.rotate:
+        raise ConfigError(f"{cell.model.pretrained} is quantized already ({method}): it cannot be rotated; drop rotate")
+    if cell.activations.bits < 16 and (cell.model.pretrained == IN_MEMORY or "activations" in quantization):
+        raise ConfigError(
+            f"act_bits: {cell.model.pretrained} ({method}) says itself how its activations are quantized, or is a "
+            "loaded model whose quantized layers are not changed; drop act_bits and what belongs to it"
+        )
+    if needs_pivot:
+        raise PivotError(
+            f"{cell.model.pretrained} is quantized ({method}): name the full-precision model it was made from with "
+            "reference=..., or a captured PivotKV file with pivot=FILE.safetensors"
+        )
+
+
+def check_belongs(
+    pivot: PivotKV,
+    model: PreTrainedModel,
+    cell: CellSpec,
+    quantization: dict[str, Any] | None,
+    rotation: Rotation | None,
+) -> None:
+    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
+    same_model = cell.model.reference is None and quantization is None
+    found = fingerprint_of(model, cell.model.revision) if same_model else None
+    if rotation is not None:
+        check_rotated_embeddings(pivot, model, rotation)
+    else:
+        pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
+    pivot.check_matches(
+        dtype=str(model.dtype).removeprefix("torch."),
+        basis="plain",
+        weight_hash=found.weight_hash if found else None,
+    )
+
+
+def check_kept_rows(cell: CellSpec, pivot: int) -> None:
+    """Each switch of rows that are left alone must leave other rows alone than without it."""
+    keep = cell.kv.keep
+    if not cell.pivot.intact or keep == 0:
+        return
+    if cell.kv.exempt and keep <= pivot:
+        raise ConfigError(f"kv_keep={keep}: does nothing, the {pivot} intact pivot rows are exempt already")
+    if not cell.kv.exempt and keep >= pivot:
+        raise ConfigError(f"kv_exempt=false: does nothing, kv_keep={keep} leaves all {pivot} pivot rows alone")
+
+
+def check_cache(pivoted: PivotedModel) -> None:
+    """The cache's quantizer must fit the model and the rows that it is given."""
+    if pivoted.levels is not None:
+        pivoted.levels.check_calibrated(pivoted.token_ids, pivoted.exempt)
+    if pivoted.writer is not None and pivoted.writer.in_groups:
+        check_groups(pivoted)
+
+
+def check_levels(levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None) -> None:
+    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings."""
+    if cell.weights.rotate:
+        raise ConfigError("kv_scheme=pre_rope: its levels are those of values that are not rotated; drop rotate")
+    of, dtype = levels.fingerprint, str(model.dtype).removeprefix("torch.")
+    if cell.model.reference is None and quantization is None and of.dtype == dtype:
+        same = of.weight_hash == fingerprint_of(model, cell.model.revision).weight_hash
+    else:
+        same = of.embeddings_differ(embedding_hash(model), embedding_sample(model)) <= ROUNDING
+    if not same:
+        raise ConfigError(
+            f"kv_levels={cell.kv.levels}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
+            f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-levels"
+        )
