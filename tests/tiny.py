@@ -57,10 +57,16 @@ FAMILIES = {
 def build_model(family, seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).to(dtype).eval()
-    # Norm weights of one hide a norm that is left out; a pivot that matters needs some massive activation.
+    uneven(model, 0.1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[BOS] *= 6  # a pivot that matters needs some massive activation
+    return model
+
+
+def uneven(model, size):
+    """Norm weights of one hide a norm that is left out, biases of zero a bias."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.get_input_embeddings().weight[BOS] *= 6
+                parameter.add_(size * torch.randn_like(parameter))
     return model

@@ -93,7 +93,7 @@ def test_scaling_methods_are_loaded_behind_a_pivot(saved_llama, text, tmp_path, 
     found = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["quant_method"]
     assert found == layout
     lm = IntactKVLM(str(tmp_path / "out"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense")
-    assert lm.built.basis_residual < 0.6
+    assert lm.built.basis_residual < (0.2 if layout == "awq" else 0.35)
     with pytest.raises(ConfigError, match=f"{method} may scale V"):
         layout_of(job_from({"method": method}, []), "gptq")
 
@@ -109,7 +109,7 @@ def test_quarot_is_written_and_loaded(saved_llama, text, tmp_path):
     assert "lm_head.weight" in made
     lm = IntactKVLM(str(tmp_path / "out"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense",
                     kv_bits=4, kv_rotate=True, kv_clip=0.95)  # fmt: skip
-    assert lm.built.basis_residual < 0.3
+    assert lm.built.basis_residual < 0.2
     assert lm.cell_record()["quantization"]["made"]["job"]["options"]["shrink"] is True
 
 

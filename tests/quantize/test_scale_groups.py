@@ -3,7 +3,7 @@
 import pytest
 import torch
 from blocks import make_block, output_error, outputs
-from tiny import FAMILIES
+from tiny import FAMILIES, uneven
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -21,11 +21,7 @@ def small(family, kv_heads=4, dtype=torch.float64, **more):
         setattr(config, key, value)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model
+    return uneven(model, 0.3)
 
 
 def scales_of(block, seed=1):
