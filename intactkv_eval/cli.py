@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from intactkv_eval import __version__
+from intactkv_eval import __version__, pivot_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
@@ -137,6 +137,9 @@ def quantize(
     source = command.Source(model, dtype, revision, trust_remote_code, device)
     count, written = command.quantize_to_folder(source, out, layout, job)
     typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
+
+
+app.command()(pivot_commands.calibrate)
 
 
 @app.command("kv-levels")

@@ -64,6 +64,11 @@ def digest_of(windows: Iterable[NDArray[Any]]) -> str:
     return made.hexdigest()
 
 
+def digest_of_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def origin() -> str:
     """Where data comes from now, for the record of a run: figures of a hub and of a mirror are not paired."""
     return "local mirror" if mirror() else "hub"

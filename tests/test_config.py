@@ -2,7 +2,8 @@
 
 import pytest
 
-from intactkv_eval.config import CellSpec, cell_from_args
+from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.config import CellSpec
 from intactkv_eval.config_files import config_names, load_config
 from intactkv_eval.errors import ConfigError
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
 from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.method import Block
@@ -24,9 +24,6 @@ class _Rows(NamedTuple):
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
-
-
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Enough(Exception):
@@ -54,7 +51,7 @@ class BlockWalk:
         self._linear = linear_layers(model)
         self._devices = layer_devices(model)
         self.inputs: list[Tensor] = []
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[int, list[LayerCall]] = {}
         self._note(samples)
         self._full = list(self.inputs) if keep_full else None
         self._next_full: list[Tensor] | None = None
@@ -108,21 +105,8 @@ class BlockWalk:
         return [self._run(index, one).to(one.device) for one in hidden]
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
-        args, kwargs = self._calls[hidden.shape[1]][index]
-        device = self._device or self._devices[index]
-        cache = self._cache(hidden.dtype)
-
-        def given(value: Any) -> Any:
-            if isinstance(value, Cache):
-                return cache
-            if isinstance(value, Tensor):
-                return value.to(device, hidden.dtype) if value.is_floating_point() else value.to(device)
-            return type(value)(given(part) for part in value) if type(value) in {tuple, list} else value
-
-        module: nn.Module = self._layers[index]
-        out = module(hidden.to(device), *map(given, args), **{key: given(value) for key, value in kwargs.items()})
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
+        call = self._calls[hidden.shape[1]][index]
+        return call.run(self._layers[index], hidden, self._cache(hidden.dtype), self._device or self._devices[index])
 
     def _cache(self, dtype: torch.dtype) -> PivotCache | None:
         if self._pivot is None:
@@ -135,7 +119,7 @@ class BlockWalk:
     def _note(self, samples: Sequence[Tensor]) -> None:
         """The first layer's input of every sample, and each layer's call for every length of sample."""
         for sample in samples:
-            calls: list[_Call] = []
+            calls: list[LayerCall] = []
             known = len(sample) in self._calls
 
             hooks = [
@@ -152,12 +136,13 @@ class BlockWalk:
                     hook.remove()
             self._calls[len(sample)] = calls
 
-    def _noting(self, calls: list[_Call], known: bool) -> Callable[[nn.Module, Any, Any], None]:
+    def _noting(self, calls: list[LayerCall], known: bool) -> Callable[[nn.Module, Any, Any], None]:
         def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            hidden, call = LayerCall.of(args, kwargs)
             if module is self._layers[0]:
-                self.inputs.append(args[0] if args else kwargs["hidden_states"])
+                self.inputs.append(hidden)
                 if known:
                     raise _Enough
-            calls.append((tuple(args[1:]), {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+            calls.append(call)
 
         return note

@@ -6,7 +6,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from intactkv_eval.config import CELL_KEYS
+from intactkv_eval.cell_arguments import CELL_KEYS
 from intactkv_eval.errors import ConfigError, unknown_key
 
 # What hf hands on to transformers' from_pretrained.

@@ -23,6 +23,7 @@ from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
     check_belongs,
     check_cache,
+    check_calibrated,
     check_kept_rows,
     check_levels,
     check_origin,
@@ -99,9 +100,13 @@ def build(
         check_rotatable(model)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
+    # calibrated rows are in the basis of the one model that they were trained for, which check_calibrated asks for
+    trained = pivot is not None and pivot.fingerprint.calibrated is not None and not cell.pivot.transfer
     if pivot is not None:
         check_belongs(pivot, model, cell, quantization, rotation)
-        if rotation is not None:
+        if trained:
+            pass
+        elif rotation is not None:
             pivot, residual = in_rotated_basis(pivot, model, rotation, cell.model.pretrained, cell.model.reference)
         elif quantization is not None and "bits" in quantization:
             method, checkpoint = quantization["method"], cell.model.pretrained
@@ -116,9 +121,11 @@ def build(
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
         pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
-    if cell.weights.rotate and pivot is not None:
+    if cell.weights.rotate and pivot is not None and not trained:
         pivot = to_rotated(pivot)
     model = _evaluated(model, cell, search)
+    if from_file is not None and cell.pivot.intact:
+        check_calibrated(from_file, model, cell)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
     check_cache(pivoted)
     digest = search.digest if search else None

@@ -13,6 +13,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
+from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, PivotKV
 from intactkv_eval.weights.stages import Rotation
@@ -63,8 +64,30 @@ def check_belongs(
         pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
     pivot.check_matches(
         dtype=str(model.dtype).removeprefix("torch."),
-        basis="plain",
+        basis=None if pivot.fingerprint.calibrated else "plain",
         weight_hash=found.weight_hash if found else None,
+    )
+
+
+def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:
+    """Rows that were trained for one quantized model do not go in front of another, unless the cell says so.
+
+    Rows in a basis of their own never do: there they would be numbers without a meaning.
+    """
+    trained = pivot.fingerprint.calibrated
+    if trained is None:
+        if cell.pivot.transfer:
+            raise ConfigError(f"pivot_transfer: does nothing, {cell.pivot.source} is not calibrated; drop it")
+        return
+    same = trained.quantized == quantized_digest(model)
+    if same and cell.pivot.transfer:
+        raise ConfigError(f"pivot_transfer: does nothing, {cell.pivot.source} was calibrated for this model; drop it")
+    if same or (cell.pivot.transfer and pivot.fingerprint.basis == "plain"):
+        return
+    fix = "pivot_transfer=true allows it" if pivot.fingerprint.basis == "plain" else "its basis is that model's alone"
+    raise PivotError(
+        f"{cell.pivot.source} was calibrated for {trained.cell}, and this is another quantized model ({fix}); "
+        "calibrate for this one: intactkv calibrate"
     )
 
 

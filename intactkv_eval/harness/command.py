@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging, simple_parse_args_string
 
-from intactkv_eval.config import CELL_KEYS, cell_from_args
+from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import check_hf_arguments
@@ -51,6 +52,13 @@ def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Pat
         raise PivotError("pivot=none has no KV to save: name bos, prompt or tokens:...")
     pivot.save(out)
     return pivot
+
+
+def split_model_args(given: str | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm_eval's --model_args: the keys of a cell, and those of its `hf`."""
+    arguments = simple_parse_args_string(given) if isinstance(given, str) else given
+    own = {key: value for key, value in arguments.items() if key in CELL_KEYS}
+    return own, {key: value for key, value in arguments.items() if key not in CELL_KEYS}
 
 
 def check_writable(folder: Path) -> None:
@@ -100,10 +108,9 @@ def _check(parsed: Namespace) -> None:
     if (settings.get("log_samples") or settings.get("predict_only")) and not settings.get("output_path"):
         raise ConfigError("--log_samples: names no place for the samples; add --output_path")
     if settings["model"] == NAME:
-        given = settings.get("model_args") or {}
-        arguments = simple_parse_args_string(given) if isinstance(given, str) else dict(given)
-        cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
-        check_hf_arguments({key: value for key, value in arguments.items() if key not in CELL_KEYS})
+        cell, loading = split_model_args(settings.get("model_args") or {})
+        cell_from_args(cell)
+        check_hf_arguments(loading)
     _check_tasks(settings)
 
 

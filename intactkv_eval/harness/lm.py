@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.config import CELL_KEYS, cell_from_args
+from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 class IntactKVLM(PivotedGeneration):
     """The model class `intactkv` of lm_eval.
 
-    Arguments: those of a cell (config.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
+    Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
     PreTrainedModel. Raises IntactKVError for anything that is wrong with them.
     """
 

@@ -6,6 +6,7 @@
 (intactkv_kernels), which holds the weight in the form that it wants. Knows nothing of models.
 """
 
+import hashlib
 from typing import Any, cast
 
 import torch
@@ -103,6 +104,17 @@ def backends_of(model: nn.Module) -> dict[str, int]:
         if isinstance(module, QuantizedLinear):
             counts[module.backend] = counts.get(module.backend, 0) + 1
     return dict(sorted(counts.items()))
+
+
+def quantized_digest(model: nn.Module) -> str:
+    """What tells one quantized model from another: every packed matrix and every input stage, by the layers' names."""
+    made = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            made.update(f"{name} {module.digest}\n".encode())
+        if isinstance(module, InputStage):
+            made.update(f"{name} {module.spec!r}\n".encode())
+    return made.hexdigest()[:32]
 
 
 def quantized_layers(model: nn.Module) -> dict[str, Any]:

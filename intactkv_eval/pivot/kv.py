@@ -22,11 +22,28 @@ ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 _TINY = 2**-14  # below it fp16 has fewer digits
 
 
+class Calibrated(BaseModel):
+    """What a PivotKV was trained for, and how. It belongs to that quantized model alone.
+
+    quantized: digest of all its packed weights. cell: how it is called. data: SHA-256 of the conversations.
+    settings: of the training; held_out: its measure before and after.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quantized: str
+    cell: str
+    data: str
+    settings: dict[str, str | int | float | bool]
+    held_out: dict[str, tuple[float, float]]
+
+
 class Fingerprint(BaseModel):
     """Whose KV this is. Hashes are over a fixed sample of every tensor (see capture.weight_hash).
 
     embedding_sample: evenly spaced numbers of the embeddings, for models that hold the same in another precision.
     basis: `plain` is the model's own; a quantizer that rotates or rescales K or V names its own.
+    calibrated: None for what the full-precision model computes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +55,7 @@ class Fingerprint(BaseModel):
     dtype: str
     basis: str = "plain"
     embedding_sample: tuple[float, ...] = ()
+    calibrated: Calibrated | None = None
 
     def embeddings_differ(self, found_hash: str, found: tuple[float, ...], rows: tuple[float, ...] = ()) -> float:
         """How far other embeddings are from these, relative to each number or its row's size in `rows`."""

@@ -11,6 +11,7 @@ Source: Lin et al. 2023, sections 3.2 and 5; llm-awq's auto_scale.py and auto_cl
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from intactkv_eval.quantize.trial import Inputs, inputs_of, output_of, substitut
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 SCALES = torch.float16  # as all formats hold them
-_SEARCH_TOKENS = 16384  # of whole samples, on which a ratio is judged; the means are over all
+_SEARCH_TOKENS = 8192  # of whole samples, on which a ratio is judged; the means are over all
 _CLIP_TOKENS = 512
 _CLIP_STEPS, _CLIP_LEAST = 20, 0.5
 _CLIP_ROWS = 256
@@ -78,10 +79,7 @@ class AWQ:
     def clip_search(self, matrix: Tensor, tokens: Tensor) -> Tensor:
         """The magnitude [O, G] at which to cut each group of `matrix` [O, I], judged on inputs `tokens` [T, I]."""
         size = self._size(matrix, "the layer")
-        # The error |x d|^2 over tokens x is |R d|^2 with R of their QR decomposition, which has `size` rows at most.
-        groups = tokens.to(torch.float32).view(len(tokens), -1, size).transpose(0, 1)
-        if len(tokens) > size:
-            groups = torch.linalg.qr(groups, mode="r").R
+        groups = _triangle(tokens.view(len(tokens), -1, size).transpose(0, 1))
         found = []
         for rows in torch.split(matrix, _CLIP_ROWS):
             largest = rows.abs().view(len(rows), -1, size).amax(dim=-1)
@@ -96,17 +94,14 @@ class AWQ:
 
     @torch.no_grad()
     def _search(self, block: Block, group: ScaleGroup, seen: Inputs, kept: list[int]) -> Tensor:
-        layers = {name: block.layers[name] for name in group.layers}
-        weights = {name: layer.get_parameter("weight") for name, layer in layers.items()}
-        expected = _outputs(block, group, seen, kept)
+        weights = {name: block.layers[name].get_parameter("weight") for name in group.layers}
+        judged = _judge(block, group, seen, kept)
         best, least = None, math.inf
         for step in range(self.grid):
             scale = seen.mean.pow(step / self.grid).clamp(min=1e-4)
             scale = scale / (scale.max() * scale.min()).sqrt()
             trial = {name: (self._fake(weight * scale) / scale).to(weight.dtype) for name, weight in weights.items()}
-            with substituted(layers, trial):
-                outputs = _outputs(block, group, seen, kept)
-            error = sum(float((o - e).float().square().sum()) for o, e in zip(outputs, expected, strict=True))
+            error = judged(trial)
             if error < least:
                 best, least = scale, error
         if best is None:
@@ -122,6 +117,29 @@ class AWQ:
 
     def _size(self, matrix: Tensor, name: str) -> int:
         return check_group_size(matrix.shape[1], self.group_size, name)
+
+
+def _judge(block: Block, group: ScaleGroup, seen: Inputs, kept: list[int]) -> Callable[[Mapping[str, Tensor]], float]:
+    """weights [O, I] of the group's layers -> the squared error of the parent's outputs with them."""
+    layers = {name: block.layers[name] for name in group.layers}
+    if group.parent in layers:
+        name, weight = group.parent, layers[group.parent].get_parameter("weight")
+        tokens = _triangle(torch.cat(seen.samples))
+        return lambda trial: float((tokens @ (trial[name] - weight).float().mT).square().sum())
+    expected = _outputs(block, group, seen, kept)
+
+    def judged(trial: Mapping[str, Tensor]) -> float:
+        with substituted(layers, trial):
+            outputs = _outputs(block, group, seen, kept)
+        return sum(float((o - e).float().square().sum()) for o, e in zip(outputs, expected, strict=True))
+
+    return judged
+
+
+def _triangle(tokens: Tensor) -> Tensor:
+    """Inputs [..., T, I] in fp32, in I rows at most: a layer errs by |x d|^2 over them, |R d|^2 with R of x = Q R."""
+    tokens = tokens.to(torch.float32)
+    return torch.linalg.qr(tokens, mode="r").R if tokens.shape[-2] > tokens.shape[-1] else tokens
 
 
 def _outputs(block: Block, group: ScaleGroup, seen: Inputs, kept: list[int]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity, Run, Score
 
 _NOISE = 2.0  # standard errors
+_ANY = "bos"  # stands for every source of tokens; which these are is compared by themselves
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
 def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        found = replace(other.identity, source_hash=wanted.source_hash and other.identity.source_hash)
+        found = _by_tokens(other.identity)
+        found = replace(found, source_hash=wanted.source_hash and found.source_hash)
         if found != wanted or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
             continue
         if other.scores[task].column == run.scores[task].column:
@@ -95,10 +97,19 @@ def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Sco
     return None
 
 
+def _by_tokens(identity: Identity) -> Identity:
+    """Tokens that are computed are the same wherever their ids come from: a name, a list or a file."""
+    pivot = identity.cell.pivot
+    if pivot.intact:
+        return identity
+    pivot = pivot.model_copy(update={"source": _ANY})
+    return replace(identity, cell=identity.cell.model_copy(update={"pivot": pivot}))
+
+
 def _baseline(identity: Identity) -> Identity:
     """The same model, the same tokens in front, computed by itself."""
     cell = identity.cell
-    pivot = cell.pivot.model_copy(update={"intact": False})
+    pivot = cell.pivot.model_copy(update={"intact": False, "source": _ANY, "transfer": False})
     model = cell.model.model_copy(update={"reference": None})
     kv = cell.kv.model_copy(update={"exempt": True})  # of intact rows alone
     return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv}))

@@ -5,7 +5,7 @@ from math import exp, log
 
 import pytest
 
-from intactkv_eval.config import cell_from_args
+from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare

@@ -1,0 +1,97 @@
+"""From conversations to examples: the tokens behind the pivot, and which of them are the assistant's.
+
+An assistant's tokens are found by the chat template itself: what a message adds to the text of those before it, behind
+the words that invite an answer. Plain text is cut into windows that count whole. Knows tokenizers, no models.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import torch
+from torch import Tensor
+
+from intactkv_eval.calibrate.conversations import Conversation, Conversations
+from intactkv_eval.errors import DataError
+
+Body = Callable[[Sequence[int]], list[int]]
+"""The tokens of a row -> those behind the pivot."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """body: tokens [T] (int64) behind the pivot. counted: [T] (bool), those whose outputs the loss looks at."""
+
+    body: Tensor
+    counted: Tensor
+
+
+def examples_of(
+    conversations: Conversations, tokenizer: Any, body: Body, most_tokens: int = 1024, least_counted: int = 50
+) -> list[Example]:
+    """Examples of at most `most_tokens`, cut at the end, of more than `least_counted` assistant tokens; others go.
+
+    Raises DataError where none is left, or where the chat template cannot tell whose a token is.
+    """
+    if len(conversations.texts) == 1 and [m.role for m in conversations.texts[0]] == ["assistant"]:
+        found = _windows(conversations.texts[0][0].content, tokenizer, most_tokens)
+    else:
+        rows = (_marked(one, tokenizer) for one in conversations.texts)
+        found = [_example(tokens[:most_tokens], mine[:most_tokens], body) for tokens, mine in rows]
+    kept = [one for one in found if int(one.counted.sum()) > least_counted]
+    if not kept:
+        raise DataError(
+            f"{conversations.source}: none of {len(found)} conversations has more than {least_counted} assistant "
+            f"tokens among its first {most_tokens}; questions without answers need --answer"
+        )
+    return kept
+
+
+def _windows(text: str, tokenizer: Any, size: int) -> list[Example]:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    pieces = [torch.tensor(ids[start : start + size], dtype=torch.long) for start in range(0, len(ids), size)]
+    return [Example(piece, torch.ones(len(piece), dtype=torch.bool)) for piece in pieces]
+
+
+def _example(tokens: list[int], mine: list[bool], body: Body) -> Example:
+    behind = body(tokens)
+    counted = mine[len(mine) - len(behind) :]  # the pivot takes tokens from the front alone
+    return Example(torch.tensor(behind, dtype=torch.long), torch.tensor(counted, dtype=torch.bool))
+
+
+def _marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of a conversation, and which are the assistant's."""
+    text = rendered(conversation, tokenizer)
+    spans = []
+    for place, message in enumerate(conversation):
+        if message.role == "assistant":
+            before = rendered(conversation[:place], tokenizer, invite=True)
+            after = rendered(conversation[: place + 1], tokenizer)
+            if not after.startswith(before) or not text.startswith(after):
+                raise DataError(
+                    "the chat template writes a conversation's beginning otherwise when more follows, so an answer's "
+                    "tokens cannot be told; use conversations of one turn, or another chat_template"
+                )
+            spans.append((len(before), len(after)))
+    if not tokenizer.is_fast:
+        raise DataError("this tokenizer does not tell where its tokens lie in the text; use its fast version")
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos, verbose=False)
+    mine = [any(start <= low < end for start, end in spans) for low, _ in encoded.offset_mapping]
+    return encoded.input_ids, mine
+
+
+def rendered(conversation: Conversation, tokenizer: Any, invite: bool = False) -> str:
+    """The text of a conversation; `invite`: with the words behind which an assistant answers.
+
+    Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError("conversations need a chat template, which this tokenizer lacks: chat_template=vicuna_v1.1")
+    messages = [message._asdict() for message in conversation]
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=invite)
+    except jinja2.exceptions.TemplateError as error:
+        raise DataError(f"the chat template refuses a conversation: {error}") from None
+    return text

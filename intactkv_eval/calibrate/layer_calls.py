@@ -1,0 +1,43 @@
+"""How a decoder layer is called inside its model, noted in one forward, so that it can be run alone afterwards.
+
+What a layer is given besides hidden states (positions, masks) depends on the length of the row and on the cache; the
+cache is handed in anew, since attention writes to it. Knows no quantizer and no pivot.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+
+class LayerCall(NamedTuple):
+    """All that a decoder layer was called with, but for its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, "LayerCall"]:
+        """The hidden states [1, T, C] of a call as a forward pre-hook sees it, and the rest of it."""
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        return hidden, cls(tuple(args[1:]), {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+    def run(self, layer: nn.Module, hidden: Tensor, cache: Cache | None, device: torch.device) -> Tensor:
+        """What `layer`, which is on `device`, makes of `hidden` [1, T, C] with `cache` in the place of its own."""
+
+        def given(value: Any) -> Any:
+            if isinstance(value, Cache):
+                return cache
+            if isinstance(value, Tensor):
+                return value.to(device, hidden.dtype) if value.is_floating_point() else value.to(device)
+            return type(value)(given(part) for part in value) if type(value) in {tuple, list} else value
+
+        arguments = {key: given(value) for key, value in self.kwargs.items()}
+        return hidden_of(layer(hidden.to(device), *map(given, self.args), **arguments))
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states among what a decoder layer returns."""
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -1,0 +1,73 @@
+"""What the full-precision model makes of the examples: each layer's outputs of the counted tokens.
+
+Computed once and kept in files, a file an example, where the budget allows; else computed again whenever they are
+wanted, with the full-precision model in memory beside the quantized one.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from intactkv_eval.calibrate.examples import Example
+from intactkv_eval.calibrate.layer_calls import hidden_of
+from intactkv_eval.calibrate.rows import Rows, run_behind
+from intactkv_eval.files import write_atomic
+from intactkv_eval.model.structure import decoder_layers, layer_devices, text_config
+from intactkv_eval.pivot.kv import PivotKV
+
+
+@torch.no_grad()
+def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> list[Tensor]:
+    """Each layer's outputs [N, C] of the counted tokens, behind the pivot."""
+    found: list[Tensor] = []
+
+    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        hidden = hidden_of(output)[0]
+        found.append(hidden[example.counted.to(hidden.device)])
+
+    hooks = [layer.register_forward_hook(look) for layer in decoder_layers(model)[1]]
+    try:
+        run_behind(model.base_model, model, Rows(pivot.keys, pivot.values), layer_devices(model), example.body)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def bytes_of(model: PreTrainedModel, examples: Sequence[Example]) -> int:
+    """What all layer outputs of `examples` take."""
+    config: Any = text_config(model)
+    tokens = sum(int(example.counted.sum()) for example in examples)
+    return tokens * int(config.num_hidden_layers) * int(config.hidden_size) * int(model.dtype.itemsize)
+
+
+class KeptTargets:
+    """Layer outputs in files of `folder`, by the place of their example."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def fill(self, model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example], shown: bool = True) -> None:
+        """Compute and keep what is not there yet."""
+        missing = [place for place in range(len(examples)) if not self._path(place).is_file()]
+        for place in tqdm(missing, desc="Full-precision outputs", disable=not shown or not missing):
+            outputs = {str(i): one.cpu() for i, one in enumerate(layer_outputs(model, pivot, examples[place]))}
+            write_atomic(self._path(place), lambda partial, kept=outputs: save_file(kept, partial))  # type: ignore[misc]
+
+    def __call__(self, place: int) -> list[Tensor]:
+        """Of the example at `place`."""
+        kept = load_file(self._path(place))
+        return [kept[str(layer)] for layer in range(len(kept))]
+
+    def complete(self, examples: int) -> bool:
+        """Whether those of all examples are there."""
+        return all(self._path(place).is_file() for place in range(examples))
+
+    def _path(self, place: int) -> Path:
+        return self._folder / f"example-{place:05d}.safetensors"

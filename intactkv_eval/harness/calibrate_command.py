@@ -1,0 +1,218 @@
+"""What `intactkv calibrate` does: a cell and conversations in, the PivotKV that was trained for that cell out.
+
+The full-precision model is asked first and freed, where its outputs fit the budget; then the quantized one is built and
+frozen. What a killed run had reached lies beside the output, and the same command goes on with it.
+"""
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from transformers import AutoConfig
+
+from intactkv_eval.calibrate.conversations import Conversations, load_conversations, waits
+from intactkv_eval.calibrate.examples import Example, examples_of
+from intactkv_eval.calibrate.ranks import Ranks
+from intactkv_eval.calibrate.rows import TrainedRows
+from intactkv_eval.calibrate.run_state import RunState
+from intactkv_eval.calibrate.student import Quality, Student
+from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, layer_outputs
+from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer
+from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.harness.answers import answered
+from intactkv_eval.harness.command import check_writable
+from intactkv_eval.harness.framing import Framing
+from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.model.linear import quantized_digest
+from intactkv_eval.model.stages import apply_stages
+from intactkv_eval.pivot.basis import to_rotated
+from intactkv_eval.pivot.capture import weight_hash
+from intactkv_eval.pivot.kv import Calibrated, PivotKV
+from intactkv_eval.quantize.rotation import rotate
+from intactkv_eval.weights.formats import rotation_of
+
+
+class Asked(NamedTuple):
+    """data: conversations. answer: the full-precision model answers those that wait, in so many tokens; 0 is no.
+
+    tokens: of a conversation at most; assistant: more than so many of them. budget: bytes on disk for full-precision
+    outputs. recompute: see student.py. master: dtype of the trained copy.
+    """
+
+    data: str
+    answer: int = 0
+    tokens: int = 1024
+    assistant: int = 50
+    budget: int = 32 * 2**30
+    recompute: bool = True
+    master: str = "float32"
+    tensorboard: bool = False
+
+
+class Result(NamedTuple):
+    """What came of it: held-out quality before and after, and the run's log."""
+
+    pivot: PivotKV
+    before: Quality
+    after: Quality
+    log: Path
+    best_epoch: int
+    examples: int
+
+
+def calibrate_to_file(
+    arguments: dict[str, Any], loading: dict[str, Any], asked: Asked, settings: Settings, out: Path
+) -> Result:
+    """Train the pivot's rows of the cell of `arguments`, and save them with what they were trained for.
+
+    loading: arguments of lm_eval's `hf`. Raises ConfigError, DataError, PivotError, CheckpointError or
+    UnsupportedModelError, before `out` is written.
+    """
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
+    if asked.master not in {"float32", "bfloat16"}:
+        raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
+    check_writable(out.parent)
+    cell = cell_from_args(arguments)
+    _check_cell(cell)
+    conversations = load_conversations(asked.data)
+    folder = out.parent / f".{out.name}.calibration"
+    full = IntactKVLM(**_of_full(cell), **loading)
+    ranks = Ranks(full.rank, full.world_size)
+    conversations = _answered(full, conversations, asked.answer, out, ranks)
+    body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
+    longest = min(asked.tokens, full.max_length)
+    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant)
+    targets = _targets(full, examples, cell, arguments, asked, folder, ranks)
+    del full
+    gc.collect()
+    lm = IntactKVLM(**arguments, **loading)
+    return _train(lm, conversations, examples, targets, asked, settings, folder, out, ranks)
+
+
+def _train(
+    lm: IntactKVLM,
+    conversations: Conversations,
+    examples: Sequence[Example],
+    targets: TargetsOf,
+    asked: Asked,
+    settings: Settings,
+    folder: Path,
+    out: Path,
+    ranks: Ranks,
+) -> Result:
+    pivoted = lm.pivoted_model
+    assert pivoted.pivot is not None
+    rows = TrainedRows(pivoted.pivot, getattr(torch, asked.master), pivoted.devices)
+    record: dict[str, str | int | float | bool] = {**asdict(settings), "tokens": asked.tokens, "master": asked.master}
+    record |= {"assistant": asked.assistant, "recompute": asked.recompute, "processes": ranks.world}
+    digest = quantized_digest(pivoted.model)
+    first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
+    job = {"settings": record, "data": conversations.digest, "quantized": digest, "pivot": first,
+           "dtype": str(pivoted.model.dtype)}  # fmt: skip
+    state = RunState(folder, job, ranks.rank == 0, asked.tensorboard)
+    student = Student(pivoted.model, rows, asked.recompute)
+    before, after = Trainer(student, examples, targets, settings, state, ranks).run()
+    measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}
+    made = Calibrated(
+        quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured
+    )
+    pivot = rows.as_pivot()
+    pivot = replace(pivot, fingerprint=pivot.fingerprint.model_copy(update={"calibrated": made}))
+    log = out.with_suffix(".csv")
+    if ranks.rank == 0:
+        pivot.save(out)
+        shutil.copyfile(state.log_path, log)
+        shutil.rmtree(folder)
+    return Result(pivot, before, after, log, state.best_epoch, len(examples))
+
+
+def _check_cell(cell: CellSpec) -> None:
+    if not cell.pivot.intact:
+        raise ConfigError("calibrate: needs intact pivot rows, which it trains; drop pivot=none or intact=false")
+    if cell.kv.bits < 16:
+        raise ConfigError("calibrate: rows are trained in front of a full-precision KV cache; drop kv_bits")
+    if cell.weights.search is not None:
+        raise ConfigError("calibrate: weights=awq with awq_search; quantize with `intactkv quantize --method awq`")
+
+
+def _of_full(cell: CellSpec) -> dict[str, Any]:
+    """The arguments of the full-precision cell with the same pivot tokens."""
+    chosen = {"pretrained": cell.model.reference or cell.model.pretrained, "dtype": cell.model.dtype}
+    revision = "main" if cell.model.reference else cell.model.revision
+    return {**chosen, "revision": revision, "pivot": cell.pivot.source, "chat_template": cell.pivot.chat_template}
+
+
+def _targets(
+    full: IntactKVLM,
+    examples: Sequence[Example],
+    cell: CellSpec,
+    arguments: dict[str, Any],
+    asked: Asked,
+    folder: Path,
+    ranks: Ranks,
+) -> TargetsOf:
+    """Full-precision outputs, in the basis of the cell's hidden states: kept in files where the budget allows."""
+    assert full.built is not None
+    model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
+    assert pivot is not None
+    seed = _rotation_seed(cell)
+    if seed is not None:
+        apply_stages(model, rotate(model, seed), ActivationSpec())
+        pivot = to_rotated(pivot)
+    needed = bytes_of(model, examples)
+    if needed > asked.budget:
+        return lambda place: layer_outputs(model, pivot, examples[place])
+    said = json.dumps([full.built.source_hash, str(model.dtype), seed, list(pivot.token_ids)])
+    tokens = hashlib.sha256(said.encode())
+    for example in examples:
+        tokens.update(example.body.numpy().tobytes() + example.counted.numpy().tobytes())
+    kept = KeptTargets(folder / f"full-{tokens.hexdigest()[:16]}")
+    if ranks.rank == 0:
+        kept.fill(model, pivot, examples)
+    if ranks.world > 1:
+        torch.distributed.barrier()
+    return kept
+
+
+def _rotation_seed(cell: CellSpec) -> int | None:
+    """How the hidden states of the cell's model are turned, None where they are not."""
+    if cell.weights.rotate:
+        return 0
+    folder = cell.model.pretrained
+    config = AutoConfig.from_pretrained(folder, revision=cell.model.revision)
+    rotation = rotation_of(read_quantization(folder, config).layout)
+    return None if rotation is None else rotation.seed
+
+
+def _name(cell: CellSpec) -> str:
+    weights, activations = cell.weights, cell.activations
+    size = f" {weights.method} w{weights.bits} g{weights.group_size}" if weights.method != "none" else ""
+    rotated = " rotated" * weights.rotate
+    return f"{cell.model.pretrained}{size}{rotated}" + (f" a{activations.bits}" if activations.bits < 16 else "")
+
+
+def _answered(full: IntactKVLM, found: Conversations, tokens: int, out: Path, ranks: Ranks) -> Conversations:
+    waiting = sum(map(waits, found.texts))
+    if not waiting:
+        if tokens:
+            raise ConfigError(f"--answer: does nothing, all conversations of {found.source} have their answers")
+        return found
+    if not tokens:
+        raise DataError(
+            f"{found.source}: {waiting} of {len(found.texts)} conversations have a question without an answer; "
+            "--answer 256 lets the full-precision model answer them"
+        )
+    if ranks.world > 1:
+        raise ConfigError("--answer: answer in one process first; the answers' file is then the --data of several")
+    return answered(full, found, tokens, out.with_suffix(".answers.jsonl"))

@@ -1,0 +1,57 @@
+"""The commands about the pivot itself: `intactkv calibrate`. Heavy imports wait for the command that needs them."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from intactkv_eval.errors import ConfigError
+
+
+def calibrate(
+    model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="The cell, as for `intactkv eval`.")],
+    data: Annotated[str, typer.Option(help="Conversations: .json (ShareGPT), .jsonl, .txt, or a data set ORG/NAME.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write; a .csv log is put beside it.")],
+    answer: Annotated[int, typer.Option(min=0, help="Let the full model answer questions, in so many tokens.")] = 0,
+    rate: Annotated[float, typer.Option(help="AdamW's learning rate, constant.")] = 2e-4,
+    batch: Annotated[int, typer.Option(help="Conversations a step.")] = 16,
+    epochs: Annotated[int, typer.Option(help="At most.")] = 20,
+    clip: Annotated[float, typer.Option(help="Greatest norm of a step's gradient; 0 for none.")] = 0.3,
+    held_out: Annotated[float, typer.Option(help="Share of the conversations that is never trained on.")] = 0.2,
+    patience: Annotated[int, typer.Option(help="Epochs without a better held-out loss before it ends.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which are held out, and their order.")] = 0,
+    tokens: Annotated[int, typer.Option(min=2, help="Of a conversation, at most; more are cut off.")] = 1024,
+    assistant: Annotated[int, typer.Option(min=0, help="Leave out those without more assistant tokens.")] = 50,
+    budget: Annotated[float, typer.Option(min=0, help="GB on disk for full-precision outputs; more: recomputed.")] = 32,
+    recompute: Annotated[
+        bool, typer.Option("--recompute/--no-recompute", help="One layer's activations in memory; or all, faster.")
+    ] = True,
+    master: Annotated[str, typer.Option(help="Of the trained copy: float32 or bfloat16.")] = "float32",
+    tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard too.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Train the pivot's KV for one quantized model: later runs take pivot=FILE.safetensors.
+
+    The defaults are the paper's. A run that was killed goes on when the same command is given again. On several GPUs:
+    accelerate launch -m intactkv_eval.cli calibrate ...
+    """
+    command = import_module("intactkv_eval.harness.calibrate_command")
+    arguments, loading = import_module("intactkv_eval.harness.command").split_model_args(model_args)
+    for name, value in (("device", device), ("trust_remote_code", trust_remote_code)):
+        if name in loading:
+            raise ConfigError(f"{name}: give it once, as --{name.replace('_', '-')}")
+        loading[name] = value
+    asked = command.Asked(data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard)
+    settings: Any = command.Settings(rate, batch, epochs, clip, held_out, patience, seed)
+    found = command.calibrate_to_file(arguments, loading, asked, settings, out)
+    rows = zip(("all layers", "last layer", "nats a token"), found.before, found.after, strict=True)
+    typer.echo(
+        f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})"
+    )
+    for name, before, after in rows:
+        typer.echo(f"{name:12} {before:9.4g} {after:9.4g}")
+    if not found.best_epoch:
+        typer.echo("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
+    typer.echo(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]

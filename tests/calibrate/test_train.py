@@ -1,0 +1,173 @@
+"""Training lowers the held-out loss; killed anywhere it ends with the same rows; several processes take the same steps."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_student import example, pair
+
+from intactkv_eval.calibrate.ranks import Ranks
+from intactkv_eval.calibrate.rows import TrainedRows
+from intactkv_eval.calibrate.run_state import RunState
+from intactkv_eval.calibrate.student import Student
+from intactkv_eval.calibrate.teacher import layer_outputs
+from intactkv_eval.calibrate.train import Settings, Trainer, split
+from intactkv_eval.errors import CheckpointError, ConfigError, PivotError
+from intactkv_eval.model.structure import layer_devices
+
+EXAMPLES = [
+    example(seed, 8 + seed % 3, words=9) for seed in range(12)
+]  # of few words, so that they have much in common
+SETTINGS = Settings(rate=1e-2, batch=4, epochs=4, held_out=0.3)
+
+
+class Killed(Exception):
+    """Stands for the signal."""
+
+
+@pytest.fixture(scope="module")
+def models():
+    full, pivot, quantized, _ = pair("llama", torch.float32)
+    return pivot, quantized, [layer_outputs(full, pivot, one) for one in EXAMPLES]
+
+
+def trainer(models, folder, settings=SETTINGS, targets=None, ranks=None, job=None):
+    pivot, quantized, kept = models
+    rows = TrainedRows(pivot, torch.float32, layer_devices(quantized))
+    state = RunState(folder, job or {"a": 1})
+    return Trainer(Student(quantized, rows), EXAMPLES, targets or kept.__getitem__, settings, state, ranks), rows, state
+
+
+def test_held_out_loss_falls_and_the_best_rows_are_kept(models, tmp_path):
+    made, rows, state = trainer(models, tmp_path)
+    before, after = made.run()
+    assert after.blocks < 0.95 * before.blocks
+    again = made.held_out_quality()
+    assert again == after
+    assert state.best_epoch > 0
+    log = list(csv.DictReader((tmp_path / "log.csv").open()))
+    losses = [float(line["loss"]) for line in log if line["loss"]]
+    assert len(losses) == state.step == 2 * state.epoch
+    assert float(log[0]["held_out_blocks"]) == before.blocks
+    assert min(float(line["held_out_blocks"]) for line in log if line["held_out_blocks"]) == after.blocks
+    assert all(torch.equal(a, b) for a, b in zip(rows.parameters(), state.best_rows, strict=True))
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 8, 13])
+def test_killed_anywhere_it_ends_with_the_same_rows(models, tmp_path, monkeypatch, after):
+    """After so many gradients: before the first step is saved, in the middle of an epoch, in a later one."""
+    monkeypatch.setattr("intactkv_eval.calibrate.run_state._EVERY", 1)
+    whole, rows, _ = trainer(models, tmp_path / "whole")
+    quality = whole.run()
+    real, count = Student.add_gradient, []
+
+    def dying(self, *arguments):
+        count.append(1)
+        if len(count) == after:
+            raise Killed
+        return real(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "add_gradient", dying)
+        with pytest.raises(Killed):
+            trainer(models, tmp_path / "killed")[0].run()
+    resumed, other, _ = trainer(models, tmp_path / "killed")
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "add_gradient", lambda self, *a: steps.append(1) or real(self, *a))
+        assert resumed.run() == quality
+    assert all(torch.equal(a, b) for a, b in zip(rows.parameters(), other.parameters(), strict=True))
+    assert len(steps) == 4 * 8 - (after - 1) // 4 * 4
+    logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "killed")]
+    assert logs[0] == logs[1]
+
+
+def test_another_job_or_a_damaged_state_is_refused(models, tmp_path):
+    trainer(models, tmp_path)[0].run()
+    with pytest.raises(ConfigError, match=r"another job \(a differ\)"):
+        trainer(models, tmp_path, job={"a": 2})
+    (tmp_path / "state.pt").write_bytes(b"no state")
+    with pytest.raises(CheckpointError, match="damaged"):
+        trainer(models, tmp_path)
+
+
+def test_it_stops_when_nothing_gets_better(models, tmp_path):
+    """A rate that throws the rows far away: no epoch is better, so the first rows come back."""
+    made, rows, state = trainer(models, tmp_path, Settings(rate=50.0, batch=4, epochs=9, patience=2, held_out=0.3))
+    first = [parameter.detach().clone() for parameter in rows.parameters()]
+    before, after = made.run()
+    assert (before, state.best_epoch, state.epoch) == (after, 0, 2)
+    assert all(torch.equal(a, b) for a, b in zip(rows.parameters(), first, strict=True))
+
+
+def test_gradients_are_clipped_as_one(models, tmp_path):
+    steps = {}
+    for clip in (0.0, 1e-3):
+        made, rows, _ = trainer(
+            models, tmp_path / str(clip), Settings(rate=1e-2, batch=3, epochs=1, clip=clip, held_out=0.3)
+        )
+        made._step([0, 1, 2], type("Bar", (), {"update": lambda self, n: None})())
+        steps[clip] = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
+    assert float(steps[1e-3].norm()) == pytest.approx(1e-3, rel=1e-5)
+    torch.testing.assert_close(steps[1e-3] / 1e-3, steps[0.0] / steps[0.0].norm())
+
+
+def test_a_gradient_that_is_no_number_ends_it(models, tmp_path):
+    bad = [[layer * float("nan") for layer in one] for one in models[2]]
+    made, *_ = trainer(models, tmp_path, targets=bad.__getitem__)
+    with pytest.raises(PivotError, match="not finite"):
+        made.run()
+
+
+def test_split_and_settings():
+    training, held_out = split(10, Settings(held_out=0.2))
+    assert sorted(training + held_out) == list(range(10))
+    assert len(held_out) == 2
+    assert split(10, Settings(seed=1))[1] != held_out
+    assert len(split(2, Settings(held_out=0.01))[1]) == 1
+    with pytest.raises(ConfigError, match="held out"):
+        split(1, Settings())
+    for bad in (
+        {"rate": 0},
+        {"rate": float("nan")},
+        {"batch": 0},
+        {"epochs": 0},
+        {"clip": -1},
+        {"held_out": 1.0},
+        {"patience": 0},
+    ):
+        with pytest.raises(ConfigError, match=next(iter(bad)).replace("_", "-")):
+            Settings(**bad)
+
+
+def test_two_processes_take_the_steps_of_one(models, tmp_path):
+    """Over gloo, with a batch that does not divide: the sum of gradients differs by its order alone."""
+    made, rows, _ = trainer(models, tmp_path / "one")
+    made.run()
+    torch.save([parameter.detach() for parameter in rows.parameters()], tmp_path / "one.pt")
+    code = Path(__file__).with_name("two_processes.py")
+    path = os.pathsep.join([str(code.parent), str(code.parents[1]), *sys.path])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(code), str(rank), str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    for one in ranks:
+        assert one.wait(timeout=240) == 0, one.stderr.read()
+    alone = torch.load(tmp_path / "one.pt")
+    both = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for a, b, c in zip(alone, *both, strict=True):
+        assert torch.equal(b, c)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_ranks_share_a_batch():
+    assert [list(Ranks(rank, 3).mine(range(7))) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]

@@ -1,0 +1,135 @@
+"""`intactkv calibrate`: a cell and conversations in, a PivotKV out that belongs to that quantized model alone."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from intactkv_eval.cli import app
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.pivot.kv import PivotKV
+
+CELL = "dtype=float32,weights=rtn,bits=3,group_size=32"
+FAST = ["--epochs", 2, "--batch", 4, "--rate", "1e-2", "--assistant", 3, "--tokens", 60]
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    path = tmp_path_factory.mktemp("talks") / "talks.jsonl"
+    rows = [[("user", f"say {n}"), ("assistant", f"well, {n} it is")] for n in range(8)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) for row in rows]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def calibrate(cell, data, out, *more):
+    arguments = ["--model_args", cell, "--data", data, "--out", out, *FAST, *more]
+    return CliRunner().invoke(app, ["calibrate", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("pivot", ["prompt", "bos"])
+def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talks, tmp_path, pivot):
+    out = tmp_path / "p.safetensors"
+    result = calibrate(f"pretrained={saved_llama},{CELL},pivot={pivot}", talks, out)
+    assert result.exit_code == 0, result.output
+    made = PivotKV.load(out)
+    said = made.fingerprint.calibrated
+    assert said.cell.endswith("rtn w3 g32")
+    before, after = said.held_out["blocks"]
+    assert after < before
+    assert f"{after:.4g}" in result.output
+    assert (tmp_path / "p.csv").read_text().startswith("epoch,step,loss")
+    assert not list(tmp_path.glob(".p*"))
+    captured = IntactKVLM(str(saved_llama), dtype="float32", pivot=pivot, device="cpu").pivoted_model.pivot
+    assert captured.token_ids == made.token_ids
+    assert not torch.equal(captured.keys[0], made.keys[0])
+    own = {"dtype": "float32", "weights": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}
+    lm = IntactKVLM(str(saved_llama), pivot=str(out), **own)
+    assert torch.equal(lm.pivoted_model.pivot.keys[1], made.keys[1])
+    assert lm.cell_record()["pivot_fingerprint"]["calibrated"]["data"] == said.data
+    for other in (
+        {"bits": 4},
+        {"group_size": 16},
+        {"act_bits": 8},
+        {"weights": "none", "bits": None, "group_size": None},
+    ):
+        with pytest.raises(PivotError, match=r"calibrated for .* another quantized model"):
+            IntactKVLM(str(saved_llama), pivot=str(out), **{**own, **other})
+    allowed = IntactKVLM(str(saved_llama), pivot=str(out), pivot_transfer=True, **{**own, "bits": 4})
+    assert torch.equal(allowed.pivoted_model.pivot.values[0], made.values[0])
+    with pytest.raises(ConfigError, match="pivot_transfer: does nothing"):
+        IntactKVLM(str(saved_llama), pivot=str(out), pivot_transfer=True, **own)
+
+
+def test_transfer_needs_a_file_and_a_calibrated_one(saved_llama, tmp_path):
+    own = {"dtype": "float32", "weights": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}
+    with pytest.raises(ConfigError, match="does nothing without pivot=FILE"):
+        IntactKVLM(str(saved_llama), pivot="bos", pivot_transfer=True, **own)
+    plain = IntactKVLM(str(saved_llama), **own).pivoted_model.pivot
+    plain.save(tmp_path / "plain.safetensors")
+    with pytest.raises(ConfigError, match="is not calibrated"):
+        IntactKVLM(str(saved_llama), pivot=str(tmp_path / "plain.safetensors"), pivot_transfer=True, **own)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "quarot"])
+def test_packed_checkpoints(saved_llama, talks, tmp_path, method):
+    """In the checkpoint's own basis: loss before training is that of the uncalibrated cell, and it falls."""
+    (tmp_path / "text.txt").write_text("some prose to calibrate on " * 40)
+    chosen = {"rtn": ["--method", "rtn", "--format", "gptq"], "gptq": ["--method", "gptq"], "awq": ["--method", "awq"],
+              "quarot": ["--method", "rtn", "--rotate", "--act-bits", 8]}[method]  # fmt: skip
+    data = ["--data", tmp_path / "text.txt", "--samples", 4, "--length", 24] if method in {"gptq", "awq"} else []
+    packed = tmp_path / "packed"
+    options = ["--bits", 4, "--group-size", 32, "--dtype", "float32", "--out", packed, *chosen, *data]
+    assert CliRunner().invoke(app, ["quantize", str(saved_llama), *map(str, options)]).exit_code == 0
+    out = tmp_path / "p.safetensors"
+    cell = f"pretrained={packed},reference={saved_llama},dtype=float32,pivot=prompt"
+    result = calibrate(cell, talks, out)
+    assert result.exit_code == 0, result.output
+    before, after = PivotKV.load(out).fingerprint.calibrated.held_out["blocks"]
+    assert after < before < 5
+    lm = IntactKVLM(str(packed), pivot=str(out), dtype="float32", device="cpu")
+    assert lm.pivoted_model.pivot.fingerprint.calibrated is not None
+
+
+def test_outputs_recomputed_for_want_of_room_are_the_same(saved_llama, talks, tmp_path):
+    cell = f"pretrained={saved_llama},{CELL},pivot=prompt"
+    for name, more in (("kept", []), ("again", ["--budget", 0])):
+        assert calibrate(cell, talks, tmp_path / f"{name}.safetensors", *more).exit_code == 0
+    kept, again = (PivotKV.load(tmp_path / f"{name}.safetensors") for name in ("kept", "again"))
+    assert all(torch.equal(a, b) for a, b in zip(kept.keys + kept.values, again.keys + again.values, strict=True))
+
+
+def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path):
+    lines = [json.dumps({"turns": [f"what is {n}?", "and then?"]}) for n in range(4)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    cell, out = f"pretrained={saved_llama},{CELL},pivot=prompt", tmp_path / "p.safetensors"
+    refused = calibrate(cell, tmp_path / "q.jsonl", out)
+    assert refused.exit_code != 0
+    assert "--answer" in str(refused.exception)
+    result = calibrate(cell, tmp_path / "q.jsonl", out, "--answer", 8)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "p.answers.jsonl").read_text().splitlines()]
+    assert [[message["role"] for message in row] for row in rows] == [["user", "assistant"] * 2] * 4
+    out.unlink()
+    assert calibrate(cell, tmp_path / "p.answers.jsonl", out).exit_code == 0
+    with pytest.raises(ConfigError, match="does nothing"):
+        raise calibrate(cell, tmp_path / "p.answers.jsonl", out, "--answer", 8).exception
+
+
+@pytest.mark.parametrize(
+    ("cell", "more", "said"),
+    [
+        ("pivot=none", [], "needs intact pivot rows"),
+        ("pivot=bos,kv_bits=4", [], "drop kv_bits"),
+        ("pivot=bos", ["--master", "float16"], "float32 or bfloat16"),
+        ("pivot=bos", ["--held-out", "1"], "between 0 and 1"),
+        ("pivot=bos,device=cpu", [], "give it once"),
+    ],
+)
+def test_bad_input_is_named_before_a_model_is_loaded(saved_llama, talks, tmp_path, cell, more, said):
+    shutil.rmtree(saved_llama)
+    result = calibrate(f"pretrained={saved_llama},{CELL},{cell}", talks, tmp_path / "p.safetensors", *more)
+    assert said in str(result.exception)
