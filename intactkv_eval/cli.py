@@ -139,6 +139,7 @@ def quantize(
     typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
 
 
+app.command()(pivot_commands.pivots)
 app.command()(pivot_commands.calibrate)
 
 

@@ -97,7 +97,8 @@ class KVSpec(Spec):
 class PivotSpec(Spec):
     """Which tokens stand in front of every request, and whether their KV is the full-precision model's (`intact`).
 
-    source: bos, prompt, tokens:ID+ID+... or a PivotKV .safetensors file. (lm_eval splits arguments at commas.)
+    source: bos, prompt, tokens:ID+ID+..., or a PivotKV .safetensors file. (lm_eval splits arguments at commas.)
+    auto: BOS and the tokens that keep others from becoming pivots, searched; or the .json of `intactkv pivots --out`.
     transfer: a calibrated PivotKV may be one that was trained for another quantized model.
     """
 
@@ -109,11 +110,18 @@ class PivotSpec(Spec):
     @field_validator("source")
     @classmethod
     def _known_source(cls, value: str) -> str:
-        if value in {"bos", "prompt"} or value.startswith("tokens:") or value.endswith(".safetensors"):
+        if (
+            value in {"bos", "prompt", "auto"}
+            or value.startswith("tokens:")
+            or value.endswith((".safetensors", ".json"))
+        ):
             return value
-        near = get_close_matches(value, ["none", "bos", "prompt"], n=1)
+        near = get_close_matches(value, ["none", "bos", "prompt", "auto"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"use none, bos, prompt, tokens:ID+ID+... or a PivotKV file ending in .safetensors{hint}")
+        raise ValueError(
+            "use none, bos, prompt, auto, tokens:ID+ID+..., a PivotKV file ending in .safetensors, or a prefix that "
+            f"`intactkv pivots` wrote, ending in .json{hint}"
+        )
 
     @property
     def token_ids(self) -> tuple[int, ...] | None:

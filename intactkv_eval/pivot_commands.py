@@ -1,4 +1,4 @@
-"""The commands about the pivot itself: `intactkv calibrate`. Heavy imports wait for the command that needs them."""
+"""The commands about the pivot itself: finding it, training it. Heavy imports wait for the command that needs them."""
 
 from importlib import import_module
 from pathlib import Path
@@ -7,6 +7,34 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
+
+
+def pivots(
+    model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
+    text: Annotated[str, typer.Option(help="wikitext2, c4, pile, or a .txt or .jsonl.")] = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Pieces of it; every other one judges what the rest chose.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a piece.")] = 256,
+    seed: Annotated[int, typer.Option(help="Which pieces.")] = 0,
+    threshold: Annotated[float, typer.Option(help="How many times the median of its layer a pivot reaches.")] = 8.0,
+    most: Annotated[int, typer.Option(help="Tokens of the prefix, BOS among them.")] = 4,
+    least: Annotated[float, typer.Option(help="The share of pivots that each token of it must remove.")] = 0.2,
+    attention: Annotated[bool, typer.Option("--attention/--no-attention", help="Measure attention too.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the prefix and its evidence: pivot=FILE.json.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Find the pivot tokens of a model, and propose a prefix that keeps later tokens from becoming pivots."""
+    if out is not None and out.suffix != ".json":
+        raise ConfigError(f"--out {out}: a prefix with its evidence ends in .json")
+    search = import_module("intactkv_eval.harness.prefix_search").Search(
+        text, samples, length, seed, threshold, most, least
+    )
+    arguments = {"pretrained": model, "dtype": dtype, "revision": revision}
+    loading = {"device": device, "trust_remote_code": trust_remote_code}
+    command = import_module("intactkv_eval.harness.pivots_command")
+    typer.echo(command.pivots_of(arguments, loading, search, attention, out))
 
 
 def calibrate(

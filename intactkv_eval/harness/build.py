@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.config import CellSpec, WeightSpec
+from intactkv_eval.config import CellSpec, PivotSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.cell_checks import (
@@ -29,6 +29,7 @@ from intactkv_eval.harness.cell_checks import (
     check_origin,
 )
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.prefix_search import automatic_tokens
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
@@ -86,7 +87,7 @@ def build(
     """
     vocabulary = config.get_text_config(decoder=True).vocab_size
     from_file = _from_file(cell)
-    token_ids = from_file.token_ids if from_file else resolve_tokens(cell.pivot, tokenizer, vocabulary)
+    token_ids = from_file.token_ids if from_file else _tokens(cell, tokenizer, vocabulary, load, quantization)
     check_kept_rows(cell, len(token_ids))
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
@@ -130,6 +131,25 @@ def build(
     check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
+
+
+def _tokens(
+    cell: CellSpec, tokenizer: Any, vocabulary: int, load: Loader, quantization: dict[str, Any] | None
+) -> tuple[int, ...]:
+    if cell.pivot.source != "auto":
+        return resolve_tokens(cell.pivot, tokenizer, vocabulary)
+    if quantization is not None and cell.model.reference is None:
+        raise PivotError(
+            f"pivot=auto is searched in the full-precision model, and {cell.model.pretrained} is quantized: name it "
+            "with reference=..., or search first: intactkv pivots MODEL --out FILE.json, then pivot=FILE.json"
+        )
+    first = resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary)
+    source = cell.model.reference or cell.model.pretrained
+    revision = "main" if cell.model.reference else cell.model.revision
+    found = automatic_tokens(source, revision, cell.model.dtype, first, tokenizer, load)
+    if not found:
+        raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")
+    return found
 
 
 def _source_hash(model: PreTrainedModel) -> str:

@@ -1,4 +1,4 @@
-"""Which tokens are the pivot: BOS, the constant head of a chat prompt, or a given list. Knows tokenizers, no models."""
+"""Which tokens are the pivot: BOS, a chat prompt's constant head, a list or a file. Knows tokenizers, no models."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import jinja2
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.pivot.choice_file import ChoiceFile
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.
 _PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesis)", "über", "the end", "I am")
@@ -23,6 +24,10 @@ def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[in
         return spec.token_ids
     if spec.source == "prompt":
         return prompt_head(tokenizer)
+    if spec.source.endswith(".json"):
+        chosen = ChoiceFile.load(Path(spec.source)).tokens
+        _check_vocabulary(chosen, vocab_size)
+        return chosen
     if tokenizer.bos_token_id is not None:
         return (int(tokenizer.bos_token_id),)
     if not spec.intact:

@@ -1,0 +1,115 @@
+"""Searching the prefix of a model: for `intactkv pivots`, and for cells with pivot=auto, which keep what was found."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from math import exp, sqrt
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from intactkv_eval.calibrate.data import Samples, load_samples
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.files import cache_folder
+from intactkv_eval.model.structure import decoder_layers
+from intactkv_eval.pivot import store
+from intactkv_eval.pivot.capture import check_supported, weight_hash
+from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
+from intactkv_eval.pivot.choose import Evidence, choose
+
+logger = logging.getLogger(__name__)
+
+
+class Search(NamedTuple):
+    """Where pivots are looked for, and what counts as one. See pivot/discover.py and pivot/choose.py."""
+
+    text: str = "wikitext2"
+    samples: int = 16
+    length: int = 256
+    seed: int = 0
+    threshold: float = 8.0
+    most: int = 4
+    least: float = 0.2
+
+    def check(self) -> None:
+        """Raise ConfigError for what is no setting."""
+        if self.threshold <= 1:
+            raise ConfigError(f"--threshold {self.threshold}: a pivot is larger than the median, so more than 1")
+        if self.samples < 2:
+            raise ConfigError(f"--samples {self.samples}: one half is searched, the other judges: at least 2")
+        if self.most < 1 or not 0 < self.least < 1:
+            raise ConfigError(f"--most {self.most}, --least {self.least}: at least 1 token, and a share within 0 and 1")
+
+
+def search_prefix(
+    model: PreTrainedModel, tokenizer: Any, first: tuple[int, ...], samples: Samples, search: Search
+) -> ChoiceFile:
+    """The prefix that begins with `first`, and its evidence. Raises UnsupportedModelError or PivotError."""
+    check_supported(model)
+    layers = list(decoder_layers(model)[1])
+    with tqdm(desc="Searching a prefix", unit=" texts") as bar:
+        chosen = choose(model, layers, first, samples.tokens, search.threshold, search.most, search.least, bar.update)
+    searched = Searched(
+        model=model.name_or_path or type(model).__name__,
+        weight_hash=weight_hash(model.named_parameters()),
+        dtype=str(model.dtype).removeprefix("torch."),
+        samples=samples.record(),
+        threshold=search.threshold,
+        most=search.most,
+        least=search.least,
+    )
+    words = tuple(tokenizer.decode([token]) for token in chosen.prefix)
+    return ChoiceFile(tokens=chosen.prefix, text=words, searched=searched, choice=chosen)
+
+
+def automatic_tokens(
+    pretrained: str,
+    revision: str,
+    dtype: str,
+    first: tuple[int, ...],
+    tokenizer: Any,
+    load: Callable[[str, str], PreTrainedModel],
+) -> tuple[int, ...]:
+    """The prefix of pivot=auto, searched with the settings of `Search` once and kept beside captured pivots.
+
+    Raises PivotError where `pretrained` is quantized, DataError where the texts cannot be had.
+    """
+    search = Search()
+    identity = store.source_identity(pretrained, revision)
+    asked = hashlib.sha256(json.dumps([identity, dtype, search, first]).encode()).hexdigest()[:32]
+    path = cache_folder() / "pivots" / f"auto-{asked}.json"
+    if identity is not None and path.is_file():
+        return ChoiceFile.load(path).tokens
+    model = load(pretrained, revision)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise PivotError(
+            f"pivot=auto is searched in the full-precision model: name it with reference=..., {pretrained}"
+        )
+    samples = load_samples(search.text, tokenizer, search.samples, search.length, search.seed)
+    made = search_prefix(model, tokenizer, first, samples, search)
+    logger.info("pivot=auto: %s; %s", json.dumps(made.text, ensure_ascii=False), control(made))
+    if identity is not None:
+        made.save(path)
+    return made.tokens
+
+
+def control(made: ChoiceFile) -> str:
+    """What the prefix does to the full-precision model on held-out texts, in a line."""
+    before, after = made.choice.before, made.choice.after
+    if before.prefix == after.prefix:
+        return f"{before.pivots:.1f} pivots a thousand tokens behind it; no token in front removes enough of them"
+    differences = [a - b for a, b in zip(after.nats, before.nats, strict=True)]
+    mean = sum(differences) / len(differences)
+    spread = sum((one - mean) ** 2 for one in differences)
+    error = sqrt(spread / max(len(differences) - 1, 1) / len(differences))
+    return (
+        f"pivots a thousand tokens behind it {before.pivots:.1f} -> {after.pivots:.1f}; full-precision perplexity "
+        f"{_perplexity(before):.2f} -> {_perplexity(after):.2f} ({mean:+.4f} ± {error:.4f} nats a token, paired over "
+        f"{len(differences)} held-out texts)"
+    )
+
+
+def _perplexity(evidence: Evidence) -> float:
+    return exp(sum(evidence.nats) / len(evidence.nats))

@@ -1,0 +1,57 @@
+"""A chosen prefix with its evidence, as JSON: what `intactkv pivots --out` writes and pivot=FILE.json reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from intactkv_eval.errors import PivotError
+from intactkv_eval.files import write_atomic
+from intactkv_eval.pivot.choose import Choice
+
+FORMAT = "intactkv-pivots-1"
+
+
+class Searched(BaseModel):
+    """On what a prefix was searched: texts, and the settings of the search."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    weight_hash: str
+    dtype: str
+    samples: dict[str, Any]
+    threshold: float
+    most: int
+    least: float
+
+
+class ChoiceFile(BaseModel):
+    """tokens: the prefix; text: their words; evidence: what was measured on texts that it was not chosen on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: str = FORMAT
+    tokens: tuple[int, ...]
+    text: tuple[str, ...]
+    searched: Searched
+    choice: Choice
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all. Raises OSError as the file system does."""
+        content = self.model_dump_json(indent=1) + "\n"
+        write_atomic(path, lambda partial: partial.write_text(content, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: Path) -> "ChoiceFile":
+        """Read what `save` wrote. Raises PivotError for a missing, damaged or foreign file."""
+        if not path.is_file():
+            raise PivotError(f"pivot file {path} does not exist")
+        try:
+            found = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+            raise PivotError(f"{path} is no prefix that `intactkv pivots --out` wrote ({error})") from None
+        if found.format != FORMAT or not found.tokens:
+            raise PivotError(f"{path}: format {found.format!r}, expected {FORMAT!r}; search anew: intactkv pivots")
+        return found
