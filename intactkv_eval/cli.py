@@ -140,6 +140,7 @@ def quantize(
 
 
 app.command()(pivot_commands.pivots)
+app.command()(pivot_commands.figures)
 app.command()(pivot_commands.calibrate)
 
 

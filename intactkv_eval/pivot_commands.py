@@ -37,6 +37,35 @@ def pivots(
     typer.echo(command.pivots_of(arguments, loading, search, attention, out))
 
 
+def figures(
+    model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="The cell, as for `intactkv eval`.")],
+    out: Annotated[Path, typer.Option(help="The folder to write: figures, and their numbers.")],
+    text: Annotated[str, typer.Option(help="wikitext2, c4, pile, or a .txt or .jsonl.")] = "wikitext2",
+    samples: Annotated[int, typer.Option(min=1, help="Pieces of it behind the pivot.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a piece.")] = 256,
+    seed: Annotated[int, typer.Option(help="Which pieces.")] = 0,
+    layers: Annotated[str, typer.Option(help="Of the attention maps: 0,9,20; four of them if none.")] = "",
+    head: Annotated[int | None, typer.Option(min=0, help="Of the attention maps; the mean of all if none.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Of outputs and cache; the most uneven, the middle one.")] = None,
+    formats: Annotated[str, typer.Option(help="Of png, pdf and svg.")] = "png",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+) -> None:
+    """Draw a cell: outliers, attention, loss and perplexity by the size of the intact pivot, the KV cache."""
+    kinds = tuple(part.strip() for part in formats.split(",") if part.strip())
+    listed = [part.strip() for part in layers.split(",") if part.strip()]
+    if not all(part.isdigit() for part in listed):
+        raise ConfigError(f"--layers {layers}: write numbers, for instance 0,9,20")
+    drawing = import_module("intactkv_eval.report.figures")
+    drawing.check_drawing(kinds)
+    command = import_module("intactkv_eval.harness.figures_command")
+    arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
+    shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
+    command.numbers_to_folder(arguments, loading, shown, out)
+    for path in drawing.draw(out, kinds):
+        typer.echo(path)
+
+
 def calibrate(
     model_args: Annotated[str, typer.Option("--model_args", "--model-args", help="The cell, as for `intactkv eval`.")],
     data: Annotated[str, typer.Option(help="Conversations: .json (ShareGPT), .jsonl, .txt, or a data set ORG/NAME.")],
@@ -66,11 +95,7 @@ def calibrate(
     accelerate launch -m intactkv_eval.cli calibrate ...
     """
     command = import_module("intactkv_eval.harness.calibrate_command")
-    arguments, loading = import_module("intactkv_eval.harness.command").split_model_args(model_args)
-    for name, value in (("device", device), ("trust_remote_code", trust_remote_code)):
-        if name in loading:
-            raise ConfigError(f"{name}: give it once, as --{name.replace('_', '-')}")
-        loading[name] = value
+    arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
     asked = command.Asked(data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard)
     settings: Any = command.Settings(rate, batch, epochs, clip, held_out, patience, seed)
     found = command.calibrate_to_file(arguments, loading, asked, settings, out)
@@ -83,3 +108,13 @@ def calibrate(
     if not found.best_epoch:
         typer.echo("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
     typer.echo(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]
+
+
+def _cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keys of the cell, and the arguments of lm_eval's `hf`. Raises ConfigError for one that is given twice."""
+    arguments, loading = import_module("intactkv_eval.harness.command").split_model_args(model_args)
+    for name, value in (("device", device), ("trust_remote_code", trust_remote_code)):
+        if name in loading:
+            raise ConfigError(f"{name}: give it once, as --{name.replace('_', '-')}")
+        loading[name] = value
+    return arguments, loading

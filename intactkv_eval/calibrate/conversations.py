@@ -1,8 +1,8 @@
 """Conversations to calibrate on: ShareGPT JSON, messages, questions with turns, or plain text.
 
     .json    a list of {"conversations": [{"from": "human", "value": ...}, ...]}, or as below
-    .jsonl   a line each: {"messages": [{"role": "user", "content": ...}, ...]}, or {"turns": [a user's, ...]}
-    .txt     one text without roles: all of it counts
+    .jsonl   lines: {"messages": [{"role": "user", "content": ...}, ...]}, {"turns": [...]} or {"text": ...}
+    .txt     one text; texts have no roles, all of their tokens count
     NAME     a data set of the hub with one of these columns, NAME:SPLIT for another split than train
 
 A conversation whose user has the last word waits for an answer (harness/answers.py). Knows no tokens and no models.
@@ -31,7 +31,7 @@ Conversation = tuple[Message, ...]
 
 
 class Conversations(NamedTuple):
-    """texts: each conversation; plain text as one assistant's message without a user. digest: SHA-256 over all."""
+    """texts: each conversation; a plain text is one assistant's message alone. digest: SHA-256 over all."""
 
     texts: tuple[Conversation, ...]
     source: str
@@ -72,9 +72,13 @@ def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
         turns = row["turns"]
         if turns and all(isinstance(turn, str) for turn in turns):
             return tuple(Message("user", turn) for turn in turns)
+    if isinstance(row, Mapping) and isinstance(row.get("text"), str):
+        return (Message("assistant", row["text"]),)
     listed = next((row[key] for key in ("messages", "conversations") if row.get(key)), None) if row else None
     if not isinstance(listed, list):
-        raise DataError(f"{place}: expected messages, conversations or turns, found {', '.join(map(str, row or ()))}")
+        raise DataError(
+            f"{place}: expected messages, conversations, turns or text, found {', '.join(map(str, row or ()))}"
+        )
     found = []
     for message in listed:
         role = _ROLES.get(str(message.get("role", message.get("from"))))
@@ -91,6 +95,11 @@ def waits(conversation: Conversation) -> bool:
     """Whether a user's message in it has no answer."""
     pairs = zip(conversation, (*conversation[1:], None), strict=True)
     return any(m.role == "user" and (after is None or after.role == "user") for m, after in pairs)
+
+
+def is_plain(conversation: Conversation) -> bool:
+    """Whether it is a text without roles."""
+    return [message.role for message in conversation] == ["assistant"]
 
 
 def _read(path: Path) -> str:

@@ -12,7 +12,7 @@ import jinja2
 import torch
 from torch import Tensor
 
-from intactkv_eval.calibrate.conversations import Conversation, Conversations
+from intactkv_eval.calibrate.conversations import Conversation, Conversations, is_plain
 from intactkv_eval.errors import DataError
 
 Body = Callable[[Sequence[int]], list[int]]
@@ -34,11 +34,13 @@ def examples_of(
 
     Raises DataError where none is left, or where the chat template cannot tell whose a token is.
     """
-    if len(conversations.texts) == 1 and [m.role for m in conversations.texts[0]] == ["assistant"]:
-        found = _windows(conversations.texts[0][0].content, tokenizer, most_tokens)
-    else:
-        rows = (_marked(one, tokenizer) for one in conversations.texts)
-        found = [_example(tokens[:most_tokens], mine[:most_tokens], body) for tokens, mine in rows]
+    found: list[Example] = []
+    for one in conversations.texts:
+        if is_plain(one):
+            found += _windows(one[0].content, tokenizer, most_tokens)
+        else:
+            tokens, mine = _marked(one, tokenizer)
+            found.append(_example(tokens[:most_tokens], mine[:most_tokens], body))
     kept = [one for one in found if int(one.counted.sum()) > least_counted]
     if not kept:
         raise DataError(

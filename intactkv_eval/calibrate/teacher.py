@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -47,6 +48,21 @@ def bytes_of(model: PreTrainedModel, examples: Sequence[Example]) -> int:
     return tokens * int(config.num_hidden_layers) * int(config.hidden_size) * int(model.dtype.itemsize)
 
 
+class _OnDisk(Sequence[Tensor]):
+    """The layers of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        self._count = len(list(self._file.keys()))  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, layer: Any) -> Any:
+        place = range(self._count)[layer]
+        return self._file.get_tensor(str(place)) if isinstance(place, int) else [self[one] for one in place]
+
+
 class KeptTargets:
     """Layer outputs in files of `folder`, by the place of their example."""
 
@@ -60,14 +76,9 @@ class KeptTargets:
             outputs = {str(i): one.cpu() for i, one in enumerate(layer_outputs(model, pivot, examples[place]))}
             write_atomic(self._path(place), lambda partial, kept=outputs: save_file(kept, partial))  # type: ignore[misc]
 
-    def __call__(self, place: int) -> list[Tensor]:
+    def __call__(self, place: int) -> Sequence[Tensor]:
         """Of the example at `place`."""
-        kept = load_file(self._path(place))
-        return [kept[str(layer)] for layer in range(len(kept))]
-
-    def complete(self, examples: int) -> bool:
-        """Whether those of all examples are there."""
-        return all(self._path(place).is_file() for place in range(examples))
+        return _OnDisk(self._path(place))
 
     def _path(self, place: int) -> Path:
         return self._folder / f"example-{place:05d}.safetensors"

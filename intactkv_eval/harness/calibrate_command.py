@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
-from transformers import AutoConfig
 
 from intactkv_eval.calibrate.conversations import Conversations, load_conversations, waits
 from intactkv_eval.calibrate.examples import Example, examples_of
@@ -26,20 +25,16 @@ from intactkv_eval.calibrate.student import Quality, Student
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer
 from intactkv_eval.cell_arguments import cell_from_args
-from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.framing import Framing
+from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.model.stages import apply_stages
-from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import weight_hash
 from intactkv_eval.pivot.kv import Calibrated, PivotKV
-from intactkv_eval.quantize.rotation import rotate
-from intactkv_eval.weights.formats import rotation_of
 
 
 class Asked(NamedTuple):
@@ -87,7 +82,7 @@ def calibrate_to_file(
     _check_cell(cell)
     conversations = load_conversations(asked.data)
     folder = out.parent / f".{out.name}.calibration"
-    full = IntactKVLM(**_of_full(cell), **loading)
+    full = IntactKVLM(**full_arguments(cell), **loading)
     ranks = Ranks(full.rank, full.world_size)
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
@@ -146,13 +141,6 @@ def _check_cell(cell: CellSpec) -> None:
         raise ConfigError("calibrate: weights=awq with awq_search; quantize with `intactkv quantize --method awq`")
 
 
-def _of_full(cell: CellSpec) -> dict[str, Any]:
-    """The arguments of the full-precision cell with the same pivot tokens."""
-    chosen = {"pretrained": cell.model.reference or cell.model.pretrained, "dtype": cell.model.dtype}
-    revision = "main" if cell.model.reference else cell.model.revision
-    return {**chosen, "revision": revision, "pivot": cell.pivot.source, "chat_template": cell.pivot.chat_template}
-
-
 def _targets(
     full: IntactKVLM,
     examples: Sequence[Example],
@@ -166,10 +154,8 @@ def _targets(
     assert full.built is not None
     model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
     assert pivot is not None
-    seed = _rotation_seed(cell)
-    if seed is not None:
-        apply_stages(model, rotate(model, seed), ActivationSpec())
-        pivot = to_rotated(pivot)
+    seed = rotation_seed(cell)
+    pivot = turned_alike(model, pivot, seed)
     needed = bytes_of(model, examples)
     if needed > asked.budget:
         return lambda place: layer_outputs(model, pivot, examples[place])
@@ -183,16 +169,6 @@ def _targets(
     if ranks.world > 1:
         torch.distributed.barrier()
     return kept
-
-
-def _rotation_seed(cell: CellSpec) -> int | None:
-    """How the hidden states of the cell's model are turned, None where they are not."""
-    if cell.weights.rotate:
-        return 0
-    folder = cell.model.pretrained
-    config = AutoConfig.from_pretrained(folder, revision=cell.model.revision)
-    rotation = rotation_of(read_quantization(folder, config).layout)
-    return None if rotation is None else rotation.seed
 
 
 def _name(cell: CellSpec) -> str:

@@ -9,7 +9,7 @@ Source: Sun et al. 2024, Massive Activations, section 2 (magnitudes); Xiao et al
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def observe(
         hooks += [part.register_forward_hook(share) for part in parts]
     inputs = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
     try:
-        with _eager(model, attention):
+        with eager_attention(model) if attention else nullcontext():
             model.base_model(input_ids=inputs, use_cache=False)
     finally:
         for hook in hooks:
@@ -104,10 +104,10 @@ def find(seen: Observation, threshold: float) -> list[Found]:
 
 
 @contextmanager
-def _eager(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
     """While it lasts attention is computed the way that shows its weights."""
     before = model.config._attn_implementation
-    if not wanted or before == "eager":
+    if before == "eager":
         yield
         return
     model.set_attn_implementation("eager")

@@ -30,7 +30,10 @@ def test_every_shape_is_read(tmp_path):
     assert both == (TWO_TURNS, (Message("user", "one"), Message("user", "three")))
     assert [waits(one) for one in both] == [False, True]
     assert waits((Message("user", "a"), Message("user", "b"), Message("assistant", "c")))
-    assert load_conversations(str(tmp_path / "t.txt")).texts == ((Message("assistant", "some prose"),),)
+    plain = ((Message("assistant", "some prose"),),)
+    assert load_conversations(str(tmp_path / "t.txt")).texts == plain
+    (tmp_path / "t.jsonl").write_text('{"text": "some prose"}')
+    assert load_conversations(str(tmp_path / "t.jsonl")).texts == plain
     other = Conversations.of([TWO_TURNS[:2]], "x").digest
     assert load_conversations(str(tmp_path / "s.json")).digest == Conversations.of([TWO_TURNS], "y").digest != other
 
@@ -43,7 +46,7 @@ def test_every_shape_is_read(tmp_path):
         ("a.json", "[]", "holds no conversation"),
         ("a.jsonl", '{"messages": [{"role": "wizard", "content": "x"}]}', "row 1: a message needs a role"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', "row 1: a message needs a role"),
-        ("a.jsonl", '{"text": "x"}', "row 1: expected messages, conversations or turns, found text"),
+        ("a.jsonl", '{"words": "x"}', "row 1: expected messages, conversations, turns or text, found words"),
     ],
 )
 def test_what_is_no_conversation_is_named(tmp_path, name, content, said):

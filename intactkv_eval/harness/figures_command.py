@@ -1,0 +1,107 @@
+"""What `intactkv figures` does: a cell and texts in, the numbers that its figures show out."""
+
+import gc
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from intactkv_eval.calibrate.data import load_samples
+from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import write_atomic
+from intactkv_eval.harness.command import check_writable
+from intactkv_eval.harness.figure_data import (
+    SHOWN,
+    attention_maps,
+    by_intact_rows,
+    cache_rows,
+    expected_outputs,
+    outliers,
+)
+from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike
+from intactkv_eval.harness.lm import IntactKVLM
+
+
+class Shown(NamedTuple):
+    """text, samples, length, seed: what is looked at. layers, head: of attention; layer: of outputs and cache."""
+
+    text: str
+    samples: int = 8
+    length: int = 256
+    seed: int = 0
+    layers: tuple[int, ...] = ()
+    head: int | None = None
+    layer: int | None = None
+
+
+def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown: Shown, out: Path) -> None:
+    """Compute what the figures of a cell show, and save it as report/figures.py reads it.
+
+    Raises ConfigError, DataError, PivotError, CheckpointError or UnsupportedModelError.
+    """
+    check_writable(out)
+    cell = cell_from_args(arguments)
+    if not cell.pivot.intact:
+        raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
+    full = IntactKVLM(**full_arguments(cell), **loading)
+    model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
+    assert pivot is not None
+    count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    layers = shown.layers or tuple(sorted({0, count // 3, 2 * count // 3, count - 1}))
+    _check_layers((*layers, *([] if shown.layer is None else [shown.layer])), count)
+    samples = load_samples(shown.text, full.tokenizer, shown.samples, shown.length, shown.seed)
+    ids = [*pivot.token_ids, *samples.tokens[0].tolist()][: max(SHOWN, len(pivot) + 8)]
+    numbers = outliers(model, ids, shown.layer)
+    numbers["attention"] = attention_maps(model, ids, layers, shown.head)
+    pivot = turned_alike(model, pivot, rotation_seed(cell))
+    expected = expected_outputs(model, pivot, samples.tokens)
+    del full, model
+    gc.collect()
+    lm = IntactKVLM(**arguments, **loading)
+    pivoted, tokenizer = lm.pivoted_model, lm.tokenizer
+    assert pivoted.pivot is not None
+    if _changes_outputs(cell):
+        numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected)
+    layer = count // 2 if shown.layer is None else shown.layer
+    if pivoted.writer is not None and not pivoted.writer.in_groups:
+        numbers |= cache_rows(pivoted, samples.tokens[0][:SHOWN].tolist(), layer)
+    said = {
+        "settings": _settings(arguments, shown, samples.digest),
+        "words": [tokenizer.decode([token]) for token in ids],
+        "pivot_words": [tokenizer.decode([token]) for token in pivoted.token_ids],
+        "layers": list(layers),
+        "head": "mean of heads" if shown.head is None else f"head {shown.head}",
+        "cache_layer": layer,
+    }
+    _save(out, numbers, said)
+
+
+def _save(out: Path, numbers: dict[str, Any], said: dict[str, Any]) -> None:
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.savez_compressed(file, **numbers)
+
+    write_atomic(out / "figures.npz", write)
+    content = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(out / "figures.json", lambda partial: partial.write_text(content, encoding="utf-8"))
+
+
+def _settings(arguments: dict[str, Any], shown: Shown, digest: str) -> str:
+    cell = ", ".join(f"{key}={Path(str(value)).name if key in {'pretrained', 'reference'} else value}"
+                     for key, value in arguments.items())  # fmt: skip
+    text = f"{shown.samples} pieces of {shown.length} tokens of {Path(shown.text).name}, seed {shown.seed}"
+    return f"{cell}; {text} (sha256 {digest[:12]})"
+
+
+def _changes_outputs(cell: CellSpec) -> bool:
+    """Whether anything but the KV cache is quantized: only then do intact rows change what a whole forward gives."""
+    return cell.weights.method != "none" or cell.activations.bits < 16 or cell.model.reference is not None
+
+
+def _check_layers(layers: tuple[int, ...], count: int) -> None:
+    outside = [layer for layer in layers if not 0 <= layer < count]
+    if outside:
+        raise ConfigError(f"layers {outside}: this model has layers 0 to {count - 1}")

@@ -1,0 +1,37 @@
+"""The full-precision model beside a quantized cell: the same pivot tokens, and hidden states in the same basis."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.model.stages import apply_stages
+from intactkv_eval.pivot.basis import to_rotated
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.rotation import rotate
+from intactkv_eval.weights.formats import rotation_of
+
+
+def full_arguments(cell: CellSpec) -> dict[str, Any]:
+    """The arguments of IntactKVLM for it."""
+    chosen = {"pretrained": cell.model.reference or cell.model.pretrained, "dtype": cell.model.dtype}
+    revision = "main" if cell.model.reference else cell.model.revision
+    return {**chosen, "revision": revision, "pivot": cell.pivot.source, "chat_template": cell.pivot.chat_template}
+
+
+def rotation_seed(cell: CellSpec) -> int | None:
+    """How the hidden states of the cell's model are turned, None where they are not."""
+    if cell.weights.rotate:
+        return 0
+    config = AutoConfig.from_pretrained(cell.model.pretrained, revision=cell.model.revision)
+    rotation = rotation_of(read_quantization(cell.model.pretrained, config).layout)
+    return None if rotation is None else rotation.seed
+
+
+def turned_alike(model: PreTrainedModel, pivot: PivotKV, seed: int | None) -> PivotKV:
+    """Turn the full-precision `model`, in place, as the cell's is by `seed`; its pivot in that basis."""
+    if seed is None:
+        return pivot
+    apply_stages(model, rotate(model, seed), ActivationSpec())
+    return to_rotated(pivot)
