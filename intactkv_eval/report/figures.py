@@ -8,6 +8,7 @@ Source: IntactKV, figures 1 to 3 (activations, attention, loss by the size of th
 import json
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
         if needed not in numbers:
             continue
         figure = drawn(plotting, numbers, said)
-        figure.text(0.01, 0.005, said["settings"], fontsize=7, color="#444444", wrap=True)
+        figure.supxlabel("\n".join(wrap(said["settings"], 110)), x=0.01, ha="left", fontsize=7, color="#444444")
         for kind in formats:
             written.append(folder / f"{name}.{kind}")
             figure.savefig(written[-1], dpi=160, bbox_inches="tight", metadata=_undated(kind))
@@ -64,7 +65,7 @@ def _outliers(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) ->
     """Flat: the largest magnitude of each token in each layer, relative to the layer's median."""
     sizes = numbers["magnitudes"]
     ratios = sizes / np.maximum(np.median(sizes, axis=1, keepdims=True), 1e-30)
-    figure, axes = plotting.subplots(figsize=(9, 4.4))
+    figure, axes = plotting.subplots(figsize=(9, 5), layout="constrained")
     picture = axes.imshow(np.log2(ratios), aspect="auto", cmap=_MAP, origin="lower", interpolation="nearest")
     _tokens(axes.xaxis, said["words"])
     axes.set(xlabel="token", ylabel="layer", title="Largest output of each layer by token")
@@ -78,7 +79,7 @@ def _surface(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> 
     bins = np.array_split(np.arange(surface.shape[1]), min(surface.shape[1], 96))
     heights = np.stack([surface[:, part].max(axis=1) for part in bins], axis=1)
     tokens, channels = np.meshgrid(np.arange(len(heights)), [part.mean() for part in bins], indexing="ij")
-    figure = plotting.figure(figsize=(8, 6))
+    figure = plotting.figure(figsize=(8, 6), layout="constrained")
     axes = figure.add_subplot(projection="3d")
     axes.plot_surface(tokens, channels, heights, cmap=_MAP, rstride=1, cstride=1, linewidth=0, antialiased=False)
     axes.set(xlabel="token", ylabel="channel", zlabel="|output|")
@@ -89,33 +90,35 @@ def _surface(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> 
 
 def _attention(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any:
     maps = numbers["attention"]
-    figure, all_axes = plotting.subplots(1, len(maps), figsize=(3.6 * len(maps) + 0.8, 3.9), squeeze=False)
+    figure, all_axes = plotting.subplots(
+        1, len(maps), figsize=(3.2 * len(maps) + 0.8, 3.6), squeeze=False, layout="constrained"
+    )
     for axes, weights, layer in zip(all_axes[0], maps, said["layers"], strict=True):
         picture = axes.imshow(weights, cmap=_MAP, vmin=0, vmax=1, interpolation="nearest")
-        axes.set(xlabel="attended token", ylabel="attending token", title=f"layer {layer}, {said['head']}")
+        axes.set(
+            xlabel="attended token",
+            ylabel="attending token" if layer == said["layers"][0] else "",
+            title=f"layer {layer}, {said['head']}",
+        )
     figure.colorbar(picture, ax=list(all_axes[0]), label="attention weight", shrink=0.8)
     return figure
 
 
 def _loss(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any:
-    figure, all_axes = plotting.subplots(1, 2, figsize=(10, 3.8))
+    figure, all_axes = plotting.subplots(1, 2, figsize=(10, 4), layout="constrained")
     kinds = ((all_axes[0], "loss_last", "last layer", BLUE), (all_axes[1], "loss_all", "sum of all layers", GREEN))
     for axes, name, label, colour in kinds:
         _steps(axes, numbers[name], colour)
         axes.set(xlabel="pivot rows that are intact (tokens)", ylabel="mean squared error / 2", title=label)
         _marks(axes, numbers[name].mean(axis=1), said["pivot_words"])
     figure.suptitle("Distance to the full-precision model's outputs, by the size of the intact pivot")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return figure
 
 
 def _perplexity(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any:
-    """Perplexity of the means of texts; the band is the standard error of the paired change since 0 rows."""
     nats = numbers["nats"]
-    middle = np.exp(nats.mean(axis=1))
-    change = nats - nats[:1]
-    error = change.std(axis=1, ddof=1) / np.sqrt(nats.shape[1]) if nats.shape[1] > 1 else 0 * middle
-    figure, axes = plotting.subplots(figsize=(6.4, 4))
+    middle, error = np.exp(nats.mean(axis=1)), _error(nats)
+    figure, axes = plotting.subplots(figsize=(7, 4.4), layout="constrained")
     places = np.arange(len(middle))
     axes.fill_between(places, middle * np.exp(-error), middle * np.exp(error), color=BLUE, alpha=0.25, step="mid")
     axes.step(places, middle, where="mid", color=BLUE, label="quantized (band: error of the change since 0 rows)")
@@ -128,7 +131,7 @@ def _perplexity(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) 
 
 
 def _cache(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any:
-    figure, all_axes = plotting.subplots(2, 2, figsize=(10, 7), sharex="row")
+    figure, all_axes = plotting.subplots(2, 2, figsize=(10, 7.5), sharex="row", layout="constrained")
     for row, name in enumerate(("keys", "values")):
         pair = np.abs(numbers[name])
         top = float(pair.max())
@@ -152,12 +155,18 @@ FIGURES: dict[str, tuple[str, Callable[[Any, dict[str, Array], dict[str, Any]], 
 
 
 def _steps(axes: Any, values: Array, colour: str) -> None:
-    middle = values.mean(axis=1)
-    error = values.std(axis=1, ddof=1) / np.sqrt(values.shape[1]) if values.shape[1] > 1 else 0 * middle
+    middle, error = values.mean(axis=1), _error(values)
     places = np.arange(len(middle))
     axes.fill_between(places, middle - error, middle + error, color=colour, alpha=0.25, step="mid")
-    axes.step(places, middle, where="mid", color=colour)
-    axes.set_ylim(bottom=0)
+    axes.step(places, middle, where="mid", color=colour, label="band: error of the change since 0 rows")
+    axes.legend(fontsize=8)
+
+
+def _error(values: Array) -> Array:
+    """Of each size's mean over texts, the standard error of its paired change since no row was intact."""
+    change = values - values[:1]
+    spread: Array = change.std(axis=1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
+    return spread / np.sqrt(values.shape[1])
 
 
 def _marks(axes: Any, middle: Array, words: list[str]) -> None:
