@@ -165,8 +165,10 @@ def _steps(axes: Any, values: Array, colour: str) -> None:
 def _error(values: Array) -> Array:
     """Of each size's mean over texts, the standard error of its paired change since no row was intact."""
     change = values - values[:1]
-    spread: Array = change.std(axis=1, ddof=1) if values.shape[1] > 1 else np.zeros(len(values))
-    return spread / np.sqrt(values.shape[1])
+    if values.shape[1] == 1:
+        return np.zeros(len(values))
+    error: Array = change.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
+    return error
 
 
 def _marks(axes: Any, middle: Array, words: list[str]) -> None:
