@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from intactkv_eval.pivot.watch import hidden_of
+
 
 class LayerCall(NamedTuple):
     """All that a decoder layer was called with, but for its hidden states."""
@@ -35,9 +37,3 @@ class LayerCall(NamedTuple):
 
         arguments = {key: given(value) for key, value in self.kwargs.items()}
         return hidden_of(layer(hidden.to(device), *map(given, self.args), **arguments))
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states among what a decoder layer returns."""
-    first: Tensor = output[0] if isinstance(output, tuple) else output
-    return first

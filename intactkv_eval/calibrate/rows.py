@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.writer import Writer
 from intactkv_eval.pivot.kv import PivotKV
 
 
@@ -28,10 +29,20 @@ class Rows:
         return Rows(chosen(self.keys), chosen(self.values))
 
 
-def run_behind(module: Any, model: PreTrainedModel, rows: Rows, devices: Sequence[torch.device], body: Tensor) -> Any:
-    """`module`, which is `model` or its base, on the tokens [T] behind `rows`. devices: of the model's layers."""
+def run_behind(
+    module: Any,
+    model: PreTrainedModel,
+    rows: Rows,
+    devices: Sequence[torch.device],
+    body: Tensor,
+    writer: Writer | None = None,
+) -> Any:
+    """`module`, which is `model` or its base, on the tokens [T] behind `rows`. devices: of the model's layers.
+
+    writer: what quantizes the cache's later rows, None for nothing.
+    """
     ids = body[None].to(model.get_input_embeddings().weight.device)
-    cache = PivotCache(model.config, 1, None, rows, list(devices))
+    cache = PivotCache(model.config, 1, writer, rows, list(devices))
     return module(input_ids=ids, past_key_values=cache, use_cache=True)
 
 

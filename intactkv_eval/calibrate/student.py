@@ -3,7 +3,7 @@
     loss = sum over layers of mean((y - t)^2) / 2,    y, t: a layer's outputs of the counted tokens, quantized and full
 
 The model is frozen. With `recompute` the gradient goes back layer by layer, each computed again from its inputs, which
-wait in a file: in memory are one layer's activations. Without it the whole forward is kept, which is a third faster.
+wait in a file: in memory are one layer's activations. Without it the whole forward is kept.
 Source: IntactKV, section 3.3 (the loss of its released code, which halves the mean).
 """
 
@@ -18,9 +18,11 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.layer_calls import LayerCall, hidden_of
+from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.calibrate.rows import TrainedRows, run_behind
 from intactkv_eval.model.structure import decoder_layers, layer_devices
+from intactkv_eval.pivot.choose import nats_of
+from intactkv_eval.pivot.watch import hidden_of, watched
 
 Targets = Sequence[Tensor]
 """Of each layer, the full-precision outputs [N, C] of the counted tokens."""
@@ -70,9 +72,7 @@ class Student:
             losses += torch.stack(found).double().cpu()
             places = example.counted.nonzero()[:, 0]
             places = places[places > 0].to(logits.device)
-            words = example.body.to(logits.device)[places]
-            scores = logits[places - 1].float().log_softmax(dim=-1)
-            nats -= float(scores.gather(1, words[:, None]).double().sum())
+            nats += float(nats_of(logits[places - 1], example.body[places.to(example.body.device)]).sum())
             tokens += len(places)
         losses /= len(examples)
         return Quality(float(losses.sum()), float(losses[-1]), nats / max(tokens, 1))
@@ -137,22 +137,21 @@ class Student:
         """While it lasts, each layer's loss is noted as the model runs."""
         found: list[Tensor] = []
 
-        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+        def look(output: Any) -> None:
             found.append(_loss(hidden_of(output), targets[len(found)], example))
 
-        hooks = [layer.register_forward_hook(look) for layer in self._layers]
-        try:
+        with watched(self._layers, look):
             yield found
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _loss(outputs: Tensor, target: Tensor, example: Example) -> Tensor:
-    counted = example.counted.to(outputs.device)
+    return distance(outputs[0][example.counted.to(outputs.device)], target)
+
+
+def distance(outputs: Tensor, target: Tensor) -> Tensor:
+    """Half the mean squared error of outputs [N, C], in fp32 at least."""
     working = torch.promote_types(outputs.dtype, torch.float32)
-    difference = outputs[0][counted].to(working) - target.to(outputs.device, working)
-    return difference.square().mean() / 2
+    return (outputs.to(working) - target.to(outputs.device, working)).square().mean() / 2
 
 
 @contextmanager
@@ -172,13 +171,12 @@ class _Waiting:
     """Hidden states of one shape, in a file until they are wanted."""
 
     def __init__(self, file: Any) -> None:
-        self._file, self._like, self._count = file, torch.empty(0), 0
+        self._file, self._like = file, torch.empty(0)
 
     def put(self, hidden: Tensor) -> None:
         held = hidden.detach().cpu().contiguous()
         self._like = held
         self._file.write(held.view(torch.uint8).numpy().data)
-        self._count += 1
 
     def take(self, index: int) -> Tensor:
         size = self._like.numel() * self._like.element_size()

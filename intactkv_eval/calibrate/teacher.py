@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.layer_calls import hidden_of
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.files import write_atomic
 from intactkv_eval.model.structure import decoder_layers, layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.watch import hidden_of, watched
 
 
 @torch.no_grad()
@@ -28,16 +28,12 @@ def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> l
     """Each layer's outputs [N, C] of the counted tokens, behind the pivot."""
     found: list[Tensor] = []
 
-    def look(_module: nn.Module, _args: Any, output: Any) -> None:
+    def look(output: Any) -> None:
         hidden = hidden_of(output)[0]
         found.append(hidden[example.counted.to(hidden.device)])
 
-    hooks = [layer.register_forward_hook(look) for layer in decoder_layers(model)[1]]
-    try:
+    with watched(decoder_layers(model)[1], look):
         run_behind(model.base_model, model, Rows(pivot.keys, pivot.values), layer_devices(model), example.body)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return found
 
 

@@ -101,17 +101,9 @@ def build(
         check_rotatable(model)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
-    # calibrated rows are in the basis of the one model that they were trained for, which check_calibrated asks for
-    trained = pivot is not None and pivot.fingerprint.calibrated is not None and not cell.pivot.transfer
     if pivot is not None:
         check_belongs(pivot, model, cell, quantization, rotation)
-        if trained:
-            pass
-        elif rotation is not None:
-            pivot, residual = in_rotated_basis(pivot, model, rotation, cell.model.pretrained, cell.model.reference)
-        elif quantization is not None and "bits" in quantization:
-            method, checkpoint = quantization["method"], cell.model.pretrained
-            pivot, residual = in_basis_of(pivot, model, method, checkpoint, cell.model.reference)
+        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation)
     if levels is not None:
         check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
@@ -122,7 +114,7 @@ def build(
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
         pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
-    if cell.weights.rotate and pivot is not None and not trained:
+    if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated(model, cell, search)
     if from_file is not None and cell.pivot.intact:
@@ -131,6 +123,29 @@ def build(
     check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
+
+
+def _in_basis(
+    pivot: PivotKV,
+    model: PreTrainedModel,
+    cell: CellSpec,
+    quantization: dict[str, Any] | None,
+    rotation: Rotation | None,
+) -> tuple[PivotKV, float | None]:
+    """`pivot` in the basis of a packed checkpoint's values, and how far the checkpoint is from its reference."""
+    checkpoint, reference = cell.model.pretrained, cell.model.reference
+    if _is_trained_here(pivot, cell):
+        return pivot, None
+    if rotation is not None:
+        return in_rotated_basis(pivot, model, rotation, checkpoint, reference)
+    if quantization is not None and "bits" in quantization:
+        return in_basis_of(pivot, model, quantization["method"], checkpoint, reference)
+    return pivot, None
+
+
+def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:
+    """Calibrated rows are in the basis of the one model they were trained for, which check_calibrated asks for."""
+    return pivot.fingerprint.calibrated is not None and not cell.pivot.transfer
 
 
 def _tokens(
@@ -146,7 +161,9 @@ def _tokens(
     first = resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary)
     source = cell.model.reference or cell.model.pretrained
     revision = "main" if cell.model.reference else cell.model.revision
-    found = automatic_tokens(source, revision, cell.model.dtype, first, tokenizer, load)
+    found = automatic_tokens(
+        source, revision, cell.model.dtype, first, tokenizer, lambda: _full_precision(source, revision, load)
+    )
     if not found:
         raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")
     return found
@@ -211,17 +228,23 @@ def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], 
     if kept is not None:
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
-    model = load(reference, "main")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise PivotError(f"reference={reference} is itself quantized: name the full-precision model")
-    check_supported(model)
-    check_resident(model)
+    model = _full_precision(reference, "main", load)
     pivot = _captured(model, reference, cell, token_ids)
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return pivot
+
+
+def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
+    """A model to capture or search in. Raises PivotError where it is quantized, UnsupportedModelError."""
+    model = load(name, revision)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise PivotError(f"{name} is itself quantized: name the full-precision model with reference=...")
+    check_supported(model)
+    check_resident(model)
+    return model
 
 
 def _captured(

@@ -88,7 +88,7 @@ def calibrate_to_file(
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
     longest = min(asked.tokens, full.max_length)
     examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant)
-    targets = _targets(full, examples, cell, arguments, asked, folder, ranks)
+    targets = _targets(full, examples, cell, asked, folder, ranks)
     del full
     gc.collect()
     lm = IntactKVLM(**arguments, **loading)
@@ -145,7 +145,6 @@ def _targets(
     full: IntactKVLM,
     examples: Sequence[Example],
     cell: CellSpec,
-    arguments: dict[str, Any],
     asked: Asked,
     folder: Path,
     ranks: Ranks,

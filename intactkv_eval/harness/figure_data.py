@@ -7,23 +7,25 @@
 They are saved as they are, so that a figure can be drawn again, otherwise, without a model. Draws nothing.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.layer_calls import hidden_of
+from intactkv_eval.cache.writer import Writer
 from intactkv_eval.calibrate.rows import Rows, run_behind
+from intactkv_eval.calibrate.student import distance
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices
-from intactkv_eval.pivot.discover import eager_attention, observe
+from intactkv_eval.pivot.choose import nats_of
+from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.watch import attention_watched, hidden_of, watched
 
 Array = NDArray[Any]
 SHOWN = 48  # tokens in pictures of single tokens
@@ -41,9 +43,10 @@ def outliers(model: PreTrainedModel, ids: Sequence[int], layer: int | None) -> d
     layers = list(decoder_layers(model)[1])
     seen = observe(model, layers, ids, attention=False)
     chosen = int(seen.ratios.amax(dim=1).argmax()) if layer is None else layer
-    with _noted(layers[chosen : chosen + 1]) as outputs, torch.no_grad():
+    outputs: list[Any] = []
+    with watched([layers[chosen]], outputs.append), torch.no_grad():
         model.base_model(input_ids=_row(model, ids), use_cache=False)
-    surface = outputs[0][0].abs().float().cpu().numpy()
+    surface = hidden_of(outputs[0])[0].abs().float().cpu().numpy()
     return {"magnitudes": seen.magnitudes.numpy(), "surface": surface, "surface_layer": np.array(chosen)}
 
 
@@ -52,19 +55,11 @@ def attention_maps(model: PreTrainedModel, ids: Sequence[int], layers: Sequence[
     chosen = [decoder_layers(model)[1][index] for index in layers]
     found: list[Array] = []
 
-    def note(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-            weights = output[1][0].float()
-            found.append((weights.mean(dim=0) if head is None else weights[head]).cpu().numpy())
+    def note(weights: Tensor) -> None:
+        found.append((weights.mean(dim=0) if head is None else weights[head]).float().cpu().numpy())
 
-    parts = (part for layer in chosen for part in layer.modules() if "Attention" in type(part).__name__)
-    hooks = [part.register_forward_hook(note) for part in parts]
-    try:
-        with eager_attention(model), torch.no_grad():
-            model.base_model(input_ids=_row(model, ids), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attention_watched(model, chosen, note), torch.no_grad():
+        model.base_model(input_ids=_row(model, ids), use_cache=False)
     return np.stack(found)
 
 
@@ -74,18 +69,22 @@ def expected_outputs(model: PreTrainedModel, pivot: PivotKV, texts: Sequence[Ten
 
 
 def by_intact_rows(
-    model: PreTrainedModel, pivot: PivotKV, texts: Sequence[Tensor], expected: Sequence[Outputs]
+    model: PreTrainedModel,
+    pivot: PivotKV,
+    texts: Sequence[Tensor],
+    expected: Sequence[Outputs],
+    writer: Writer | None = None,
 ) -> dict[str, Array]:
-    """Loss and nats of the quantized `model` with 0, 1, ... P rows of the pivot intact and the others computed."""
+    """Loss and nats of the quantized `model` with 0, 1, ... P rows of the pivot intact and the others computed.
+
+    writer: what quantizes the KV cache, but for the intact rows; none that quantizes in groups.
+    """
     sizes = range(len(pivot) + 1)
     last, whole, nats = (np.zeros((len(sizes), len(texts))) for _ in range(3))
     for size in tqdm(sizes, desc="Sizes of the pivot"):
         for place, (text, wanted) in enumerate(zip(texts, expected, strict=True)):
-            found = _behind(model, pivot, size, text)
-            losses = [
-                float((one.float() - other.float()).square().mean() / 2)
-                for one, other in zip(found.layers, wanted.layers, strict=True)
-            ]
+            found = _behind(model, pivot, size, text, writer)
+            losses = [float(distance(*pair)) for pair in zip(found.layers, wanted.layers, strict=True)]
             last[size, place], whole[size, place] = losses[-1], sum(losses)
             nats[size, place] = _nats(found.logits, text)
     full = np.array([_nats(one.logits, text) for one, text in zip(expected, texts, strict=True)])
@@ -114,20 +113,19 @@ def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[st
     return made
 
 
-def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor) -> Outputs:
+def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, writer: Writer | None = None) -> Outputs:
     """The model on `text` [T] behind the pivot's tokens, the first `intact` of which are the captured rows."""
-    layers = list(decoder_layers(model)[1])
+    outputs: list[Any] = []
     rows = Rows(*(tuple(part[:, :intact] for part in kind) for kind in (pivot.keys, pivot.values)))
     body = torch.cat([torch.tensor(pivot.token_ids[intact:], dtype=torch.long), text])
-    with _noted(layers) as outputs, torch.no_grad():
-        logits = run_behind(model, model, rows, layer_devices(model), body).logits[0]
+    with watched(decoder_layers(model)[1], outputs.append), torch.no_grad():
+        logits = run_behind(model, model, rows, layer_devices(model), body, writer).logits[0]
     start = len(body) - len(text)
-    return Outputs([one[0, start:] for one in outputs], logits[start:])
+    return Outputs([hidden_of(one)[0, start:] for one in outputs], logits[start:])
 
 
 def _nats(logits: Tensor, text: Tensor) -> float:
-    scores = logits[:-1].float().log_softmax(dim=-1).gather(1, text[1:, None].to(logits.device))
-    return -float(scores.double().mean())
+    return float(nats_of(logits[:-1], text[1:]).mean())
 
 
 def _flat(rows: Tensor) -> Array:
@@ -138,15 +136,3 @@ def _flat(rows: Tensor) -> Array:
 
 def _row(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
-
-
-@contextmanager
-def _noted(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """While it lasts the outputs [1, T, C] of `layers` are noted, in order."""
-    found: list[Tensor] = []
-    hooks = [layer.register_forward_hook(lambda _m, _a, output: found.append(hidden_of(output))) for layer in layers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()

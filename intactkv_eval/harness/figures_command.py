@@ -46,6 +46,8 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     cell = cell_from_args(arguments)
     if not cell.pivot.intact:
         raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
+    if cell.kv.scheme == "channel_key" or not cell.kv.exempt:
+        raise ConfigError("figures: intact rows are counted one by one; drop kv_scheme=channel_key and kv_exempt=false")
     full = IntactKVLM(**full_arguments(cell), **loading)
     model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
     assert pivot is not None
@@ -64,9 +66,9 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     pivoted, tokenizer = lm.pivoted_model, lm.tokenizer
     assert pivoted.pivot is not None
     if _changes_outputs(cell):
-        numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected)
+        numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected, pivoted.writer)
     layer = count // 2 if shown.layer is None else shown.layer
-    if pivoted.writer is not None and not pivoted.writer.in_groups:
+    if pivoted.writer is not None:
         numbers |= cache_rows(pivoted, samples.tokens[0][:SHOWN].tolist(), layer)
     said = {
         "settings": _settings(arguments, shown, samples.digest),
@@ -97,8 +99,9 @@ def _settings(arguments: dict[str, Any], shown: Shown, digest: str) -> str:
 
 
 def _changes_outputs(cell: CellSpec) -> bool:
-    """Whether anything but the KV cache is quantized: only then do intact rows change what a whole forward gives."""
-    return cell.weights.method != "none" or cell.activations.bits < 16 or cell.model.reference is not None
+    """Whether anything is quantized: only then do intact rows change what a forward gives."""
+    quantized = cell.weights.method != "none" or cell.activations.bits < 16 or cell.kv.bits < 16
+    return quantized or cell.model.reference is not None
 
 
 def _check_layers(layers: tuple[int, ...], count: int) -> None:

@@ -1,5 +1,6 @@
 """The full-precision model beside a quantized cell: the same pivot tokens, and hidden states in the same basis."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -14,10 +15,13 @@ from intactkv_eval.weights.formats import rotation_of
 
 
 def full_arguments(cell: CellSpec) -> dict[str, Any]:
-    """The arguments of IntactKVLM for it."""
+    """The arguments of IntactKVLM for it; a file's tokens are captured anew, since its rows may be trained ones."""
+    source = cell.pivot.source
+    if source.endswith(".safetensors"):
+        source = f"tokens:{'+'.join(map(str, PivotKV.load(Path(source)).token_ids))}"
     chosen = {"pretrained": cell.model.reference or cell.model.pretrained, "dtype": cell.model.dtype}
     revision = "main" if cell.model.reference else cell.model.revision
-    return {**chosen, "revision": revision, "pivot": cell.pivot.source, "chat_template": cell.pivot.chat_template}
+    return {**chosen, "revision": revision, "pivot": source, "chat_template": cell.pivot.chat_template}
 
 
 def rotation_seed(cell: CellSpec) -> int | None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.data import Samples, load_samples
-from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import cache_folder
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
@@ -70,11 +70,11 @@ def automatic_tokens(
     dtype: str,
     first: tuple[int, ...],
     tokenizer: Any,
-    load: Callable[[str, str], PreTrainedModel],
+    load: Callable[[], PreTrainedModel],
 ) -> tuple[int, ...]:
     """The prefix of pivot=auto, searched with the settings of `Search` once and kept beside captured pivots.
 
-    Raises PivotError where `pretrained` is quantized, DataError where the texts cannot be had.
+    load: of the full-precision model. Raises DataError where the texts cannot be had.
     """
     search = Search()
     identity = store.source_identity(pretrained, revision)
@@ -82,11 +82,7 @@ def automatic_tokens(
     path = cache_folder() / "pivots" / f"auto-{asked}.json"
     if identity is not None and path.is_file():
         return ChoiceFile.load(path).tokens
-    model = load(pretrained, revision)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise PivotError(
-            f"pivot=auto is searched in the full-precision model: name it with reference=..., {pretrained}"
-        )
+    model = load()
     samples = load_samples(search.text, tokenizer, search.samples, search.length, search.seed)
     made = search_prefix(model, tokenizer, first, samples, search)
     logger.info("pivot=auto: %s; %s", json.dumps(made.text, ensure_ascii=False), control(made))

@@ -104,5 +104,10 @@ def mean_nats(model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor) -> 
     """Of each token of `text` [T] behind the prefix, on average; all but the first, which nothing of it foretells."""
     ids = torch.cat([torch.tensor(prefix, dtype=torch.long), text]).to(model.get_input_embeddings().weight.device)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prefix) : -1]
-    scores = logits.float().log_softmax(dim=-1).gather(1, ids[len(prefix) + 1 :, None])
-    return -float(scores.double().mean())
+    return float(nats_of(logits, ids[len(prefix) + 1 :]).mean())
+
+
+def nats_of(logits: Tensor, words: Tensor) -> Tensor:
+    """logits [N, V] -> the nats [N] (fp64) of the words [N] that came."""
+    scores = logits.float().log_softmax(dim=-1).gather(1, words[:, None].to(logits.device))
+    return -scores[:, 0].double()

@@ -8,8 +8,8 @@ the same word may be a pivot where it is first said, and none later. Knows no qu
 Source: Sun et al. 2024, Massive Activations, section 2 (magnitudes); Xiao et al. 2023 (attention sinks).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import PivotError
+from intactkv_eval.pivot.watch import attention_watched, hidden_of, watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,25 +58,15 @@ def observe(
     sizes: list[Tensor] = []
     shares: list[Tensor] = []
 
-    def size(_module: nn.Module, _args: Any, output: Any) -> None:
-        hidden = (output[0] if isinstance(output, tuple) else output)[0]
-        sizes.append(hidden.abs().amax(dim=-1).double().cpu())
+    def size(output: Any) -> None:
+        sizes.append(hidden_of(output)[0].abs().amax(dim=-1).double().cpu())
 
-    def share(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
-            shares.append(received(output[1][0]))
+    def share(weights: Tensor) -> None:
+        shares.append(received(weights))
 
-    hooks = [layer.register_forward_hook(size) for layer in layers]
-    if attention:
-        parts = (part for layer in layers for part in layer.modules() if "Attention" in type(part).__name__)
-        hooks += [part.register_forward_hook(share) for part in parts]
     inputs = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
-    try:
-        with eager_attention(model) if attention else nullcontext():
-            model.base_model(input_ids=inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watched(layers, size), attention_watched(model, layers, share) if attention else nullcontext():
+        model.base_model(input_ids=inputs, use_cache=False)
     magnitudes = torch.stack(sizes)
     if not torch.isfinite(magnitudes).all():
         raise PivotError("hidden states are not finite: load the model with dtype=bfloat16 or float32")
@@ -101,17 +92,3 @@ def find(seen: Observation, threshold: float) -> list[Found]:
         layers = tuple(at.tolist())
         found.append(Found(seen.ids[position], position, layers, float(ratios[:, position].max()), share))
     return found
-
-
-@contextmanager
-def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While it lasts attention is computed the way that shows its weights."""
-    before = model.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

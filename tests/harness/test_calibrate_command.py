@@ -64,6 +64,17 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
         IntactKVLM(str(saved_llama), pivot=str(out), pivot_transfer=True, **own)
 
 
+def test_training_goes_on_from_calibrated_rows(saved_llama, talks, tmp_path):
+    """What the full-precision model says is asked behind its own rows, whatever the first ones are."""
+    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert calibrate(f"pretrained={saved_llama},{CELL},pivot=prompt", talks, first).exit_code == 0
+    result = calibrate(f"pretrained={saved_llama},{CELL},pivot={first}", talks, second)
+    assert result.exit_code == 0, result.output
+    one, other = (PivotKV.load(path).fingerprint.calibrated.held_out["blocks"] for path in (first, second))
+    assert other[0] == pytest.approx(one[1], rel=1e-4)
+    assert other[1] <= other[0]
+
+
 def test_transfer_needs_a_file_and_a_calibrated_one(saved_llama, tmp_path):
     own = {"dtype": "float32", "weights": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}
     with pytest.raises(ConfigError, match="does nothing without pivot=FILE"):

@@ -42,11 +42,12 @@ def test_nothing_is_lost_where_nothing_is_quantized(models):
     assert np.allclose(found["nats"], found["nats_full"], atol=1e-5)
 
 
-def test_each_size_is_the_model_with_so_many_intact_rows(models):
+@pytest.mark.parametrize("bits", [16, 3])
+def test_each_size_is_the_model_with_so_many_intact_rows(models, bits):
     full, pivot, quantized = models
-    found = by_intact_rows(quantized, pivot, TEXTS, expected_outputs(full, pivot, TEXTS))
-    whole = PivotedModel(quantized, PIVOT, pivot)
-    none = PivotedModel(quantized, PIVOT, None)
+    whole, none = (PivotedModel(quantized, PIVOT, rows, KVSpec(bits=bits)) for rows in (pivot, None))
+    expected = expected_outputs(full, pivot, TEXTS)
+    found = by_intact_rows(quantized, pivot, TEXTS, expected, whole.writer)
     for size, model in ((0, none), (3, whole)):
         for place, text in enumerate(TEXTS):
             scores = model.body_logits(text[None])[0].log_softmax(-1)
@@ -112,6 +113,7 @@ def test_the_command_draws_every_figure_and_they_are_drawn_again_from_the_number
     [
         ("pivot=none", [], "drop pivot=none"),
         ("pivot=bos", ["--layers", "0,9"], r"layers \[9\]"),
+        ("pivot=bos,kv_bits=4,kv_scheme=channel_key", [], "drop kv_scheme"),
         ("pivot=bos", ["--layers", "x"], "write numbers"),
         ("pivot=bos", ["--formats", "gif"], "png, pdf, svg"),
     ],
