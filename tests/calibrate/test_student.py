@@ -119,7 +119,7 @@ def test_both_ways_give_one_gradient_on_packed_layers(dtype, backend):
 
 
 def test_a_small_share_survives_fp16():
-    """A millionth of the gradient, which fp16 itself could not hold on its way."""
+    """So little of the gradient that fp16 itself could not hold it on its way."""
     full, pivot, quantized, rows = pair("llama", torch.float16, bits=4)
     targets = layer_outputs(full, pivot, example())
     student = Student(quantized, rows)
@@ -127,9 +127,9 @@ def test_a_small_share_survives_fp16():
     whole = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
     for parameter in rows.parameters():
         parameter.grad = None
-    student.add_gradient(example(), targets, 1e-3)
+    student.add_gradient(example(), targets, 1e-5)
     small = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
-    assert float((small * 1e3 - whole).norm()) < 0.1 * float(whole.norm())
+    assert float((small * 1e5 - whole).norm()) < 0.1 * float(whole.norm())
 
 
 @pytest.mark.parametrize("recompute", [True, False])
