@@ -5,6 +5,7 @@ of ppl_wikitext2; what FOLDER holds already is not done again, so a killed run g
 `intactkv report`'s.
 Calibration: 32 windows of 512 tokens of --data (WikiText-2's train split), seed 0, plain and behind [BOS]'s KV; for
 OmniQuant the first 8 of them in 10 epochs, since it trains on each. Quantizing is done in fp32 whatever --dtype says.
+What was calibrated behind the pivot is measured behind it alone.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def _cell(
     checkpoint = folder / "models" / name
     if name in made and not checkpoint.is_dir():
         run("quantize", model, "--dtype", "float32", "--out", str(checkpoint), *made[name])
-    for pivot in ("none", "bos"):
+    for pivot in ("bos",) if name.endswith("-aware") else ("none", "bos"):
         levels = folder / "levels" / f"{name}-{pivot}.safetensors"
         if name.startswith("pre_rope") and not levels.is_file():
             written = ["--dtype", asked.dtype, "--out", str(levels), "--data", asked.data, *_WINDOWS]

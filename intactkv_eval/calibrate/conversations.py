@@ -9,7 +9,7 @@ A conversation whose user has the last word waits for an answer (harness/answers
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,10 +91,26 @@ def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
     return tuple(found)
 
 
+def open_question(conversation: Conversation) -> int | None:
+    """The number of messages up to the first question that has no answer, with it; None where all have theirs."""
+    pairs = zip(conversation, (*conversation[1:], None), strict=True)
+    for place, (message, after) in enumerate(pairs, start=1):
+        if message.role == "user" and (after is None or after.role == "user"):
+            return place
+    return None
+
+
 def waits(conversation: Conversation) -> bool:
     """Whether a user's message in it has no answer."""
-    pairs = zip(conversation, (*conversation[1:], None), strict=True)
-    return any(m.role == "user" and (after is None or after.role == "user") for m, after in pairs)
+    return open_question(conversation) is not None
+
+
+def filled(conversation: Conversation, answers: Sequence[str]) -> Conversation:
+    """The conversation with its first open questions answered."""
+    for answer in answers:
+        end = open_question(conversation)
+        conversation = (*conversation[:end], Message("assistant", answer), *conversation[end:])
+    return conversation
 
 
 def is_plain(conversation: Conversation) -> bool:

@@ -24,6 +24,7 @@ from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.row_sampler import RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
 
@@ -38,24 +39,25 @@ def generate(
     max_new_tokens: int,
     stopping: Stopping | None = None,
     starts: SharedStart | None = None,
+    sampler: RowSampler | None = None,
     **options: Any,
 ) -> Tensor:
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
     `transformers.generate`. Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
-    that requests have in common, and of earlier turns.
+    that requests have in common, and of earlier turns. sampler: how each row is sampled, instead of by `options`.
     Raises PivotError for a row without a token where there is no pivot either.
     """
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
     if empty.any():
-        return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, options)
+        return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, sampler, options)
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
     in_groups = pivoted.writer is not None and pivoted.writer.in_groups
     if (in_groups and padding.any()) or _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
-        return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, options)
+        return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, sampler, options)
     if front is not None or pivoted.pivot is not None:
         ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
     else:
@@ -76,6 +78,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
         use_cache=True,
+        **({"logits_processor": LogitsProcessorList([sampler])} if sampler else {}),
         **options,
     )
     if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
@@ -116,6 +119,7 @@ def _by_length(
     padding: Tensor,
     max_new_tokens: int,
     stopping: Stopping | None,
+    sampler: RowSampler | None,
     options: dict[str, Any],
 ) -> Tensor:
     """Rows of equal length together, so that no row has padding behind the pivot."""
@@ -125,7 +129,8 @@ def _by_length(
     for amount in sorted(set(padding.tolist())):
         rows = padding == amount
         part = bodies[rows][:, amount:]
-        made = generate(pivoted, part, torch.ones_like(part), max_new_tokens, stopping, **options)
+        chosen = sampler and sampler.of(rows)
+        made = generate(pivoted, part, torch.ones_like(part), max_new_tokens, stopping, sampler=chosen, **options)
         out[rows, amount : amount + made.shape[1]] = made
     return out
 
@@ -146,24 +151,28 @@ def _from_nothing(
     empty: Tensor,
     max_new_tokens: int,
     stopping: Stopping | None,
+    sampler: RowSampler | None,
     options: dict[str, Any],
 ) -> Tensor:
     """Rows without a token: their first new token follows the pivot itself, the rest follow that token."""
     if not pivoted.token_ids:
         raise PivotError("generation from an empty text needs a pivot or a BOS token in front; this cell has neither")
     logits = pivoted.pivot_logits[-1:].expand(int(empty.sum()), -1).float()
-    first = _sample(logits, options)
+    chosen = sampler and sampler.of(empty)
+    first = chosen(bodies, logits).argmax(-1, keepdim=True) if chosen else _sample(logits, options)
     pad = int(options.get("pad_token_id") or 0)
     columns = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
     columns[:, : bodies.shape[1]] = bodies
     rest = first
     if max_new_tokens > 1:
-        rest = generate(pivoted, first, torch.ones_like(first), max_new_tokens - 1, stopping, **options)
+        seen = torch.ones_like(first)
+        rest = generate(pivoted, first, seen, max_new_tokens - 1, stopping, sampler=chosen, **options)
     ended = torch.isin(first[:, 0], _eos(pivoted, first.device))
     rest[ended, 1:] = pad
     columns[empty, bodies.shape[1] : bodies.shape[1] + rest.shape[1]] = rest
     if not empty.all():
-        full = generate(pivoted, bodies[~empty], mask[~empty], max_new_tokens, stopping, **options)
+        others = sampler and sampler.of(~empty)
+        full = generate(pivoted, bodies[~empty], mask[~empty], max_new_tokens, stopping, sampler=others, **options)
         columns[~empty, : full.shape[1]] = full
     return columns
 

@@ -25,7 +25,7 @@ from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.framing import Framing
-from intactkv_eval.harness.lm_generation import PivotedGeneration
+from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -43,7 +43,7 @@ from intactkv_kernels.native import library
 logger = logging.getLogger(__name__)
 
 
-class IntactKVLM(PivotedGeneration):
+class IntactKVLM(PivotedTalks):
     """The model class `intactkv` of lm_eval.
 
     Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded

@@ -14,7 +14,7 @@ import numpy as np
 from intactkv_eval.harness.prefix_tree import Node
 from intactkv_eval.harness.shared import SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import flatten
-from intactkv_eval.harness.turns import Front, Turns
+from intactkv_eval.harness.turns import BUDGET, Front, Turns
 
 WORTH = 16  # tokens that a kept start must save
 
@@ -30,9 +30,12 @@ class SharedStart:
         self._previous: list[int] | None = None
 
     @contextmanager
-    def turns_kept(self) -> Iterator[None]:
-        """While it lasts, what is generated is held for requests that go on from it, where the model allows it."""
-        self.turns = Turns(len(self.shared.pivoted.token_ids)) if self._allowed() else None
+    def turns_kept(self, budget: int = BUDGET) -> Iterator[None]:
+        """While it lasts, what is generated is held for requests that go on from it, where the model allows it.
+
+        budget: the most bytes of KV that are held.
+        """
+        self.turns = Turns(len(self.shared.pivoted.token_ids), budget) if self._allowed() else None
         try:
             yield
         finally:

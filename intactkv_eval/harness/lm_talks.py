@@ -1,0 +1,134 @@
+"""lm_eval's request type `generate_turns`: a conversation whose every open question the model answers in its turn.
+
+    arguments: (first question, {"messages": [{"role", "content"}, ...], "max_gen_toks": N, ...})
+    response:  [[answer, prompt, "stop" | "length", tokens], ...], one for each open question
+
+Options are OPTIONS. A sampled answer depends on `seed` alone, so lm_eval's --use_cache may keep it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import hash_args
+from tqdm import tqdm
+
+from intactkv_eval.calibrate.conversations import Conversation, Message, filled, open_question
+from intactkv_eval.calibrate.examples import rendered
+from intactkv_eval.errors import ConfigError, unknown_key
+from intactkv_eval.harness.batching import kv_bytes_per_token
+from intactkv_eval.harness.lm_generation import PivotedGeneration
+from intactkv_eval.harness.row_sampler import Draw
+from intactkv_eval.harness.talks import Asked, Turn, converse
+from intactkv_eval.harness.turns import BUDGET
+
+REQUEST = "generate_turns"
+OPTIONS = ("messages", "max_gen_toks", "temperature", "top_k", "top_p", "seed", "until")
+_TOP_K = 50  # of transformers' own sampling, where a model names none
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation with open questions, and how they are answered."""
+
+    messages: Conversation
+    most: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: str
+    until: tuple[str, ...]
+
+
+class PivotedTalks(PivotedGeneration):
+    """Answers conversations behind the pivot; the codec of its own talks."""
+
+    @property
+    def eos(self) -> tuple[int, ...]:
+        """What ends an answer: the tokenizer's token and the model's own."""
+        own = self.model.generation_config.eos_token_id
+        listed = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+        return tuple(sorted({token for token in listed if token is not None}))
+
+    @property
+    def pad(self) -> int:
+        """What fills a batch."""
+        return int(self.tokenizer.pad_token_id)
+
+    def generate_turns(self, requests: list[Instance], disable_tqdm: bool = False) -> list[list[list[Any]]]:
+        """All answers of each conversation, with their prompts. Raises ConfigError for an unknown option."""
+        known: Any = getattr(self.cache_hook, "dbdict", None)
+        found: list[list[list[Any]]] = [[] for _ in requests]
+        places = []
+        for place, request in enumerate(requests):
+            key = hash_args(REQUEST, request.args)
+            if known is not None and key in known:
+                found[place] = known[key]
+            else:
+                places.append(place)
+        talks = [self._talk(requests[place].args[1]) for place in places]
+        with tqdm(total=len(talks), desc="Running generate_turns requests", disable=disable_tqdm or self.rank) as bar:
+
+            def done(index: int, turns: list[Turn]) -> None:
+                found[places[index]] = [list(turn) for turn in turns]
+                self.cache_hook.add_partial(REQUEST, requests[places[index]].args, found[places[index]])
+                bar.update(1)
+
+            self._converse(talks, done)
+        return found
+
+    def _converse(self, talks: Sequence[Talk], done: Any) -> None:
+        rows = min(self._rows_for(None)(self.max_length), max(len(talks), 1))
+        if self._starts is None:
+            converse(self.pivoted_model, talks, self, rows, None, done)
+            return
+        whole = rows * int(self.max_length) * kv_bytes_per_token(self.model)
+        with self._starts.turns_kept(max(BUDGET, whole)):
+            converse(self.pivoted_model, talks, self, rows, self._starts, done)
+
+    def _rows_for(self, override: int | None) -> Any:
+        raise NotImplementedError
+
+    def _talk(self, options: Mapping[str, Any]) -> Talk:
+        for key in options:
+            if key not in OPTIONS:
+                raise unknown_key(key, OPTIONS)
+        own = self.model.generation_config
+        top_k, top_p = (options.get("top_k", own.top_k), options.get("top_p", own.top_p))
+        most = int(options["max_gen_toks"])
+        if not 0 < most < self.max_length:
+            raise ConfigError(f"max_gen_toks={most}: {self.max_length} tokens fit behind the pivot, prompt included")
+        return Talk(
+            messages=tuple(Message(one["role"], one["content"]) for one in options["messages"]),
+            most=most,
+            temperature=float(options.get("temperature") or 0.0),
+            top_k=_TOP_K if top_k is None else int(top_k),
+            top_p=1.0 if top_p is None else float(top_p),
+            seed=str(options.get("seed", "")),
+            until=tuple(options.get("until") or ()),
+        )
+
+    def ask(self, talk: Talk, answers: Sequence[str]) -> Asked | None:
+        """The conversation up to its first open question, answers filled in; the pivot's tokens taken off."""
+        said = filled(talk.messages, answers)
+        end = open_question(said)
+        if end is None:
+            return None
+        prompt = rendered(said[:end], self.tokenizer, invite=True)
+        body = self.framing.body(self.tok_encode(prompt))
+        room = int(self.max_length)
+        if len(body) >= room:
+            self.framing.counts["truncated"] += 1
+            body = body[talk.most - room :]
+        most = min(talk.most, room - len(body))
+        if most < talk.most:
+            self.framing.counts["answers_with_less_room"] += 1
+        draw = Draw(talk.temperature, talk.top_k, talk.top_p, f"{talk.seed}/{len(answers)}")
+        return Asked(prompt, body, most, draw)
+
+    def answer(self, talk: Talk, tokens: Sequence[int]) -> tuple[str, bool]:
+        """The text without special tokens and the space around it, cut at the first stop string."""
+        text: str = self.tok_decode(list(tokens))
+        ends = [text.find(stop) for stop in talk.until if stop in text]
+        return (text[: min(ends)] if ends else text).strip(), bool(ends)

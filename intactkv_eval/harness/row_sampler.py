@@ -1,0 +1,74 @@
+"""RowSampler: each row of a batch sampled by its own temperature and its own noise, or greedily.
+
+    sample = argmax_v( log p_T(v) + g_v ),  g_v = -log e_v,  e_v ~ Exp(1)    (the Gumbel-max trick)
+
+So an answer depends on its seed alone, not on what else is in the batch, and rows of all temperatures share one.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+_GREEDY = 1e-4  # FastChat's own bound
+
+
+@dataclass
+class Draw:
+    """How one row is sampled: `temperature` below 1e-4 is greedy; `top_k` 0 and `top_p` 1 are off. seed: any text."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: str = ""
+    _noise: torch.Generator = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha256(self.seed.encode()).digest()
+        self._noise = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.temperature < _GREEDY
+
+    def sampled(self, scores: Tensor) -> Tensor:
+        """Logits [1, V] -> numbers [1, V] whose largest is the sample."""
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        drawn = torch.empty(scores.shape).exponential_(generator=self._noise).clamp_min(torch.finfo().tiny)
+        warped: Tensor = warpers(torch.empty(0), scores.float())
+        return warped - drawn.log().to(scores.device)
+
+
+class RowSampler(LogitsProcessor):  # type: ignore[misc]
+    """A row's draw for each row of a batch; generation itself stays greedy."""
+
+    def __init__(self, draws: Sequence[Draw]) -> None:
+        self.draws = list(draws)
+
+    def of(self, rows: Tensor) -> "RowSampler":
+        """For the rows of a batch that `rows` [B] (bool) names."""
+        return RowSampler([draw for draw, wanted in zip(self.draws, rows.tolist(), strict=True) if wanted])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [B, V] -> the same, sampled rows with their noise."""
+        if all(draw.is_greedy for draw in self.draws):
+            return scores
+        out = scores.float().clone()
+        for row, draw in enumerate(self.draws):
+            if not draw.is_greedy:
+                out[row] = draw.sampled(scores[row : row + 1])[0]
+        return out

@@ -1,0 +1,158 @@
+"""The bench of open questions through lm_eval: turns, prompts, choices, seeds, the response cache, bad input."""
+
+import json
+
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+from tiny import EOS
+
+from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.harness.lm import IntactKVLM
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
+    {"question_id": 101, "category": "math", "turns": ["One and one?", "And two?"]},
+    {"question_id": 141, "category": "stem", "turns": ["Why is it?", "Why not?"]},
+    {"question_id": 131, "category": "extraction", "turns": ["What is in a rather long text?"]},
+]
+
+
+@pytest.fixture
+def bench(tmp_path):
+    folder = tmp_path / "data" / "mt_bench"
+    folder.mkdir(parents=True)
+    (folder / "question.jsonl").write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
+    return folder.parent
+
+
+def run(model, bench, metadata=None, gen_kwargs="max_gen_toks=6", batch_size=3, **options):
+    arguments = {"pretrained": str(model), "dtype": "float32", "pivot": "prompt", **options.pop("cell", {})}
+    metadata = {**arguments, "questions": str(bench), **(metadata or {})}
+    return simple_evaluate(
+        "intactkv", arguments, ["mt_bench"], gen_kwargs=gen_kwargs, batch_size=batch_size, device="cpu",
+        task_manager=TaskManager(include_path=str(shipped_folder("tasks")), metadata=metadata), bootstrap_iters=1,
+        **options,
+    )  # fmt: skip
+
+
+def turns(results):
+    """Question -> of each choice the turns."""
+    samples = results["samples"]["mt_bench"]
+    return {one["doc"]["question_id"]: [choice[0] for choice in one["resps"]] for one in samples}
+
+
+def answers(results):
+    return {place: [[turn[0] for turn in choice] for choice in talk] for place, talk in turns(results).items()}
+
+
+def test_every_turn_is_answered_behind_the_answers_before_it(saved_llama, bench, tokenizer):
+    results = run(saved_llama, bench)
+    found = turns(results)
+    assert {place: len(talk[0]) for place, talk in found.items()} == {81: 2, 101: 2, 141: 2, 131: 1}
+    for place, (talk,) in found.items():
+        said = []
+        for question, (answer, prompt, ended, tokens) in zip(
+            next(one["turns"] for one in QUESTIONS if one["question_id"] == place), talk, strict=True
+        ):
+            said.append({"role": "user", "content": question})
+            assert prompt == tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+            said.append({"role": "assistant", "content": answer})
+            assert (ended, tokens) == ("length", 6) or (ended == "stop" and tokens < 6)
+    record = results["config"]["intactkv"]["requests_on_rank_0"]
+    assert record == {"stripped": 7}
+    metadata = results["configs"]["mt_bench"]["metadata"]
+    assert metadata["seed"] == 42
+    assert metadata["data"].startswith("sha256:")
+    figures = results["results"]["mt_bench"]
+    assert 0 < figures["answer_tokens,none"] <= 6
+    assert 0 <= figures["empty_answers,none"] <= figures["cut_answers,none"] <= 1
+
+
+@pytest.mark.parametrize("cell", [{}, {"weights": "rtn", "bits": 4, "group_size": 32}, {"kv_bits": 4}])
+def test_answers_depend_on_seed_and_choice_alone(saved_llama, bench, cell):
+    one = run(saved_llama, bench, {"num_choices": 2}, batch_size=1, cell=cell)
+    many = run(saved_llama, bench, {"num_choices": 2}, batch_size=8, cell={**cell, "share_prefix": False})
+    assert answers(one) == answers(many)
+    assert answers(one)[101][0] == answers(one)[101][1], "math is greedy"
+    assert answers(one)[81][0] != answers(one)[81][1], "writing is sampled"
+    other = answers(run(saved_llama, bench, {"seed": 43, "num_choices": 2}, cell=cell))
+    assert other[101] == answers(one)[101]
+    assert other[81] != answers(one)[81]
+    greedy = answers(run(saved_llama, bench, {"num_choices": 2}, "max_gen_toks=6,temperature=0", cell=cell))
+    assert greedy[81][0] == greedy[81][1]
+    assert greedy == answers(run(saved_llama, bench, {"num_choices": 2}, "max_gen_toks=6,do_sample=False", cell=cell))
+
+
+def test_an_intact_prompt_in_full_precision_is_the_plain_model(llama, tokenizer, saved_llama, bench):
+    found = turns(run(saved_llama, bench, gen_kwargs="max_gen_toks=20,temperature=0"))
+    for (talk,) in found.values():
+        for answer, prompt, _, _ in talk:
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            out = llama.generate(ids, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(ids))
+            made = out[0, ids.shape[1] :].tolist()
+            made = made[: made.index(EOS)] if EOS in made else made
+            assert tokenizer.decode(made, skip_special_tokens=True).strip() == answer
+
+
+def test_what_the_response_cache_holds_is_not_answered_again(saved_llama, bench, tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    first = run(saved_llama, bench, use_cache=cache, limit=2)
+    asked = []
+    real = IntactKVLM._converse
+    monkeypatch.setattr(
+        IntactKVLM, "_converse", lambda lm, talks, done: (asked.append(len(talks)), real(lm, talks, done))
+    )
+    whole = run(saved_llama, bench, use_cache=cache)
+    assert asked == [2]
+    assert answers(whole) == answers(run(saved_llama, bench))
+    assert {place: answers(whole)[place] for place in answers(first)} == answers(first)
+
+
+def test_a_system_instruction_is_the_first_message(saved_llama, bench):
+    talk = turns(run(saved_llama, bench, system_instruction="Be short.", limit=1))[81][0]
+    assert "system: Be short.\nuser: Write." in talk[0][1]
+
+
+def test_a_context_that_does_not_fit_is_cut_from_the_left_and_counted(saved_llama, bench):
+    results = run(saved_llama, bench, gen_kwargs="max_gen_toks=90")
+    counted = results["config"]["intactkv"]["requests_on_rank_0"]
+    assert counted["answers_with_less_room"] > 0
+    assert results["results"]["mt_bench"]["answer_tokens,none"] < 90
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gen_kwargs": "max_gen_toks=6,num_beams=2"}, "unknown argument 'num_beams'"),
+        ({"gen_kwargs": "max_gen_toks=500"}, "max_gen_toks=500"),
+        ({"metadata": {"num_choices": 0.5}}, "num_choices"),
+    ],
+)
+def test_bad_options(saved_llama, bench, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(saved_llama, bench, **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"question_id": 1, "category": "math", "turns": []}, "line 1: turns"),
+        ({"question_id": "x", "category": "math", "turns": ["a"]}, "line 1: question_id"),
+        ({"question_id": 1, "category": "math", "turns": ["a", " "]}, "question 1 has an empty turn"),
+    ],
+)
+def test_questions_that_are_none(saved_llama, bench, line, message):
+    (bench / "mt_bench" / "question.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=message):
+        run(saved_llama, bench)
+
+
+def test_a_bench_that_is_not_there(saved_llama, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"holds no mt_bench/question\.jsonl"):
+        run(saved_llama, tmp_path)
+    monkeypatch.setenv("INTACTKV_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="INTACTKV_DATA="):
+        run(saved_llama, None, {"questions": None})
