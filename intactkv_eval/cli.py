@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from intactkv_eval import __version__, pivot_commands
+from intactkv_eval import __version__, judge_commands, pivot_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
@@ -142,6 +142,8 @@ def quantize(
 app.command()(pivot_commands.pivots)
 app.command()(pivot_commands.figures)
 app.command()(pivot_commands.calibrate)
+app.command()(judge_commands.answers)
+app.command()(judge_commands.judge)
 
 
 @app.command("kv-levels")

@@ -21,7 +21,7 @@ from intactkv_eval.harness.shared_start import SharedStart
 
 CHUNK = 64
 Talk = TypeVar("Talk")
-AnyTalk = TypeVar("AnyTalk", contravariant=True)
+Talk_contra = TypeVar("Talk_contra", contravariant=True)
 
 
 class Turn(NamedTuple):
@@ -42,17 +42,17 @@ class Asked(NamedTuple):
     draw: Draw
 
 
-class Codec(Protocol[AnyTalk]):
+class Codec(Protocol[Talk_contra]):
     """What makes tokens of a talk, and texts of tokens."""
 
     eos: tuple[int, ...]
     pad: int
 
-    def ask(self, talk: AnyTalk, answers: Sequence[str]) -> Asked | None:
+    def ask(self, talk: Talk_contra, answers: Sequence[str]) -> Asked | None:
         """What comes next behind the answers so far; None where nothing is left to answer."""
         ...
 
-    def answer(self, talk: AnyTalk, tokens: Sequence[int]) -> tuple[str, bool]:
+    def answer(self, talk: Talk_contra, tokens: Sequence[int]) -> tuple[str, bool]:
         """The text of an answer's tokens, and whether a stop string has ended it."""
         ...
 

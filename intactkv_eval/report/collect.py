@@ -15,6 +15,7 @@ from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
+_NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers"}  # of answers that nobody has judged
 
 
 @dataclass(frozen=True)
@@ -179,6 +180,8 @@ def _scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves:
 def _main_metric(figures: Mapping[str, Any]) -> str | None:
     """Our perplexity where there is one, else accuracy, else the first that is a number."""
     numbers = [name for name, value in figures.items() if isinstance(value, int | float) and "_stderr" not in name]
+    if _NO_SCORES.issuperset(numbers):
+        return None
     wanted = ["perplexity"] if "nll" in numbers else []
     return next(
         (name for name in [*wanted, "acc", "exact_match", "word_perplexity", *numbers] if name in numbers), None
@@ -194,6 +197,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dic
         "num_fewshot": content.get("n-shot", {}).get(task),
         "protocol": metadata.get("protocol"),
         "data": metadata.get("data"),
+        "seed": metadata.get("seed"),
         "version": content.get("versions", {}).get(task),
         "gen_kwargs": content["config"].get("gen_kwargs") or None,
         "chat_template": template,
@@ -216,9 +220,14 @@ def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
     return {name for child in children.get(task, []) for name in ({child} | _below(child, children))}
 
 
+def samples_of(results: Path, task: str) -> Path:
+    """The samples that lm_eval logs beside a results file."""
+    return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
+
+
 def _sample_values(path: Path, task: str, metric: str) -> dict[int, float]:
     """The metric of every logged document; empty where samples were not logged."""
-    samples = path.with_name(path.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
+    samples = samples_of(path, task)
     if not samples.is_file():
         return {}
     rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]

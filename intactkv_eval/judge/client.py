@@ -1,0 +1,113 @@
+"""The judge behind an OpenAI-compatible API: messages in, a reply out.
+
+Errors of the network and the server (429, 5xx, timeouts) are tried again by the openai package, with back-off and as
+the server's Retry-After says. The key comes from the environment, is held by the client alone, and is struck out of
+whatever a server sends back.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import openai
+
+from intactkv_eval.errors import ConfigError
+
+KEY = "OPENAI_API_KEY"
+_NO_KEY = "none"  # what a local server without keys is sent
+
+
+_TRIED_AGAIN = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
+
+
+class NoReply(Exception):
+    """The judge gave no usable reply; the message says why, without the key. final: the client has tried again."""
+
+    def __init__(self, message: str, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+
+
+@dataclass(frozen=True)
+class Reply:
+    """text: as it came. finish: why it ended. tokens: of the request and of the reply, None where it does not say."""
+
+    text: str
+    finish: str | None
+    tokens: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of requests. seconds: until one is given up. rate: most requests a minute. retries: of one request."""
+
+    model: str
+    base_url: str | None = None
+    most_tokens: int = 2048
+    seconds: float = 120.0
+    retries: int = 8
+    rate: float | None = None
+
+
+class Judge:
+    """One model at one place. Used by several threads. Raises ConfigError where there is no key and one is needed."""
+
+    def __init__(self, settings: Settings) -> None:
+        key = os.environ.get(KEY)
+        if not key and settings.base_url is None:
+            raise ConfigError(f"{KEY} is not set; put the key into the environment, or name another server: --base-url")
+        self.settings = settings
+        self._key = key
+        self._turn = threading.Lock()
+        self._free = 0.0
+        self._client = openai.OpenAI(
+            api_key=key or _NO_KEY,
+            base_url=settings.base_url,
+            timeout=settings.seconds,
+            max_retries=settings.retries,
+            _strict_response_validation=False,
+        )
+
+    def ask(self, messages: Sequence[tuple[str, str]]) -> Reply:
+        """One reply, at temperature 0. Raises NoReply where none came, ConfigError where the server refuses the key."""
+        self._wait()
+        try:
+            made = self._client.chat.completions.create(
+                model=self.settings.model,
+                messages=[{"role": role, "content": text} for role, text in messages],  # type: ignore[misc]
+                temperature=0,
+                max_tokens=self.settings.most_tokens,
+            )
+        except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
+            raise ConfigError(self.struck(f"the judge's server refuses: {error}")) from None
+        except (openai.OpenAIError, ValueError) as error:
+            raise NoReply(self.struck(f"{type(error).__name__}: {error}"), isinstance(error, _TRIED_AGAIN)) from None
+        return self._read(made)
+
+    def struck(self, text: str) -> str:
+        """The text without the key."""
+        return text.replace(self._key, f"[{KEY}]") if self._key else text
+
+    def _read(self, made: object) -> Reply:
+        choices = getattr(made, "choices", None)
+        message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
+        text = getattr(message, "content", None)
+        if not isinstance(text, str):
+            raise NoReply(self.struck(f"a reply without a text: {str(made)[:200]}"))
+        usage = getattr(made, "usage", None)
+        used = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
+        known = all(isinstance(part, int) and part >= 0 for part in used)
+        finish = getattr(choices[0], "finish_reason", None)  # type: ignore[index]
+        return Reply(self.struck(text), finish if isinstance(finish, str) else None, used if known else None)  # type: ignore[arg-type]
+
+    def _wait(self) -> None:
+        """Until this thread's turn by `rate`."""
+        if not self.settings.rate:
+            return
+        with self._turn:
+            now = time.monotonic()
+            at = max(now, self._free)
+            self._free = at + 60 / self.settings.rate
+        time.sleep(at - now)

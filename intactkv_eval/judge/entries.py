@@ -1,0 +1,96 @@
+"""Who is judged: answer files in FastChat's layout, or runs of lm_eval with their logged samples, by name.
+
+A run's name says its cell and seed, so that two of them are told apart in every table.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from intactkv_eval.errors import DataError
+from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
+from intactkv_eval.report.collect import Run, read_run, samples_of
+from intactkv_eval.report.tables import pivot_label, weights_label
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model's answers by question. group: its name but for the seed; results: the run they are from, if any."""
+
+    name: str
+    answers: dict[int, Answer]
+    group: str | None = None
+    results: Path | None = None
+
+
+def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
+    """The entries of files and folders, each once.
+
+    Raises DataError for a source without answers, a run without samples, or two entries of one name.
+    """
+    found: list[Entry] = []
+    for source in sources:
+        if source.suffix == ".jsonl":
+            found.append(Entry(source.stem, read_answers(source)))
+            continue
+        runs = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
+        entries = [entry for entry in (_of_run(path, bench) for path in runs) if entry is not None]
+        if not entries:
+            raise DataError(f"{source}: no run of {bench} with this package's model class, nor a .jsonl of answers")
+        found += entries
+    names = [entry.name for entry in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{', '.join(twice)}: two sets of answers have this name; judge them one after another")
+    return found
+
+
+def export_answers(sources: Iterable[Path], out: Path, bench: str) -> list[Path]:
+    """The answers of runs as FastChat's files, out/<name>.jsonl. Raises DataError where there are none."""
+    written = []
+    for entry in load_entries(sources, bench):
+        path = out / f"{entry.name}.jsonl"
+        write_answers(path, entry.answers.values())
+        written.append(path)
+    return written
+
+
+def _of_run(path: Path, bench: str) -> Entry | None:
+    run = read_run(path)
+    if run is None:
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if bench not in content["results"]:
+        return None
+    samples = samples_of(path, bench)
+    if not samples.is_file():
+        raise DataError(f"{path}: its answers were not logged; run lm_eval with --log_samples")
+    metadata = content["configs"][bench].get("metadata") or {}
+    group = run_name(run)
+    name = f"{group}_seed{metadata['seed']}" if "seed" in metadata else group
+    rows = [_answer(json.loads(line), name, run.date) for line in samples.read_text(encoding="utf-8").splitlines()]
+    return Entry(name, {row.question_id: row for row in rows}, group, path)
+
+
+def run_name(run: Run) -> str:
+    """Model, weights, KV and pivot, in letters that a file name can have."""
+    cell = run.identity.cell
+    kv = "" if cell.kv.bits == 16 else f"kv{cell.kv.bits}-{cell.kv.scheme}"
+    parts = [PurePath(cell.model.pretrained).name, weights_label(run.identity), kv, f"pivot-{pivot_label(cell)}"]
+    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts if part)
+
+
+def _answer(sample: dict[str, Any], name: str, date: float) -> Answer:
+    try:
+        choices = [
+            Choice(index=index, turns=tuple(turn[0] for turn in response[0]))
+            for index, response in enumerate(sample["resps"])
+        ]
+        question = int(sample["doc"]["question_id"])
+        made = answer_id(name, question, choices)
+        return Answer(question_id=question, answer_id=made, model_id=name, choices=tuple(choices), tstamp=date)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(f"{name}: a logged sample is damaged ({type(error).__name__}: {error})") from None

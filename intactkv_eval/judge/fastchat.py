@@ -1,0 +1,68 @@
+"""Judgments in FastChat's layout, so that its show_result reads them; written anew from the journal each time.
+
+    <judge>_single.jsonl   {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
+    <judge>_pair.jsonl     {"question_id", "model_1", "model_2", "g1_winner", "g2_winner", "judge", ...}
+
+A reply without a verdict has score -1 or winner `error`, which FastChat leaves out of its means.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from intactkv_eval.files import write_atomic
+from intactkv_eval.judge.journal import Line
+from intactkv_eval.judge.matches import Match
+
+Judged = Sequence[tuple[Match, Line | None]]
+_NO_SCORE, _NO_WINNER = -1, "error"
+
+
+def single_rows(judged: Judged) -> Iterable[dict[str, Any]]:
+    """A row for each reply."""
+    for match, line in judged:
+        if line is not None:
+            yield {
+                "question_id": match.question_id,
+                "model": match.models[0],
+                "judge": [line.judge, match.prompt],
+                "user_prompt": line.user_prompt,
+                "judgment": line.reply,
+                "score": _NO_SCORE if line.verdict is None else line.verdict,
+                "turn": match.turn,
+                "choice": match.choice,
+                "tstamp": line.tstamp,
+            }
+
+
+def pair_rows(judged: Judged) -> Iterable[dict[str, Any]]:
+    """A row for both orders of a match."""
+    for (first, one), (_, other) in zip(judged[::2], judged[1::2], strict=True):
+        if one is None or other is None:
+            continue
+        yield {
+            "question_id": first.question_id,
+            "model_1": first.models[0],
+            "model_2": first.models[1],
+            "g1_winner": _winner(one, {"A": "model_1", "B": "model_2"}),
+            "g2_winner": _winner(other, {"A": "model_2", "B": "model_1"}),
+            "judge": [one.judge, first.prompt],
+            "g1_user_prompt": one.user_prompt,
+            "g1_judgment": one.reply,
+            "g2_user_prompt": other.user_prompt,
+            "g2_judgment": other.reply,
+            "turn": first.turn,
+            "choice": first.choice,
+            "tstamp": max(one.tstamp, other.tstamp),
+        }
+
+
+def _winner(line: Line, names: Mapping[str, str]) -> str:
+    return _NO_WINNER if line.verdict is None else names.get(str(line.verdict), "tie")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A whole file of them."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

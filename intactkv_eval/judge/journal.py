@@ -1,0 +1,96 @@
+"""The journal of a judge: every reply as it comes, one line each, on disk before the next is asked for.
+
+    replies.jsonl: {"key", "judge", "prompt", "kind", "models", "question_id", "turn", "choice", "user_prompt",
+                    "reply", "finish", "tokens", "verdict", "attempt", "tstamp"}
+
+A line that a kill has cut off is left out and written over. verdict: null where the reply holds none.
+"""
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from intactkv_eval.errors import ConfigError, DataError
+
+NAME = "replies.jsonl"
+
+
+class Line(BaseModel):
+    """One reply, and to what."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    key: str
+    judge: str
+    prompt: str
+    kind: str
+    models: tuple[str, ...]
+    question_id: int
+    turn: int
+    choice: int
+    user_prompt: str
+    reply: str
+    finish: str | None
+    tokens: tuple[int, int] | None
+    verdict: float | str | None
+    attempt: int
+    tstamp: float
+
+
+class Journal:
+    """The replies of one folder, by key the last of each; open for one process at a time."""
+
+    def __init__(self, handle: IO[bytes], lines: dict[str, Line]) -> None:
+        self._handle, self.lines = handle, lines
+        self._turn = threading.Lock()
+
+    def add(self, line: Line) -> None:
+        """Keep a reply. When this returns it is on disk."""
+        written = line.model_dump_json().encode() + b"\n"
+        with self._turn:
+            self._handle.write(written)
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+            self.lines[line.key] = line
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Journal]:
+    """The journal of a folder, made where there is none.
+
+    Raises ConfigError where another process has it open, DataError for a damaged line that is not the last.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    with path.open("a+b") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"{path}: another intactkv judge is writing; wait for it, or name another --out"
+            ) from None
+        handle.seek(0)
+        content = handle.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            handle.truncate(whole)
+        yield Journal(handle, read_lines(path, content[:whole]))
+
+
+def read_lines(path: Path, content: bytes) -> dict[str, Line]:
+    """Whole lines by key, the last of several. Raises DataError that names a damaged one."""
+    found = {}
+    for number, text in enumerate(content.splitlines(), start=1):
+        try:
+            row: Any = json.loads(text)
+            line = Line.model_validate(row)
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+            raise DataError(f"{path}, line {number}: no reply of a judge ({type(error).__name__})") from None
+        found[line.key] = line
+    return found

@@ -1,0 +1,45 @@
+"""Scores as lm_eval's own results beside the run that they judge, so that `intactkv report` pairs and compares them.
+
+<out>/results/<name>/results_<stamp>.json, samples_<bench>_<stamp>.jsonl: {"doc_id", "score"}
+"""
+
+import json
+from pathlib import Path
+
+from intactkv_eval.files import write_atomic
+from intactkv_eval.judge.entries import Entry
+from intactkv_eval.judge.fastchat import Judged
+from intactkv_eval.judge.scores import ALL, by_question, score_figures
+from intactkv_eval.report.collect import samples_of
+
+
+def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judged) -> Path | None:
+    """The results file; None where the entry is no run, or nothing of it is rated."""
+    figures, questions = score_figures(judged), by_question(judged)
+    if entry.results is None or not questions:
+        return None
+    content = json.loads(entry.results.read_text(encoding="utf-8"))
+    row: dict[str, object] = {"alias": bench, "sample_len": len(questions)}
+    for part, figure in figures.items():
+        name = "score" if part == ALL else part.replace(" ", "_")
+        if figure.value is not None:
+            row[f"{name},none"] = figure.value
+            row[f"{name}_stderr,none"] = "N/A" if figure.stderr is None else figure.stderr
+    metadata = content["configs"][bench]["metadata"]
+    metadata["protocol"] = f"{bench} judged by {judge}"
+    counted = {"original": content["n-samples"][bench]["original"], "effective": len(questions)}
+    content |= {
+        "results": {bench: row},
+        "configs": {bench: content["configs"][bench]},
+        "group_subtasks": {bench: []},
+        "higher_is_better": {bench: {"score": True}},
+        "n-samples": {bench: counted},
+    }
+    path = out / "results" / entry.name / entry.results.name
+    places = {question: place for place, question in enumerate(sorted(entry.answers))}
+    lines = [json.dumps({"doc_id": places[question], "score": row["score"]}) for question, row in questions.items()]
+    text = "".join(line + "\n" for line in lines)
+    write_atomic(samples_of(path, bench), lambda partial: partial.write_text(text, encoding="utf-8"))
+    whole = json.dumps(content, indent=2, ensure_ascii=False)
+    write_atomic(path, lambda partial: partial.write_text(whole, encoding="utf-8"))
+    return path

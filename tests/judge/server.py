@@ -1,0 +1,95 @@
+"""A real HTTP server with an OpenAI-compatible chat endpoint, which misbehaves as it is told."""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+GOOD = "good"
+
+
+def rating_of(prompt):
+    """What the honest judge says of a prompt."""
+    return 1 + int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10
+
+
+def honest(prompt):
+    if "[[A]]" in prompt or "Assistant B" in prompt:
+        return f"I choose [[{'ABC'[rating_of(prompt) % 3]}]]."
+    return f"Well said. Rating: [[{rating_of(prompt)}]]"
+
+
+class Server:
+    """behave(prompt, times asked before) -> GOOD, a status, or a (status, body) pair, or seconds to hang."""
+
+    def __init__(self):
+        self.behave = lambda prompt, before: GOOD
+        self.reply = honest
+        self.asked = Counter()
+        self.keys = set()
+        self.seconds = 0.0
+        self.most_at_once = self._at_once = 0
+        self._turn = threading.Lock()
+
+    def answer(self, handler):
+        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        prompt = body["messages"][-1]["content"]
+        with self._turn:
+            before = self.asked[prompt]
+            self.asked[prompt] += 1
+            self.keys.add(handler.headers["Authorization"])
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        time.sleep(self.seconds)
+        done = self.behave(prompt, before)
+        with self._turn:
+            self._at_once -= 1
+        if isinstance(done, float):
+            time.sleep(done)
+            done = GOOD
+        if done == GOOD:
+            return 200, json.dumps(completion(self.reply(prompt)))
+        return (done, json.dumps({"error": {"message": f"status {done}"}})) if isinstance(done, int) else done
+
+
+def completion(text, **usage):
+    return {
+        "id": "x", "object": "chat.completion", "created": 1, "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110, **usage},
+    }  # fmt: skip
+
+
+@contextmanager
+def serving():
+    server = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            status, body = server.answer(self)
+            content = body.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("retry-after-ms", "1")
+            self.end_headers()
+            with suppress(OSError):  # the client has given up
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    try:
+        yield server
+    finally:
+        http.shutdown()
+        http.server_close()

@@ -1,0 +1,71 @@
+"""From lm_eval's run to the report: scores stand beside their baseline, seeds are told apart and averaged."""
+
+import json
+
+import pytest
+from server import rating_of
+from test_judge import judged, rows
+
+from intactkv_eval.errors import DataError
+from intactkv_eval.harness.command import run_lm_eval
+from intactkv_eval.judge.entries import export_answers
+from intactkv_eval.mt_bench.answers import read_answers
+from intactkv_eval.report.collect import collect
+from intactkv_eval.report.tables import markdown
+
+
+@pytest.fixture
+def runs(saved_llama, bench, tmp_path):
+    """Runs of a quantized cell, intact and not, the intact one with two seeds."""
+    made = tmp_path / "runs"
+    for name, pivot, seed in (("none", "none", 42), ("intact", "bos", 42), ("other", "bos", 43)):
+        run_lm_eval(
+            ["--model_args", f"pretrained={saved_llama},dtype=float32,weights=rtn,bits=3,group_size=32,pivot={pivot}",
+             "--tasks", "mt_bench", "--metadata", json.dumps({"questions": str(bench), "seed": seed}), "--batch_size", "5",
+             "--gen_kwargs", "max_gen_toks=5", "--device", "cpu", "--log_samples", "--output_path", str(made / name)]
+        )  # fmt: skip
+    return made
+
+
+def test_scores_go_into_the_report(server, runs, bench, tmp_path):
+    out = tmp_path / "out"
+    table, _ = judged(server, [runs], bench, out)
+    names = [
+        "llama_rtn-w3g32_pivot-bos_seed42",
+        "llama_rtn-w3g32_pivot-bos_seed43",
+        "llama_rtn-w3g32_pivot-none_seed42",
+    ]
+    assert sorted({row["model"] for row in rows(out)}) == names
+    assert "| llama_rtn-w3g32_pivot-bos, 2 seeds |" in table
+    assert "pivot-none, " not in table
+    found, foreign = collect([runs, out])
+    assert not foreign
+    report = markdown(found)
+    assert "answer_tokens" not in report
+    assert "mt_bench score↑ (mt_bench judged by judge, seed 42)" in report
+    scores = {run.path.parent.name: run.scores["mt_bench"] for run in found if "mt_bench" in run.scores}
+    kept = [row["score"] for row in rows(out) if row["model"] == names[0]]
+    assert scores[names[0]].value == pytest.approx(sum(kept) / len(kept))
+    assert len(scores[names[0]].values) == 5
+    line = next(line for line in report.splitlines() if "| bos |" in line)
+    assert f"{scores[names[0]].value - scores[names[2]].value:+.4f} ± " in line, "against its own baseline, paired"
+
+
+def test_answers_go_out_and_come_back(runs, tmp_path):
+    paths = export_answers([runs / "intact", runs / "none"], tmp_path / "model_answer", "mt_bench")
+    assert [path.stem for path in paths] == ["llama_rtn-w3g32_pivot-bos_seed42", "llama_rtn-w3g32_pivot-none_seed42"]
+    logged = [json.loads(line) for line in next((runs / "intact").rglob("samples_*")).read_text().splitlines()]
+    found = read_answers(paths[0])
+    assert [list(found[one["doc"]["question_id"]].choices[0].turns) for one in logged] == [
+        [turn[0] for turn in one["resps"][0][0]] for one in logged
+    ]
+    row = json.loads(paths[0].read_text().splitlines()[0])
+    assert row.keys() == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    with pytest.raises(DataError, match="have this name"):
+        export_answers([runs / "none", runs / "none"], tmp_path, "mt_bench")
+    with pytest.raises(DataError, match="no run of vicuna_bench"):
+        export_answers([runs], tmp_path, "vicuna_bench")
+
+
+def test_rating_of_is_not_constant():
+    assert len({rating_of(str(i)) for i in range(50)}) == 10
