@@ -12,8 +12,9 @@ from typing import Any
 
 from intactkv_eval.errors import DataError
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
-from intactkv_eval.report.collect import Run, read_run, samples_of
-from intactkv_eval.report.tables import pivot_label, weights_label
+from intactkv_eval.report.collect import Run, read_run
+from intactkv_eval.report.grid import pivot_label, weights_label
+from intactkv_eval.report.score import samples_of
 
 
 @dataclass(frozen=True)

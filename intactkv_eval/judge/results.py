@@ -10,7 +10,7 @@ from intactkv_eval.files import write_atomic
 from intactkv_eval.judge.entries import Entry
 from intactkv_eval.judge.fastchat import Judged
 from intactkv_eval.judge.scores import ALL, by_question, score_figures
-from intactkv_eval.report.collect import samples_of
+from intactkv_eval.report.score import samples_of
 
 
 def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judged) -> Path | None:

@@ -5,7 +5,7 @@ Only runs of this package's model class have a cell; others are left out and cou
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.score import Score, read_scores
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
-_NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers"}  # of answers that nobody has judged
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,6 @@ class Identity:
         return self.checkpoint is None and all(
             (self.cell.weights.method == "none", self.cell.activations.bits == 16, self.cell.kv.bits == 16)
         )
-
-
-@dataclass(frozen=True)
-class Score:
-    """A task's main figure in one run.
-
-    settings: all that makes two runs of one task the same measurement, beside the model. values: the metric of each
-    document, by its id, where samples were logged; `of_nll` where the figure is exp of their mean.
-    """
-
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    higher_is_better: bool
-    settings: Mapping[str, Any]
-    values: Mapping[int, float] = field(default_factory=dict)
-    of_nll: bool = False
-
-    @property
-    def column(self) -> tuple[str, str, str]:
-        """What of two scores must be equal for them to stand in one column."""
-        return self.task, self.metric, json.dumps(self.settings, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,7 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             checkpoint=_checkpoint_label(record),
             awq_search=record.get("awq_search"),
         )
-        scores = {score.task: score for score in _scores(path, content, record, leaves)}
+        scores = {score.task: score for score in read_scores(path, content, record, leaves)}
         return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)
     except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
@@ -149,86 +126,3 @@ def activations_label(spec: ActivationSpec) -> list[str]:
         *([] if spec.symmetric else ["asym"]),
         *clip,
     ]
-
-
-def _scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:
-    children = content.get("group_subtasks", {})
-    shown: set[str] = set()
-    for task in _in_order(content["results"], children, leaves):
-        figures = {key.partition(",")[0]: value for key, value in content["results"][task].items() if "," in key}
-        metric = _main_metric(figures)
-        if metric is None or task in shown:
-            continue
-        shown |= _below(task, children)
-        of_nll = metric == "perplexity" and "nll" in figures
-        source = "nll" if of_nll else metric
-        value, stderr = float(figures[metric]), figures.get(f"{source}_stderr")
-        direction = content["higher_is_better"].get(task, {}).get(metric)
-        yield Score(
-            task=task,
-            metric=metric,
-            value=value,
-            stderr=stderr * (value if of_nll else 1) if isinstance(stderr, int | float) else None,
-            higher_is_better=bool(direction if direction is not None else metric in {"acc", "exact_match"}),
-            settings=_settings(task, content, record),
-            # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
-            values=_sample_values(path, task, source) if source != "perplexity" else {},
-            of_nll=of_nll,
-        )
-
-
-def _main_metric(figures: Mapping[str, Any]) -> str | None:
-    """Our perplexity where there is one, else accuracy, else the first that is a number."""
-    numbers = [name for name, value in figures.items() if isinstance(value, int | float) and "_stderr" not in name]
-    if _NO_SCORES.issuperset(numbers):
-        return None
-    wanted = ["perplexity"] if "nll" in numbers else []
-    return next(
-        (name for name in [*wanted, "acc", "exact_match", "word_perplexity", *numbers] if name in numbers), None
-    )
-
-
-def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    metadata = content.get("configs", {}).get(task, {}).get("metadata") or {}
-    limit, template = content["config"].get("limit"), content.get("chat_template_sha")
-    return {
-        "limit": None if limit is None else float(limit),
-        "documents": content.get("n-samples", {}).get(task, {}).get("effective"),
-        "num_fewshot": content.get("n-shot", {}).get(task),
-        "protocol": metadata.get("protocol"),
-        "data": metadata.get("data"),
-        "seed": metadata.get("seed"),
-        "version": content.get("versions", {}).get(task),
-        "gen_kwargs": content["config"].get("gen_kwargs") or None,
-        "chat_template": template,
-        "system_instruction": content.get("system_instruction_sha"),
-        "fewshot_as_multiturn": content.get("fewshot_as_multiturn") if template else None,
-        "dtype": record.get("dtype"),
-        "lm_eval": record.get("versions", {}).get("lm_eval"),
-    }
-
-
-def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], leaves: bool) -> list[str]:
-    """Outermost groups first, so that what they hold is left out; or the tasks that hold nothing."""
-    inner = {child for listed in children.values() for child in listed}
-    if leaves:
-        return [task for task in results if not children.get(task)]
-    return sorted(results, key=lambda task: (task in inner, not children.get(task), list(results).index(task)))
-
-
-def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
-    return {name for child in children.get(task, []) for name in ({child} | _below(child, children))}
-
-
-def samples_of(results: Path, task: str) -> Path:
-    """The samples that lm_eval logs beside a results file."""
-    return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
-
-
-def _sample_values(path: Path, task: str, metric: str) -> dict[int, float]:
-    """The metric of every logged document; empty where samples were not logged."""
-    samples = samples_of(path, task)
-    if not samples.is_file():
-        return {}
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return {int(row["doc_id"]): float(row[metric]) for row in rows if isinstance(row.get(metric), int | float)}

@@ -6,10 +6,12 @@ recovered = (baseline - intact) / (baseline - full precision), empty where the d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, sqrt
+from math import sqrt
 
 from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
-from intactkv_eval.report.collect import Identity, Run, Score
+from intactkv_eval.report.collect import Identity, Run
+from intactkv_eval.report.score import Score
+from intactkv_eval.report.significance import Test, paired_difference, recovered_interval, weighted_difference
 
 _NOISE = 2.0  # standard errors
 _ANY = "bos"  # stands for every source of tokens; which these are is compared by themselves
@@ -17,10 +19,14 @@ _ANY = "bos"  # stands for every source of tokens; which these are is compared b
 
 @dataclass(frozen=True)
 class Delta:
-    """A difference and its standard error: paired over documents where both runs logged them, else None if unknown."""
+    """A difference and its standard error: paired over documents where both runs logged them, else None if unknown.
+
+    test: of a paired one.
+    """
 
     value: float
     stderr: float | None
+    test: Test | None = None
 
     @property
     def within_noise(self) -> bool:
@@ -30,32 +36,52 @@ class Delta:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score beside its baseline and full precision, as far as those were run."""
+    """One score beside its baseline and full precision, as far as those were run.
+
+    recovered_interval: 95%, None where the three runs share no documents.
+    """
 
     score: Score
     to_baseline: Delta | None
     to_full_precision: Delta | None
     recovered: float | None
+    recovered_interval: tuple[float, float] | None = None
 
 
 def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     """The score of `run` on `task` against the newest fitting runs among `runs`."""
     score = run.scores[task]
     intact = run.identity.cell.pivot.intact
-    baseline = _score_of(_baseline(run.identity), run, task, runs) if intact else None
-    full = None if run.identity.is_full_precision else _score_of(_full_precision(run.identity), run, task, runs)
+    baseline = _score_of(baseline_of(run.identity), run, task, runs) if intact else None
+    full = None if run.identity.is_full_precision else _score_of(full_precision_of(run.identity), run, task, runs)
+    recovered = _recovered(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
         to_baseline=difference(score, baseline) if baseline else None,
         to_full_precision=difference(score, full) if full else None,
-        recovered=_recovered(score, baseline, full) if baseline and full else None,
+        recovered=recovered,
+        recovered_interval=_interval(score, baseline, full) if recovered is not None and baseline and full else None,
     )
 
 
 def difference(one: Score, other: Score) -> Delta:
     """one - other."""
-    paired = _paired_stderr(one, other)
-    return Delta(one.value - other.value, _unpaired_stderr(one, other) if paired is None else paired)
+    test = _test(one, other)
+    value = one.value - other.value
+    return Delta(value, test.stderr, test) if test else Delta(value, _unpaired_stderr(one, other))
+
+
+def _test(one: Score, other: Score) -> Test | None:
+    if one.values.keys() != other.values.keys() or one.weights != other.weights:
+        return None
+    shared = sorted(one.values)
+    if not one.weights:
+        return paired_difference([one.values[i] for i in shared], [other.values[i] for i in shared], one.of_nll)
+    parts = []
+    for task, weight in one.weights.items():
+        places = [place for place in shared if place[0] == task]
+        parts.append((weight, [one.values[i] for i in places], [other.values[i] for i in places]))
+    return weighted_difference(parts)
 
 
 def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
@@ -66,17 +92,12 @@ def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
     return (baseline.value - intact.value) / loss.value
 
 
-def _paired_stderr(one: Score, other: Score) -> float | None:
-    """Of the mean difference over the documents of both; for a perplexity, of its first-order change with each nll."""
-    shared = sorted(one.values.keys() & other.values.keys())
-    if len(shared) < 2 or len(shared) != len(one.values) or len(shared) != len(other.values):
+def _interval(intact: Score, baseline: Score, full: Score) -> tuple[float, float] | None:
+    shared = sorted(intact.values)
+    if intact.weights or not shared or any(score.values.keys() != intact.values.keys() for score in (baseline, full)):
         return None
-    weights = [1.0, 1.0]
-    if one.of_nll:
-        weights = [exp(sum(score.values.values()) / len(shared)) for score in (one, other)]
-    terms = [weights[0] * one.values[i] - weights[1] * other.values[i] for i in shared]
-    mean = sum(terms) / len(terms)
-    return sqrt(sum((term - mean) ** 2 for term in terms) / (len(terms) - 1) / len(terms))
+    kept, lost, whole = ([score.values[place] for place in shared] for score in (intact, baseline, full))
+    return recovered_interval(kept, lost, whole, intact.of_nll)
 
 
 def _unpaired_stderr(one: Score, other: Score) -> float | None:
@@ -88,16 +109,30 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
 def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        found = _by_tokens(other.identity)
+        found = by_tokens(other.identity)
         found = replace(found, source_hash=wanted.source_hash and found.source_hash)
         if found != wanted or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
             continue
-        if other.scores[task].column == run.scores[task].column:
+        if not unlike(run.scores[task], other.scores[task]):
             return other.scores[task]
     return None
 
 
-def _by_tokens(identity: Identity) -> Identity:
+def unlike(one: Score, other: Score) -> list[str]:
+    """What makes two scores different measurements, named with both sides; empty where they are the same."""
+    found = [
+        f"{key} ({one.settings.get(key)}, {other.settings.get(key)})"
+        for key in sorted(one.settings.keys() | other.settings.keys())
+        if one.settings.get(key) != other.settings.get(key)
+    ]
+    if one.metric != other.metric:
+        found.append(f"metric ({one.metric}, {other.metric})")
+    if one.documents and other.documents and one.documents != other.documents:
+        found.append("documents or their prompts (the hashes of their texts differ)")
+    return found
+
+
+def by_tokens(identity: Identity) -> Identity:
     """Tokens that are computed are the same wherever their ids come from: a name, a list or a file."""
     pivot = identity.cell.pivot
     if pivot.intact:
@@ -106,7 +141,7 @@ def _by_tokens(identity: Identity) -> Identity:
     return replace(identity, cell=identity.cell.model_copy(update={"pivot": pivot}))
 
 
-def _baseline(identity: Identity) -> Identity:
+def baseline_of(identity: Identity) -> Identity:
     """The same model, the same tokens in front, computed by itself."""
     cell = identity.cell
     pivot = cell.pivot.model_copy(update={"intact": False, "source": _ANY, "transfer": False})
@@ -115,9 +150,9 @@ def _baseline(identity: Identity) -> Identity:
     return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv}))
 
 
-def _full_precision(identity: Identity) -> Identity:
+def full_precision_of(identity: Identity) -> Identity:
     """Nothing quantized. A checkpoint quantized elsewhere is compared with its reference, whose weights are others."""
-    baseline = _baseline(identity).cell
+    baseline = baseline_of(identity).cell
     reference = identity.cell.model.reference
     other = {"pretrained": reference, "revision": "main"} if reference else {}
     model = baseline.model.model_copy(update=other)

@@ -1,107 +1,135 @@
-"""The markdown table: cells as rows, for each task its figure, the deltas and the share recovered."""
+"""The grid as text: markdown, CSV, LaTeX and JSON. The same runs give the same bytes."""
 
-from collections.abc import Sequence
-from pathlib import PurePath
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
 
-from intactkv_eval.config import CellSpec, KVSpec
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, Score, activations_label
-from intactkv_eval.report.compare import Comparison, Delta, compare
+from intactkv_eval.report.collect import Run
+from intactkv_eval.report.compare import Delta
+from intactkv_eval.report.grid import Entry, Grid, grid_of
 
+HEAD = ("model", "weights", "kv", "pivot")
+_PARTS = ("Δ base", "Δ fp", "recovered")
 NOTES = """\
 `pivot` none: the pivot's tokens stand in front but are computed by the evaluated model (the baseline); otherwise their
 KV is the full-precision model's. Δ base: to the same cell's baseline. Δ fp: to full precision. ±: one standard error,
-of a Δ paired over documents where both runs logged them. recovered: share of the baseline's loss to full precision that
-the intact pivot gives back; empty where that loss is within two standard errors."""
+of a Δ paired over documents where both runs logged them. \\*: a Δ base that is significant at 5% after Holm's
+correction over the table (paired bootstrap-t; McNemar's exact test for accuracies). recovered: share of the baseline's
+loss to full precision that the intact pivot gives back, with its 95% interval; empty where that loss is within two
+standard errors."""
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """The table of all runs: one row a model, one column a task under its settings; of several runs the newest counts.
-
-    Raises ConfigError where there is nothing to show.
-    """
-    if not runs:
-        raise ConfigError("no run of the model class intactkv among the results: evaluate with --model intactkv")
-    columns = {score.column: score for run in runs for score in run.scores.values()}
-    header = ["model", "weights", "kv", "pivot"]
-    for score in columns.values():
-        header += [_title(score, list(columns.values())), "Δ base", "Δ fp", "recovered"]
-    lines = [_line(header), _line(["---"] * 4 + ["---:"] * (len(header) - 4))]
-    for identity, scored in _rows(runs):
-        values = _cell_columns(identity)
-        for column in columns:
-            found = scored.get(column)
-            values += _score_columns(compare(found, column[0], runs)) if found else ["", "", "", ""]
-        lines.append(_line(values))
-    return "\n".join([*lines, "", NOTES, ""])
+    """The table of all runs, what it means, and what was not compared. Raises ConfigError where there is no run."""
+    grid = grid_of(runs)
+    header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
+    lines = [_line(header), _line(["---"] * len(HEAD) + ["---:"] * (len(header) - len(HEAD)))]
+    lines += [_line(row) for row in _texts(grid, "\\*")]
+    refused = [f"- {line}" for line in grid.refusals]
+    said = ["", "Not compared with a baseline:", *refused] if refused else []
+    return "\n".join([*lines, "", NOTES, *said, ""])
 
 
-def weights_label(identity: Identity) -> str:
-    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized. Then the activations."""
-    weights = identity.cell.weights
-    stages = [*activations_label(identity.cell.activations), *(["rotated"] if weights.rotate else [])]
-    if weights.method == "none":
-        return " ".join([identity.checkpoint or "fp", *stages])
-    group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
-    return " ".join([f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}", *stages])
+def latex(runs: Sequence[Run]) -> str:
+    """A tabular of booktabs. Raises ConfigError where there is no run."""
+    grid = grid_of(runs)
+    header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
+    lines = [
+        f"\\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * (len(header) - len(HEAD))}}}",
+        "\\toprule",
+        _row(header),
+        "\\midrule",
+        *(_row(row) for row in _texts(grid, "*")),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+    return "\n".join([*lines, ""])
 
 
-def pivot_label(cell: CellSpec) -> str:
-    """`none`, or the source; `(computed)` marks the baseline of a pivot that is not BOS alone."""
-    if cell.pivot.intact:
-        return PurePath(cell.pivot.source).name
-    return "none" if cell.pivot.source == "bos" else f"{PurePath(cell.pivot.source).name} (computed)"
+def comma_separated(runs: Sequence[Run]) -> str:
+    """One line for each figure, numbers as they are. Raises ConfigError where there is no run."""
+    grid = grid_of(runs)
+    made = io.StringIO()
+    rows = [{**dict(zip(HEAD, row.labels, strict=True)), **_numbers(grid.titles[column], entry)}
+            for row in grid.rows for column, entry in row.entries.items()]  # fmt: skip
+    writer = csv.DictWriter(made, list(rows[0]) if rows else HEAD, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return made.getvalue()
 
 
-def _rows(runs: Sequence[Run]) -> list[tuple[Identity, dict[tuple[str, str, str], Run]]]:
-    """Each model with its newest run of each column; full precision first, then by bits, baseline before intact."""
-    found: dict[Identity, dict[tuple[str, str, str], Run]] = {}
-    for run in runs:
-        found.setdefault(run.identity, {}).update({score.column: run for score in run.scores.values()})
-
-    def place(item: tuple[Identity, object]) -> tuple[object, ...]:
-        identity, cell = item[0], item[0].cell
-        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
-        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
-        pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
-        return cell.model.pretrained, *weights, *stages, *pivot, str(identity)
-
-    return sorted(found.items(), key=place)
-
-
-def _cell_columns(identity: Identity) -> list[str]:
-    cell = identity.cell
-    kv = "16" if cell.kv.bits == 16 else _kv_label(cell.kv)
-    asked = [f"{key}={value}" for key, value in identity.hf_arguments]
-    name = " ".join([PurePath(cell.model.pretrained).name, *asked])
-    return [name, weights_label(identity), kv, pivot_label(cell)]
+def as_json(runs: Sequence[Run]) -> str:
+    """Every figure with its tests and settings. Raises ConfigError where there is no run."""
+    grid = grid_of(runs)
+    found = [
+        {
+            "cell": row.identity.cell.model_dump(mode="json"),
+            "hf_arguments": dict(row.identity.hf_arguments),
+            "checkpoint": row.identity.checkpoint,
+            "pivot_tokens": list(entry.run.pivot_tokens),
+            **dict(zip(HEAD, row.labels, strict=True)),
+            **_numbers(grid.titles[column], entry),
+            "settings": entry.found.score.settings,
+            "unpaired": entry.unpaired,
+        }
+        for row in grid.rows
+        for column, entry in row.entries.items()
+    ]
+    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
-def _kv_label(kv: KVSpec) -> str:
-    sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
-    kept = f" keep {kv.keep}" if kv.keep else ""
-    turned = (" rotated" if kv.rotate else "") + (f" clip {kv.clip:g}" if kv.clip < 1 else "")
-    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{'' if kv.exempt else ' pivot too'}"
+def _numbers(title: str, entry: Entry) -> dict[str, object]:
+    found, score = entry.found, entry.found.score
+    low, high = found.recovered_interval or (None, None)
+    test = found.to_baseline.test if found.to_baseline else None
+    return {
+        "column": title,
+        "task": score.task,
+        "metric": score.metric,
+        "value": score.value,
+        "stderr": score.stderr,
+        **_delta_numbers("delta_base", found.to_baseline),
+        "delta_base_p": test.p if test else None,
+        "delta_base_p_holm": entry.p,
+        "delta_base_significant": entry.is_significant,
+        "delta_base_test": test.method if test else None,
+        "documents": test.documents if test else None,
+        **_delta_numbers("delta_fp", found.to_full_precision),
+        "recovered": found.recovered,
+        "recovered_low": low,
+        "recovered_high": high,
+    }
 
 
-def _title(score: Score, columns: Sequence[Score]) -> str:
-    """Task and metric, the protocol, and what sets this column apart from others of the same task."""
-    arrow = "↑" if score.higher_is_better else "↓"
-    notes = [score.settings["protocol"]]
-    if score.settings["limit"]:
-        notes.append(f"limit {score.settings['limit']:g}")
-    others = [other for other in columns if other.task == score.task and other is not score]
-    for key, value in score.settings.items():
-        if key not in {"protocol", "limit"} and any(other.settings[key] != value for other in others):
-            notes.append(f"{key} {value}")
-    named = ", ".join(str(note) for note in notes if note)
-    return f"{score.task} {score.metric}{arrow}" + (f" ({named})" if named else "")
+def _delta_numbers(name: str, delta: Delta | None) -> dict[str, object]:
+    test = delta.test if delta else None
+    return {
+        name: delta.value if delta else None,
+        f"{name}_stderr": delta.stderr if delta else None,
+        f"{name}_low": test.low if test else None,
+        f"{name}_high": test.high if test else None,
+    }
 
 
-def _score_columns(found: Comparison) -> list[str]:
-    value = f"{found.score.value:.4f}" + (f" ± {found.score.stderr:.4f}" if found.score.stderr is not None else "")
+def _texts(grid: Grid, mark: str) -> list[list[str]]:
+    empty = [""] * (1 + len(_PARTS))
+    rows = []
+    for row in grid.rows:
+        texts = [figures(row.entries[column], mark) if column in row.entries else empty for column in grid.columns]
+        rows.append([*row.labels, *(text for part in texts for text in part)])
+    return rows
+
+
+def figures(entry: Entry, mark: str) -> list[str]:
+    """A figure, its differences to baseline and full precision, and the share recovered."""
+    found = entry.found
+    error = f" ± {found.score.stderr:.4f}" if found.score.stderr is not None else ""
     recovered = "" if found.recovered is None else f"{100 * found.recovered:.0f}%"
-    return [value, _delta(found.to_baseline), _delta(found.to_full_precision), recovered]
+    if found.recovered_interval:
+        recovered += " [{:.0f}, {:.0f}]".format(*(100 * end for end in found.recovered_interval))
+    base = _delta(found.to_baseline) + (mark if entry.is_significant else "")
+    return [f"{found.score.value:.4f}{error}", base, _delta(found.to_full_precision), recovered]
 
 
 def _delta(delta: Delta | None) -> str:
@@ -112,3 +140,22 @@ def _delta(delta: Delta | None) -> str:
 
 def _line(values: Sequence[str]) -> str:
     return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+
+
+def _row(values: Sequence[str]) -> str:
+    return " & ".join(_escaped(value) for value in values) + " \\\\"
+
+
+_LATEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",
+          "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "Δ": "$\\Delta$", "↑": "$\\uparrow$",
+          "↓": "$\\downarrow$"}  # fmt: skip
+
+
+def _escaped(text: str) -> str:
+    return "".join(_LATEX.get(letter, letter) for letter in text)
+
+
+FORMATS: dict[str, Callable[[Sequence[Run]], str]] = {
+    "md": markdown, "csv": comma_separated, "tex": latex, "json": as_json,
+}  # fmt: skip
+"""By the ending of a file's name."""

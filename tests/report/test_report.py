@@ -87,7 +87,7 @@ def test_paired_stderr_of_a_perplexity_is_its_first_order_change(folder):
 
     runs, _ = collect([folder])
     found = compare(runs[2], "ppl_x", runs).to_baseline
-    values = [dict(run.scores["ppl_x"].values) for run in runs]
+    values = [[value for _, value in sorted(run.scores["ppl_x"].values.items())] for run in runs]
     random.seed(0)
     draws = []
     for _ in range(4000):

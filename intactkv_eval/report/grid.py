@@ -1,0 +1,162 @@
+"""The report as values: a row for each cell, a column for each measurement, every figure with what it is compared to.
+
+Renderers (markdown, CSV, LaTeX, JSON, the page) read this and nothing else. Knows no files.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+
+from intactkv_eval.config import CellSpec, KVSpec
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.collect import Identity, Run, activations_label
+from intactkv_eval.report.compare import Comparison, compare
+from intactkv_eval.report.refused import why_unpaired
+from intactkv_eval.report.score import Score
+from intactkv_eval.report.significance import LEVEL, holm
+
+Column = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of one cell. p: of its difference to the baseline, corrected over the whole table; None if untested.
+
+    unpaired: why there is no baseline to compare it with, empty where there is one or none is wanted.
+    """
+
+    run: Run
+    found: Comparison
+    p: float | None = None
+    unpaired: str = ""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference to the baseline is called real."""
+        return self.p is not None and self.p < LEVEL
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell: how it is named in the first four columns, and its figures by column."""
+
+    identity: Identity
+    labels: tuple[str, str, str, str]
+    entries: Mapping[Column, Entry]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """titles: of each column."""
+
+    rows: tuple[Row, ...]
+    columns: tuple[Column, ...]
+    titles: Mapping[Column, str]
+
+    @property
+    def refusals(self) -> list[str]:
+        """What was not compared with a baseline, and why; one line each."""
+        return [
+            f"{', '.join(row.labels)}; {self.titles[column]}: {entry.unpaired}"
+            for row in self.rows
+            for column, entry in row.entries.items()
+            if entry.unpaired
+        ]
+
+
+def grid_of(runs: Sequence[Run]) -> Grid:
+    """All runs, one row a cell, full precision first; of several runs of one measurement the newest counts.
+
+    Raises ConfigError where there is nothing to show.
+    """
+    if not runs:
+        raise ConfigError("no run of the model class intactkv among the results: evaluate with --model intactkv")
+    scores = {score.column: score for run in runs for score in run.scores.values()}
+    titles = {column: _title(score, list(scores.values())) for column, score in scores.items()}
+    rows = []
+    for identity, scored in _by_identity(runs):
+        entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
+        rows.append(Row(identity, _labels(identity), entries))
+    return Grid(_corrected(rows), tuple(scores), titles)
+
+
+def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
+    found = compare(run, task, runs)
+    wanted = run.identity.cell.pivot.intact and found.to_baseline is None
+    return Entry(run, found, unpaired=why_unpaired(run, task, runs) if wanted else "")
+
+
+def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Holm's correction over every difference to a baseline in the table."""
+    tests = {
+        (place, column): entry.found.to_baseline.test.p
+        for place, row in enumerate(rows)
+        for column, entry in row.entries.items()
+        if entry.found.to_baseline and entry.found.to_baseline.test and entry.found.to_baseline.test.p is not None
+    }
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+    return tuple(
+        replace(row, entries={c: replace(entry, p=corrected.get((place, c))) for c, entry in row.entries.items()})
+        for place, row in enumerate(rows)
+    )
+
+
+def _by_identity(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
+    """Each model with its newest run of each column; full precision first, then by bits, baseline before intact."""
+    found: dict[Identity, dict[Column, Run]] = {}
+    for run in runs:
+        found.setdefault(run.identity, {}).update({score.column: run for score in run.scores.values()})
+
+    def place(item: tuple[Identity, object]) -> tuple[object, ...]:
+        identity, cell = item[0], item[0].cell
+        weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
+        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits)
+        pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
+        return cell.model.pretrained, *weights, *stages, *pivot, str(identity)
+
+    return sorted(found.items(), key=place)
+
+
+def weights_label(identity: Identity) -> str:
+    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized. Then the activations."""
+    weights = identity.cell.weights
+    stages = [*activations_label(identity.cell.activations), *(["rotated"] if weights.rotate else [])]
+    if weights.method == "none":
+        return " ".join([identity.checkpoint or "fp", *stages])
+    group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
+    return " ".join([f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}", *stages])
+
+
+def pivot_label(cell: CellSpec) -> str:
+    """`none`, or the source; `(computed)` marks the baseline of a pivot that is not BOS alone."""
+    if cell.pivot.intact:
+        return PurePath(cell.pivot.source).name
+    return "none" if cell.pivot.source == "bos" else f"{PurePath(cell.pivot.source).name} (computed)"
+
+
+def _labels(identity: Identity) -> tuple[str, str, str, str]:
+    cell = identity.cell
+    asked = [f"{key}={value}" for key, value in identity.hf_arguments]
+    name = " ".join([PurePath(cell.model.pretrained).name, *asked])
+    return name, weights_label(identity), "16" if cell.kv.bits == 16 else _kv_label(cell.kv), pivot_label(cell)
+
+
+def _kv_label(kv: KVSpec) -> str:
+    sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
+    kept = f" keep {kv.keep}" if kv.keep else ""
+    turned = (" rotated" if kv.rotate else "") + (f" clip {kv.clip:g}" if kv.clip < 1 else "")
+    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{'' if kv.exempt else ' pivot too'}"
+
+
+def _title(score: Score, columns: Sequence[Score]) -> str:
+    """Task and metric, the protocol, and what sets this column apart from others of the same task."""
+    arrow = "↑" if score.higher_is_better else "↓"
+    notes = [score.settings["protocol"]]
+    if score.settings["limit"]:
+        notes.append(f"limit {score.settings['limit']:g}")
+    others = [other for other in columns if other.task == score.task and other is not score]
+    for key, value in score.settings.items():
+        if key not in {"protocol", "limit"} and any(other.settings[key] != value for other in others):
+            notes.append(f"{key} {value}")
+    named = ", ".join(str(note) for note in notes if note)
+    return f"{score.task} {score.metric}{arrow}" + (f" ({named})" if named else "")

@@ -1,0 +1,154 @@
+"""The table's claims: what is called significant, what is not compared and why, groups of tasks, and every format."""
+
+import csv
+import io
+import json
+from math import exp
+
+import numpy as np
+import pytest
+from test_report import BOS, FP, NONE, write
+
+from intactkv_eval.report.collect import collect, read_run
+from intactkv_eval.report.compare import compare
+from intactkv_eval.report.grid import grid_of
+from intactkv_eval.report.significance import paired_difference
+from intactkv_eval.report.tables import FORMATS, as_json, comma_separated, latex, markdown
+
+RNG = np.random.default_rng(0)
+SHARED = RNG.normal(3.0, 0.3, 40)
+LOST = SHARED + 0.3 + RNG.normal(0, 0.02, 40)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, FP, list(SHARED), 1)
+    write(tmp_path, NONE, list(LOST), 2)
+    write(tmp_path, BOS, list(LOST - 0.05 + RNG.normal(0, 0.02, 40)), 3)
+    write(tmp_path, {**FP, "pivot": "bos"}, list(SHARED + np.where(np.arange(40) % 2, 1e-3, -1e-3)), 4)
+    return tmp_path
+
+
+def entries(runs):
+    return {row.labels[1:]: next(iter(row.entries.values())) for row in grid_of(runs).rows}
+
+
+def test_a_real_difference_is_marked_and_noise_is_not(folder):
+    runs, _ = collect([folder])
+    found = entries(runs)
+    real, control = found["rtn w4g64", "16", "bos"], found["fp", "16", "bos"]
+    test = real.found.to_baseline.test
+    assert (real.is_significant, control.is_significant) == (True, False)
+    assert real.p == pytest.approx(2 * test.p), "two differences in the table"
+    assert test.low < real.found.to_baseline.value < test.high < 0
+    low, high = real.found.recovered_interval
+    assert low < real.found.recovered < high
+    text = markdown(runs)
+    line = next(line for line in text.splitlines() if "| rtn w4g64 | 16 | bos |" in line)
+    assert "\\*" in line
+    assert f"% [{100 * low:.0f}, {100 * high:.0f}] |" in line
+    assert "\\*" not in next(line for line in text.splitlines() if "| fp | 16 | bos |" in line)
+    assert "Not compared" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "named"),
+    [
+        ({"group_size": 32}, {}, "weights.group_size (32, 64)"),
+        ({"bits": 3}, {}, "weights.bits (3, 4)"),
+        ({"pretrained": "other"}, {}, "model.pretrained (other, m)"),
+        ({"pivot": "tokens:5"}, {"pivot_tokens": [5]}, "tokens in front ([5], [1])"),
+        ({}, {"versions": {"lm_eval": "0.4.14"}}, "lm_eval (0.4.14, 0.4.13)"),
+        ({}, {"dtype": "bfloat16"}, "dtype (bfloat16, float32)"),
+        ({}, {"source_hash": "abc"}, "weights' hash (abc, None)"),
+        ({}, {"task_hashes": {"ppl_x": "new"}}, "documents or their prompts"),
+        ({}, {"limit": 2.0}, "limit (2.0, None)"),
+        ({}, {"protocol": "rolling"}, "protocol (rolling, bos-window-2048)"),
+    ],
+)
+def test_an_unfit_pair_is_refused_and_the_difference_named(folder, change, settings, named):
+    for file in folder.glob("*_[34].json*"):
+        file.unlink()
+    path = write(folder, {**BOS, **change}, list(LOST - 0.05), 5)
+    for file in folder.glob("results_*"):
+        content = json.loads(file.read_text())
+        content["task_hashes"] = {"ppl_x": "old"}
+        if file == path:
+            content["config"]["intactkv"] |= {
+                k: v for k, v in settings.items() if k in {"dtype", "versions", "source_hash", "pivot_tokens"}
+            }
+            content["config"] |= {k: v for k, v in settings.items() if k == "limit"}
+            content |= {k: v for k, v in settings.items() if k == "task_hashes"}
+            content["configs"]["ppl_x"]["metadata"] |= {k: v for k, v in settings.items() if k == "protocol"}
+        file.write_text(json.dumps(content))
+    runs, _ = collect([folder])
+    assert compare(runs[-1], "ppl_x", runs).to_baseline is None
+    text = markdown(runs)
+    assert named in text.split("Not compared with a baseline:")[1]
+
+
+def test_a_run_without_any_baseline_says_so(tmp_path):
+    write(tmp_path, BOS, [3.0, 3.1], 1)
+    assert "no run without an intact pivot on this task" in markdown(collect([tmp_path])[0])
+
+
+def group(folder, cell, correct, date, macro):
+    """A group of accuracies over two tasks of different sizes, as lm_eval writes it."""
+    tasks = {"small": correct[:20], "large": correct[20:]}
+    path = write(folder, cell, [1.0, 2.0], date, samples=False)
+    content = json.loads(path.read_text())
+    means = [sum(part) / len(part) for part in tasks.values()]
+    whole = sum(means) / 2 if macro else sum(correct) / len(correct)
+    content["results"] = {
+        name: {"acc,none": mean, "acc_stderr,none": 0.05} for name, mean in zip(tasks, means, strict=True)
+    }
+    content["results"]["group"] = {"acc,none": whole, "acc_stderr,none": 0.05}
+    content["group_subtasks"] = {"group": ["small", "large"]}
+    content["higher_is_better"] = {}
+    path.write_text(json.dumps(content))
+    for name, part in tasks.items():
+        rows = [json.dumps({"doc_id": place, "acc": value}) for place, value in enumerate(part)]
+        (folder / f"samples_{name}_{date}.jsonl").write_text("\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("macro", [False, True])
+def test_a_group_is_paired_over_the_documents_of_its_tasks(tmp_path, macro):
+    correct = (RNG.random(120) < 0.5).astype(float)
+    better = np.maximum(correct, (RNG.random(120) < 0.2).astype(float))
+    group(tmp_path, NONE, list(correct), 1, macro)
+    group(tmp_path, BOS, list(better), 2, macro)
+    runs, _ = collect([tmp_path])
+    found = compare(runs[1], "group", runs).to_baseline
+    assert found.value == pytest.approx(runs[1].scores["group"].value - runs[0].scores["group"].value)
+    if macro:
+        assert found.test.method == "weighted means, normal"
+        assert found.test.value == pytest.approx(found.value)
+    else:
+        assert found.test == paired_difference([*better[20:], *better[:20]], [*correct[20:], *correct[:20]])
+        assert found.test.method == "McNemar, exact"
+
+
+def test_a_group_that_is_made_otherwise_is_not_paired(tmp_path):
+    path = group(tmp_path, BOS, [1.0] * 60 + [0.0] * 60, 1, macro=False)
+    content = json.loads(path.read_text())
+    content["results"]["group"]["acc,none"] = 0.123
+    path.write_text(json.dumps(content))
+    assert not read_run(path).scores["group"].values
+
+
+def test_every_format_has_the_same_figures(folder):
+    runs, _ = collect([folder])
+    rows = list(csv.DictReader(io.StringIO(comma_separated(runs))))
+    found = json.loads(as_json(runs))
+    assert [row["pivot"] for row in rows] == [one["pivot"] for one in found] == ["none", "bos", "none", "bos"]
+    for row, one in zip(rows, found, strict=True):
+        assert float(row["value"]) == one["value"]
+        assert row["delta_base"] == ("" if one["delta_base"] is None else str(one["delta_base"]))
+    assert found[3]["delta_base_significant"] is True
+    assert found[3]["cell"]["weights"]["bits"] == 4
+    assert found[3]["value"] == pytest.approx(exp(sum(runs[2].scores["ppl_x"].values.values()) / 40))
+    text = latex(runs)
+    assert text.count("\\\\\n") == 5
+    assert "ppl\\_x perplexity$\\downarrow$" in text
+    assert all(make(runs) == make(collect([folder])[0]) for make in FORMATS.values())
