@@ -14,13 +14,13 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder `tasks` or `model_configs`: the checkout's own where there is one, else the wheel's copy.
+    """The folder `tasks`, `model_configs` or `results/published`: the checkout's own, else the wheel's copy.
 
     Raises ConfigError where neither exists (a damaged install).
     """
     checkout = _PACKAGE.parent
     candidates = [checkout / name] if (checkout / "pyproject.toml").is_file() else []
-    candidates.append(_PACKAGE / name)
+    candidates.append(_PACKAGE / Path(name).name)
     for folder in candidates:
         if folder.is_dir():
             return folder

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
+from intactkv_eval.report.published import beside, published_lines
 
 HEAD = ("model", "weights", "kv", "pivot")
 _PARTS = ("Δ base", "Δ fp", "recovered")
@@ -28,7 +29,7 @@ def markdown(runs: Sequence[Run]) -> str:
     lines += [_line(row) for row in _texts(grid, "\\*")]
     refused = [f"- {line}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
-    return "\n".join([*lines, "", NOTES, *said, ""])
+    return "\n".join([*lines, "", NOTES, *said, *published_lines(beside(grid)), ""])
 
 
 def latex(runs: Sequence[Run]) -> str:

@@ -1,0 +1,144 @@
+"""Published figures, as data, beside our own of the same cell: the difference, and whether the protocol is the same.
+
+    results/published/figures.csv: source, task, metric, protocol, model, method, bits, group_size, act_bits, kv_bits,
+                                   pivot, value (accuracies in percent)
+
+A model is known by the words of its name (`Vicuna-v1.5-7B` is `lmsys/vicuna-7b-v1.5`), never by a part of them.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePath
+
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.report.collect import Identity
+from intactkv_eval.report.grid import Entry, Grid
+
+_NO_WORDS = {"hf", "meta"}
+_KEY = ("method", "bits", "group_size", "act_bits", "kv_bits", "pivot")
+_LABEL = re.compile(r"(?P<method>\w+) w(?P<bits>\d)(g(?P<group>\d+))?")
+_ACTIVATIONS = re.compile(r" a(\d)\b")
+
+
+@dataclass(frozen=True)
+class Published:
+    """One printed figure. key: model, method, bits, group, activation and KV bits, pivot."""
+
+    source: str
+    task: str
+    metric: str
+    protocol: str
+    key: tuple[object, ...]
+    value: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Ours and theirs, in their unit. protocol: what differs of it, empty where it is the same."""
+
+    labels: tuple[str, ...]
+    title: str
+    ours: float
+    stderr: float | None
+    published: Published
+    protocol: str
+
+    @property
+    def difference(self) -> float:
+        """Ours - theirs."""
+        return self.ours - self.published.value
+
+
+@lru_cache(maxsize=1)
+def figures() -> tuple[Published, ...]:
+    """All of them."""
+    with (shipped_folder("results/published") / "figures.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(
+            Published(
+                source=row["source"],
+                task=row["task"],
+                metric=row["metric"],
+                protocol=row["protocol"],
+                key=(_words(row["model"]), *(row[part] for part in _KEY)),
+                value=float(row["value"]),
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def beside(grid: Grid) -> list[Beside]:
+    """Every figure of the grid that was published for its cell and task, under whatever protocol."""
+    found = []
+    for row in grid.rows:
+        key = _key(row.identity)
+        for column, entry in row.entries.items():
+            for one in figures():
+                if (one.key, one.task, one.metric) == (key, column[0], column[1]):
+                    scale = 100 if one.metric == "acc" else 1
+                    error = entry.found.score.stderr
+                    found.append(
+                        Beside(
+                            row.labels, grid.titles[column], entry.found.score.value * scale,
+                            None if error is None else error * scale, one, _differs(entry, one),
+                        )
+                    )  # fmt: skip
+    return found
+
+
+def _differs(entry: Entry, one: Published) -> str:
+    settings = entry.found.score.settings
+    said = []
+    if (settings.get("protocol") or "") != one.protocol:
+        said.append(f"theirs: {one.protocol}")
+    if settings.get("limit"):
+        said.append(f"ours: limit {settings['limit']:g}")
+    return "; ".join(said)
+
+
+def _key(identity: Identity) -> tuple[object, ...]:
+    cell = identity.cell
+    weights, kv = cell.weights, "" if cell.kv.bits == 16 else str(cell.kv.bits)
+    method: str = weights.method
+    bits, group = str(weights.bits or ""), str(weights.group_size or "")
+    activations = "" if cell.activations.bits == 16 else str(cell.activations.bits)
+    if method == "none":
+        method, bits, group = "fp", "", ""
+    label = _LABEL.match(identity.checkpoint or "")
+    if label:
+        method, bits, group = label["method"], label["bits"], label["group"] or ""
+        inside = _ACTIVATIONS.search(identity.checkpoint or "")
+        activations = inside[1] if inside else activations
+        method = "quarot" if " rotated" in (identity.checkpoint or "") else method
+    name = cell.model.reference or cell.model.pretrained
+    return _words(PurePath(name).name), method, bits, "" if group == "-1" else group, activations, kv, _pivot(identity)
+
+
+def _pivot(identity: Identity) -> str:
+    pivot = identity.cell.pivot
+    if not pivot.intact:
+        return "none" if pivot.source == "bos" else f"{pivot.source} (computed)"
+    return "calibrated" if pivot.source.endswith(".safetensors") else pivot.source
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(name.lower().split("-")) - _NO_WORDS
+
+
+def published_lines(found: Sequence[Beside]) -> list[str]:
+    """A markdown table of them; nothing where there are none."""
+    if not found:
+        return []
+    head = ["model", "weights", "kv", "pivot", "measured", "ours", "published", "difference", "protocol", "source"]
+    lines = [_line(head), _line(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)]
+    for one in found:
+        error = f" ± {one.stderr:.2f}" if one.stderr is not None else ""
+        values = [f"{one.ours:.2f}{error}", f"{one.published.value:g}", f"{one.difference:+.2f}"]
+        lines.append(_line([*one.labels, one.title, *values, one.protocol or "the same", one.published.source]))
+    return ["", "Beside published figures:", "", *lines]
+
+
+def _line(values: Sequence[str]) -> str:
+    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
