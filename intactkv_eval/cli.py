@@ -15,7 +15,8 @@ from intactkv_eval import __version__, judge_commands, pivot_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
-from intactkv_eval.report.tables import FORMATS, markdown
+from intactkv_eval.report.page import page
+from intactkv_eval.report.tables import FORMATS
 
 app = typer.Typer(
     name="intactkv",
@@ -178,16 +179,20 @@ def kv_levels(
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders (or files) with lm_eval results JSON.")],
-    out: Annotated[Path | None, typer.Option(help="Write it here: .md, .csv, .tex or .json; else print it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write it: .md, .csv, .tex, .json or .html; else print it.")] = None,
     leaves: Annotated[bool, typer.Option("--leaves", help="The tasks inside of groups, not the groups.")] = False,
+    figures: Annotated[list[Path] | None, typer.Option(help=".html: pictures to show, or a folder of them.")] = None,
 ) -> None:
     """The table of runs: values, deltas to baseline and full precision with their significance, share recovered."""
-    if out is not None and out.suffix[1:] not in FORMATS:
-        raise ConfigError(f"--out {out}: expected a name that ends in .{', .'.join(FORMATS)}")
+    ending = out.suffix[1:] if out is not None else "md"
+    if ending not in {*FORMATS, "html"}:
+        raise ConfigError(f"--out {out}: expected a name that ends in .{', .'.join([*FORMATS, 'html'])}")
+    if figures and ending != "html":
+        raise ConfigError("--figures: does nothing without --out NAME.html")
     runs, foreign = collect(folders, leaves)
     if foreign:
         typer.echo(f"{foreign} results files of other model classes are left out", err=True)
-    table = markdown(runs) if out is None else FORMATS[out.suffix[1:]](runs)
+    table = page(runs, figures or ()) if ending == "html" else FORMATS[ending](runs)
     if out is None:
         typer.echo(table)
     else:

@@ -127,18 +127,13 @@ def _words(name: str) -> frozenset[str]:
     return frozenset(name.lower().split("-")) - _NO_WORDS
 
 
-def published_lines(found: Sequence[Beside]) -> list[str]:
-    """A markdown table of them; nothing where there are none."""
+def published_rows(found: Sequence[Beside]) -> list[list[str]]:
+    """A table of them with its head; nothing where there are none."""
     if not found:
         return []
-    head = ["model", "weights", "kv", "pivot", "measured", "ours", "published", "difference", "protocol", "source"]
-    lines = [_line(head), _line(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)]
+    rows = [["model", "weights", "kv", "pivot", "measured", "ours", "published", "difference", "protocol", "source"]]
     for one in found:
         error = f" ± {one.stderr:.2f}" if one.stderr is not None else ""
         values = [f"{one.ours:.2f}{error}", f"{one.published.value:g}", f"{one.difference:+.2f}"]
-        lines.append(_line([*one.labels, one.title, *values, one.protocol or "the same", one.published.source]))
-    return ["", "Beside published figures:", "", *lines]
-
-
-def _line(values: Sequence[str]) -> str:
-    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+        rows.append([*one.labels, one.title, *values, one.protocol or "the same", one.published.source])
+    return rows

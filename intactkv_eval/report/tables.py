@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
-from intactkv_eval.report.published import beside, published_lines
+from intactkv_eval.report.published import beside, published_rows
 
 HEAD = ("model", "weights", "kv", "pivot")
 _PARTS = ("Δ base", "Δ fp", "recovered")
@@ -29,7 +29,10 @@ def markdown(runs: Sequence[Run]) -> str:
     lines += [_line(row) for row in _texts(grid, "\\*")]
     refused = [f"- {line}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
-    return "\n".join([*lines, "", NOTES, *said, *published_lines(beside(grid)), ""])
+    rows = [_line(row) for row in published_rows(beside(grid))]
+    rule = _line(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
+    printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
+    return "\n".join([*lines, "", NOTES, *said, *(printed if rows else []), ""])
 
 
 def latex(runs: Sequence[Run]) -> str:
@@ -62,8 +65,12 @@ def comma_separated(runs: Sequence[Run]) -> str:
 
 def as_json(runs: Sequence[Run]) -> str:
     """Every figure with its tests and settings. Raises ConfigError where there is no run."""
-    grid = grid_of(runs)
-    found = [
+    return json.dumps(records(grid_of(runs)), indent=1, ensure_ascii=False) + "\n"
+
+
+def records(grid: Grid) -> list[dict[str, object]]:
+    """Every figure as values that JSON can hold."""
+    return [
         {
             "cell": row.identity.cell.model_dump(mode="json"),
             "hf_arguments": dict(row.identity.hf_arguments),
@@ -71,13 +78,13 @@ def as_json(runs: Sequence[Run]) -> str:
             "pivot_tokens": list(entry.run.pivot_tokens),
             **dict(zip(HEAD, row.labels, strict=True)),
             **_numbers(grid.titles[column], entry),
-            "settings": entry.found.score.settings,
+            "higher_is_better": entry.found.score.higher_is_better,
+            "settings": dict(entry.found.score.settings),
             "unpaired": entry.unpaired,
         }
         for row in grid.rows
         for column, entry in row.entries.items()
     ]
-    return json.dumps(found, indent=1, ensure_ascii=False) + "\n"
 
 
 def _numbers(title: str, entry: Entry) -> dict[str, object]:
