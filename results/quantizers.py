@@ -11,8 +11,11 @@ What was calibrated behind the pivot is measured behind it alone.
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from intactkv_eval.report.collect import read_run
+from intactkv_eval.report.compare import difference
 
 GROUP = 64
 _WINDOWS = ["--samples", "32", "--length", "512"]
@@ -85,6 +88,22 @@ def main() -> None:
         if asked.only in name:
             _cell(name, cell, model, folder, made, asked)
     run("report", str(folder / "runs"))
+    for line in aware_against_plain(folder / "runs"):
+        print(line)
+
+
+def aware_against_plain(runs: Path) -> Iterator[str]:
+    """Checkpoints calibrated behind the pivot against the plain ones, both behind it, paired over windows."""
+    found = {path.parent.parent.name: path for path in sorted(runs.rglob("results_*.json"))}
+    for name in sorted(found):
+        plain = name.replace("-aware-bos", "-bos")
+        if plain == name or plain not in found:
+            continue
+        read = (read_run(found[each]) for each in (name, plain))
+        one, other = (run.scores["ppl_wikitext2"] for run in read if run is not None)
+        change = difference(one, other)
+        p = f", p = {change.test.p:.4f}" if change.test and change.test.p is not None else ""
+        yield f"{name} {one.value:.4f}, plain {other.value:.4f}: {change.value:+.4f} ± {change.stderr:.4f}{p}"
 
 
 def _cell(
