@@ -72,14 +72,3 @@ def digest_of_text(text: str) -> str:
 def origin() -> str:
     """Where data comes from now, for the record of a run: figures of a hub and of a mirror are not paired."""
     return "local mirror" if mirror() else "hub"
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises DataError that names the line where one is damaged."""
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
-    return rows

@@ -3,12 +3,14 @@
 Knows paths and bytes only.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import ConfigError, DataError
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -48,3 +50,26 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises DataError that names the line where one is damaged.
+
+    Lines end at newlines alone: a text may hold other characters that `splitlines` takes for ends.
+    """
+    rows = []
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    return rows

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from intactkv_eval.data import digest_of_text, load_dataset, read_jsonl
+from intactkv_eval.data import digest_of_text, load_dataset
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.files import read_jsonl
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
           "system": "system"}  # fmt: skip

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intactkv_eval.data import digest_of, load_dataset, mirror, origin, read_jsonl
+from intactkv_eval.data import digest_of, load_dataset, mirror, origin
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.files import read_jsonl
 
 SOURCES = ("wikitext2", "c4", "pile")
 _C4_FILE = "en/c4-train.00000-of-01024.json.gz"

@@ -99,6 +99,7 @@ def _behind_front(
     ids = bodies.new_zeros(len(rows), len(pivot) + first + last)
     mask = torch.zeros_like(ids)
     for place, (tokens, left) in enumerate(zip(held, rest, strict=True)):
+        ids[place] = rows[place][0]  # padding that no penalty of seen tokens can tell from the row
         known = torch.tensor([*pivot, *tokens], dtype=ids.dtype)
         for part, end in ((known, len(pivot) + first), (torch.tensor(left, dtype=ids.dtype), ids.shape[1])):
             ids[place, end - len(part) : end] = part.to(ids.device)

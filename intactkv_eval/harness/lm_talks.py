@@ -6,9 +6,9 @@
 Options are OPTIONS. A sampled answer depends on `seed` alone, so lm_eval's --use_cache may keep it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
@@ -25,7 +25,19 @@ from intactkv_eval.harness.turns import BUDGET
 
 REQUEST = "generate_turns"
 OPTIONS = ("messages", "max_gen_toks", "temperature", "top_k", "top_p", "seed", "until")
+Number = TypeVar("Number", int, float)
 _TOP_K = 50  # of transformers' own sampling, where a model names none
+
+
+def number(name: str, value: Any, kind: Callable[[Any], Number], most: float = float("inf")) -> Number:
+    """The value of an option as a number from 0. Raises ConfigError where it is none, or above `most`."""
+    try:
+        found = kind(value)
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not 0 <= found <= most:
+        raise ConfigError(f"{name}={value!r}: expected a number from 0" + (f" to {most:g}" if most < 9 else ""))
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,17 +108,18 @@ class PivotedTalks(PivotedGeneration):
                 raise unknown_key(key, OPTIONS)
         own = self.model.generation_config
         top_k, top_p = (options.get("top_k", own.top_k), options.get("top_p", own.top_p))
-        most = int(options["max_gen_toks"])
+        most = number("max_gen_toks", options["max_gen_toks"], int)
         if not 0 < most < self.max_length:
             raise ConfigError(f"max_gen_toks={most}: {self.max_length} tokens fit behind the pivot, prompt included")
+        until = options.get("until") or ()
         return Talk(
             messages=tuple(Message(one["role"], one["content"]) for one in options["messages"]),
             most=most,
-            temperature=float(options.get("temperature") or 0.0),
-            top_k=_TOP_K if top_k is None else int(top_k),
-            top_p=1.0 if top_p is None else float(top_p),
+            temperature=number("temperature", options.get("temperature") or 0.0, float),
+            top_k=_TOP_K if top_k is None else number("top_k", top_k, int),
+            top_p=1.0 if top_p is None else number("top_p", top_p, float, most=1.0),
             seed=str(options.get("seed", "")),
-            until=tuple(options.get("until") or ()),
+            until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         )
 
     def ask(self, talk: Talk, answers: Sequence[str]) -> Asked | None:

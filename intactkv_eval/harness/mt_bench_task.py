@@ -13,7 +13,7 @@ from datasets import Dataset
 from lm_eval.api.instance import Instance
 
 from intactkv_eval.errors import ConfigError, unknown_key
-from intactkv_eval.harness.lm_talks import OPTIONS, REQUEST
+from intactkv_eval.harness.lm_talks import OPTIONS, REQUEST, number
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.mt_bench.questions import Question, load_questions
 
@@ -31,10 +31,10 @@ class MTBenchTask(PythonTask):
         """The questions. Raises DataError where they cannot be had, ConfigError for a wrong number of choices."""
         metadata = self.config.metadata
         found = load_questions(metadata["bench"], metadata.get("questions"))
-        self._choices = int(metadata.get("num_choices") or 1)
+        self._choices = number("num_choices", metadata.get("num_choices", 1), int)
         if self._choices < 1:
             raise ConfigError(f"num_choices={metadata['num_choices']!r}: use a whole number from 1")
-        self._seed = int(metadata.get("seed", SEED))
+        self._seed = number("seed", metadata.get("seed", SEED), int)
         metadata |= {"seed": self._seed, "data": f"sha256:{found.digest}", "protocol": metadata["bench"]}
         rows = [one.model_dump(mode="json") for one in found.questions]
         self.dataset = {"test": Dataset.from_list(rows)}

@@ -104,7 +104,8 @@ def _go_on(
     asked = [row.asked for row in rows if row.asked is not None]
     bodies = [one.body + row.made for one, row in zip(asked, rows, strict=True)]
     longest = max(map(len, bodies))
-    ids = torch.tensor([[codec.pad] * (longest - len(body)) + body for body in bodies])
+    # Padding is a token of the row itself: a penalty on tokens that were seen then finds the same ones in any batch.
+    ids = torch.tensor([body[:1] * (longest - len(body)) + body for body in bodies])
     mask = torch.tensor([[0] * (longest - len(body)) + [1] * len(body) for body in bodies])
     left = max(one.most - len(row.made) for one, row in zip(asked, rows, strict=True))
     out = generate(
@@ -129,7 +130,9 @@ def _take(row: _Row[Talk], made: list[int], codec: Codec[Talk]) -> None:
     row.made += made if end is None else made[:end]
     kept = row.made[: row.asked.most]
     text, stopped = codec.answer(row.talk, kept)
-    stopped = stopped or (end is not None and len(kept) == len(row.made))
-    if stopped or len(kept) == row.asked.most:
-        row.turns.append(Turn(text, row.asked.prompt, "stop" if stopped else "length", len(kept)))
+    if stopped:  # the token that completed the stop string is the last that counts
+        kept = next(kept[:n] for n in range(1, len(kept) + 1) if codec.answer(row.talk, kept[:n])[1])
+    ended = stopped or (end is not None and len(row.made) < row.asked.most)
+    if ended or len(kept) == row.asked.most:
+        row.turns.append(Turn(text, row.asked.prompt, "stop" if ended else "length", len(kept)))
         row.made, row.asked = [], None

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import openai
 
@@ -17,6 +18,7 @@ from intactkv_eval.errors import ConfigError
 
 KEY = "OPENAI_API_KEY"
 _NO_KEY = "none"  # what a local server without keys is sent
+_A_KEY = 8  # letters; what is shorter is a local server's stand-in, and stands in texts by chance
 
 
 _TRIED_AGAIN = (openai.APIConnectionError, openai.RateLimitError, openai.InternalServerError)
@@ -58,6 +60,7 @@ class Judge:
         key = os.environ.get(KEY)
         if not key and settings.base_url is None:
             raise ConfigError(f"{KEY} is not set; put the key into the environment, or name another server: --base-url")
+        _check_url(settings.base_url)
         self.settings = settings
         self._key = key
         self._turn = threading.Lock()
@@ -88,18 +91,20 @@ class Judge:
 
     def struck(self, text: str) -> str:
         """The text without the key."""
-        return text.replace(self._key, f"[{KEY}]") if self._key else text
+        return text.replace(self._key, f"[{KEY}]") if self._key and len(self._key) >= _A_KEY else text
 
     def _read(self, made: object) -> Reply:
         choices = getattr(made, "choices", None)
         message = getattr(choices[0], "message", None) if isinstance(choices, list) and choices else None
-        text = getattr(message, "content", None)
-        if not isinstance(text, str):
+        text = getattr(message, "content", "")
+        text = "" if text is None else text  # a refusal, or thoughts alone: a reply that says nothing
+        if message is None or not isinstance(text, str):
             raise NoReply(self.struck(f"a reply without a text: {str(made)[:200]}"))
         usage = getattr(made, "usage", None)
         used = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
         known = all(isinstance(part, int) and part >= 0 for part in used)
         finish = getattr(choices[0], "finish_reason", None)  # type: ignore[index]
+        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character that a server has sent
         return Reply(self.struck(text), finish if isinstance(finish, str) else None, used if known else None)  # type: ignore[arg-type]
 
     def _wait(self) -> None:
@@ -111,3 +116,16 @@ class Judge:
             at = max(now, self._free)
             self._free = at + 60 / self.settings.rate
         time.sleep(at - now)
+
+
+def _check_url(url: str | None) -> None:
+    """Raises ConfigError for an address that is none."""
+    if url is None:
+        return
+    try:
+        parts = urlsplit(url)
+        whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ConfigError(f"--base-url {url}: expected http://HOST:PORT/v1, PORT a number")

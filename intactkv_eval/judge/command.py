@@ -14,7 +14,7 @@ from intactkv_eval.judge.fastchat import Judged, pair_rows, single_rows, write_r
 from intactkv_eval.judge.journal import Journal, opened
 from intactkv_eval.judge.matches import Bench, Match, pairwise_matches, single_matches
 from intactkv_eval.judge.results import write_results
-from intactkv_eval.judge.run import Outcome, judge_all, missing
+from intactkv_eval.judge.run import Outcome, judge_all, key_of, missing
 from intactkv_eval.judge.scores import score_figures, seed_rows, table, win_figures
 from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.mt_bench.questions import NEEDS_REFERENCE, load_prompts, load_questions
@@ -50,21 +50,26 @@ def judge_command(
     entries = load_entries(sources, asked.bench)
     bench = _bench(asked, entries)
     matches = _matches(bench, entries, asked)
-    judge = Judge(settings)
     with opened(out) as journal:
         every = [match for part in matches.values() for match in part]
-        left = missing(journal, judge, every)
+        left = missing(journal, settings, every)
         say(f"{len(every)} to judge, {len(every) - len(left)} have their verdict; {purse.estimate(left)}")
         if asked.dry:
             return "nothing was asked (--dry-run)"
+        judge = Judge(settings)
         with tqdm(total=len(left), desc=f"Judging ({settings.model})") as bar:
             outcome = judge_all(journal, judge, every, purse, asked.concurrency, asked.attempts, bar.update)
         _tell(outcome, purse, say)
-        return _written(journal, judge, entries, matches, asked, out)
+        return _written(journal, settings, entries, matches, asked, out)
 
 
 def _bench(asked: Asked, entries: Sequence[Entry]) -> Bench:
     found = load_questions(asked.bench, asked.questions)
+    other = next((entry.name for entry in entries if entry.questions not in {None, found.digest}), None)
+    if other is not None:
+        raise DataError(
+            f"{other}: answers to other questions than these; name the folder that it was run with (--questions)"
+        )
     questions = {question.question_id: question for question in found.questions}
     answered = {place for entry in entries for place in entry.answers if place in questions}
     needed = any(questions[place].category in NEEDS_REFERENCE for place in answered)
@@ -97,18 +102,19 @@ def _tell(outcome: Outcome, purse: Purse, say: Callable[[str], None]) -> None:
 
 def _written(
     journal: Journal,
-    judge: Judge,
+    settings: Settings,
     entries: Sequence[Entry],
     matches: dict[str, list[Match]],
     asked: Asked,
     out: Path,
 ) -> str:
-    name, most = judge.settings.model, judge.settings.most_tokens
+    name = settings.model
     judged: dict[str, Judged] = {
-        entry: [(match, journal.lines.get(match.key(name, most))) for match in part] for entry, part in matches.items()
+        entry: [(match, journal.lines.get(key_of(settings, match))) for match in part]
+        for entry, part in matches.items()
     }
     kind = "single" if asked.baseline is None else "pair"
-    rows = {entry: list((single_rows if kind == "single" else pair_rows)(part)) for entry, part in judged.items()}
+    rows = {entry: list((single_rows if kind == "single" else pair_rows)(part, name)) for entry, part in judged.items()}
     path = out / "model_judgment" / f"{name.replace('/', '_')}_{kind}.jsonl"
     write_rows(path, [row for part in rows.values() for row in part])
     if asked.baseline is not None:
@@ -119,5 +125,11 @@ def _written(
     figures = {entry: score_figures(part) for entry, part in judged.items()}
     for entry in entries:
         write_results(out, entry, asked.bench, name, judged[entry.name])
-    groups = {entry.name: entry.group for entry in entries}
-    return table(figures | seed_rows(figures, groups.get), "score, 1 to 10")
+    return table(figures | seed_rows(figures, _groups(entries).get), "score, 1 to 10")
+
+
+def _groups(entries: Sequence[Entry]) -> dict[str, str | None]:
+    """Entry -> the name of those that differ from it in their seed alone; told apart where two groups share a name."""
+    named = {entry.group: entry.group.partition(" [")[0] for entry in entries if entry.group}
+    alone = {group for group, name in named.items() if list(named.values()).count(name) == 1}
+    return {entry.name: named[entry.group] if entry.group in alone else entry.group for entry in entries}

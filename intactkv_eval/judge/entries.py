@@ -3,6 +3,7 @@
 A run's name says its cell and seed, so that two of them are told apart in every table.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from intactkv_eval.errors import DataError
+from intactkv_eval.files import read_jsonl
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
 from intactkv_eval.report.collect import Run, read_run
 from intactkv_eval.report.grid import pivot_label, weights_label
@@ -19,12 +21,16 @@ from intactkv_eval.report.score import samples_of
 
 @dataclass(frozen=True)
 class Entry:
-    """A model's answers by question. group: its name but for the seed; results: the run they are from, if any."""
+    """A model's answers by question. results: the run they are from, if any.
+
+    group: what tells runs apart that differ in more than their seed. questions: SHA-256 of the file they answer.
+    """
 
     name: str
     answers: dict[int, Answer]
     group: str | None = None
     results: Path | None = None
+    questions: str | None = None
 
 
 def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
@@ -64,16 +70,21 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     if run is None:
         return None
     content = json.loads(path.read_text(encoding="utf-8"))
-    if bench not in content["results"]:
-        return None
+    metadata = content.get("configs", {}).get(bench, {}).get("metadata") or {}
+    if bench not in content["results"] or metadata.get("protocol") != bench:
+        return None  # of another task, or a judge's own figures
     samples = samples_of(path, bench)
     if not samples.is_file():
         raise DataError(f"{path}: its answers were not logged; run lm_eval with --log_samples")
-    metadata = content["configs"][bench].get("metadata") or {}
-    group = run_name(run)
-    name = f"{group}_seed{metadata['seed']}" if "seed" in metadata else group
-    rows = [_answer(json.loads(line), name, run.date) for line in samples.read_text(encoding="utf-8").splitlines()]
-    return Entry(name, {row.question_id: row for row in rows}, group, path)
+    base = run_name(run)
+    name = f"{base}_seed{metadata['seed']}" if "seed" in metadata else base
+    rows = [_answer(row, name, run.date) for row in read_jsonl(samples)]
+    answers = {row.question_id: row for row in rows}
+    alike = {key: value for key, value in metadata.items() if key != "seed"}
+    asked = [content["config"].get("gen_kwargs"), alike, content.get("chat_template_sha"), sorted(answers)]
+    apart = hashlib.sha256(f"{run.identity} {run.pivot_tokens} {json.dumps(asked, default=str)}".encode()).hexdigest()
+    digest = str(metadata.get("data", "")).removeprefix("sha256:") or None
+    return Entry(name, answers, f"{base} [{apart[:6]}]", path, digest)
 
 
 def run_name(run: Run) -> str:

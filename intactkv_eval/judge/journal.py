@@ -1,7 +1,7 @@
 """The journal of a judge: every reply as it comes, one line each, on disk before the next is asked for.
 
-    replies.jsonl: {"key", "judge", "prompt", "kind", "models", "question_id", "turn", "choice", "user_prompt",
-                    "reply", "finish", "tokens", "verdict", "attempt", "tstamp"}
+    replies.jsonl: {"key", "judge", "server", "prompt", "kind", "models", "question_id", "turn", "choice",
+                    "user_prompt", "reply", "finish", "tokens", "verdict", "attempt", "tstamp"}
 
 A line that a kill has cut off is left out and written over. verdict: null where the reply holds none.
 """
@@ -28,6 +28,7 @@ class Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
     key: str
     judge: str
+    server: str | None
     prompt: str
     kind: str
     models: tuple[str, ...]
@@ -48,16 +49,21 @@ class Journal:
 
     def __init__(self, handle: IO[bytes], lines: dict[str, Line]) -> None:
         self._handle, self.lines = handle, lines
+        self.added = 0
         self._turn = threading.Lock()
 
     def add(self, line: Line) -> None:
-        """Keep a reply. When this returns it is on disk."""
+        """Keep a reply. When this returns it is on disk. Raises ConfigError where it cannot be written."""
         written = line.model_dump_json().encode() + b"\n"
         with self._turn:
-            self._handle.write(written)
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+            try:
+                self._handle.write(written)
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+            except OSError as error:
+                raise ConfigError(f"{NAME}: a reply cannot be written ({error}); make room and run again") from None
             self.lines[line.key] = line
+            self.added += 1
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def opened(folder: Path) -> Iterator[Journal]:
 def read_lines(path: Path, content: bytes) -> dict[str, Line]:
     """Whole lines by key, the last of several. Raises DataError that names a damaged one."""
     found = {}
-    for number, text in enumerate(content.splitlines(), start=1):
+    for number, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row: Any = json.loads(text)
             line = Line.model_validate(row)

@@ -36,9 +36,9 @@ class Match:
     kind: str
     messages: tuple[tuple[str, str], ...]
 
-    def key(self, judge: str, most_tokens: int) -> str:
-        """SHA-256 of all that the judge is sent: a reply is kept for as long as nothing of it changes."""
-        return hashlib.sha256(json.dumps([judge, most_tokens, self.messages]).encode()).hexdigest()
+    def key(self, judge: str, server: str | None, most_tokens: int) -> str:
+        """SHA-256 of all that the judge is sent, and where: a reply is kept for as long as nothing of it changes."""
+        return hashlib.sha256(json.dumps([judge, server, most_tokens, self.messages]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

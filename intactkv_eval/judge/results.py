@@ -9,12 +9,15 @@ from pathlib import Path
 from intactkv_eval.files import write_atomic
 from intactkv_eval.judge.entries import Entry
 from intactkv_eval.judge.fastchat import Judged
-from intactkv_eval.judge.scores import ALL, by_question, score_figures
+from intactkv_eval.judge.scores import ALL, by_question, score_figures, whole_questions
 from intactkv_eval.report.score import samples_of
 
 
 def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judged) -> Path | None:
-    """The results file; None where the entry is no run, or nothing of it is rated."""
+    """The results file, of the questions whose every turn and choice is rated: a mean over what is left of a question
+    would compare first turns with second ones. None where the entry is no run, or no question is rated whole.
+    """
+    judged = whole_questions(judged)
     figures, questions = score_figures(judged), by_question(judged)
     if entry.results is None or not questions:
         return None

@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.judge.client import Judge, NoReply
+from intactkv_eval.judge.client import Judge, NoReply, Settings
 from intactkv_eval.judge.cost import Purse, estimated
 from intactkv_eval.judge.journal import Journal, Line
 from intactkv_eval.judge.matches import Match
 from intactkv_eval.judge.verdict import verdict_of
 
-_HOPELESS = 10  # requests in a row
+_HOPELESS = 10  # requests, before any reply has come
 
 
 @dataclass
@@ -29,9 +29,9 @@ class Outcome:
     failed: Counter[str] = field(default_factory=Counter)
 
 
-def missing(journal: Journal, judge: Judge, matches: Sequence[Match]) -> list[Match]:
+def missing(journal: Journal, settings: Settings, matches: Sequence[Match]) -> list[Match]:
     """The matches that have no verdict in the journal, each request once."""
-    keys = {_key(judge, match): match for match in matches}
+    keys = {key_of(settings, match): match for match in matches}
     return [match for key, match in keys.items() if not _has_verdict(journal, key)]
 
 
@@ -46,8 +46,8 @@ def judge_all(
 ) -> Outcome:
     """Ask for all that is missing, at most `attempts` times each in this run. Raises ConfigError where refused."""
     outcome = Outcome()
-    asked = missing(journal, judge, matches)
-    before = len(journal.lines)
+    asked = missing(journal, judge.settings, matches)
+    before = journal.added
     with ThreadPoolExecutor(concurrency) as pool:
         futures = [pool.submit(_judged, journal, judge, match, purse, attempts) for match in asked]
         try:
@@ -55,13 +55,13 @@ def judge_all(
                 problem = future.result()
                 if problem:
                     outcome.failed[problem] += 1
-                if outcome.failed.total() >= max(_HOPELESS, 2 * concurrency) and len(journal.lines) == before:
+                if journal.added == before and outcome.failed.total() >= max(_HOPELESS, 2 * concurrency):
                     raise ConfigError(f"the judge gives no reply, the last error was: {problem}")
                 done()
-        except (ConfigError, KeyboardInterrupt):
+        except BaseException:  # whatever it is: nothing more may be asked and paid
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    for key in {_key(judge, match) for match in matches}:
+    for key in {key_of(judge.settings, match) for match in matches}:
         line = journal.lines.get(key)
         if line is None:
             outcome.unasked += 1
@@ -84,12 +84,14 @@ def _judged(journal: Journal, judge: Judge, match: Match, purse: Purse, attempts
             problem = str(error)
             if error.final:
                 break
+            purse.pay(estimated(match))  # it was answered, only not in words that can be read
             continue
         purse.pay(reply.tokens or estimated(match))
         verdict = verdict_of(match.kind, reply.text)
         journal.add(
             Line(
-                key=_key(judge, match),
+                key=key_of(judge.settings, match),
+                server=judge.settings.base_url,
                 judge=judge.settings.model,
                 prompt=match.prompt,
                 kind=match.kind,
@@ -112,8 +114,9 @@ def _judged(journal: Journal, judge: Judge, match: Match, purse: Purse, attempts
     return problem
 
 
-def _key(judge: Judge, match: Match) -> str:
-    return match.key(judge.settings.model, judge.settings.most_tokens)
+def key_of(settings: Settings, match: Match) -> str:
+    """What a reply to the match is known by."""
+    return match.key(settings.model, settings.base_url, settings.most_tokens)
 
 
 def _has_verdict(journal: Journal, key: str) -> bool:

@@ -40,6 +40,12 @@ def score_figures(judged: Judged) -> dict[str, Figure]:
     return {part: _figure(parts[part]) for part in [*first, *sorted(parts.keys() - set(first))]}
 
 
+def whole_questions(judged: Judged) -> Judged:
+    """What is left without the questions of which a reply has no rating."""
+    lacking = {match.question_id for match, line in judged if line is None or line.verdict is None}
+    return [(match, line) for match, line in judged if match.question_id not in lacking]
+
+
 def by_question(judged: Judged) -> dict[int, dict[str, float]]:
     """Question -> `score`, `turn 1`, `turn 2`, as far as there are ratings."""
     found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -112,7 +118,8 @@ def seed_rows(
     found = {}
     for group, rows in groups.items():
         if len(rows) > 1:
-            found[f"{group}, {len(rows)} seeds"] = {part: _spread([row[part] for row in rows]) for part in rows[0]}
+            parts = [part for part in rows[0] if all(part in row for row in rows)]
+            found[f"{group}, {len(rows)} seeds"] = {part: _spread([row[part] for row in rows]) for part in parts}
     return found
 
 

@@ -1,15 +1,15 @@
 """What a reply says: a rating from 1 to 10, or a winner; or nothing, which is never taken for a number.
 
-    single     [[7]], else [7]
+    single     [[7]], else `rating: [7]`
     pairwise   [[A]], [[B]], or [[C]] for a tie
 
-The order of looking for ratings is FastChat's own. A rating outside of 1 to 10 is none here, nor are two different
-winners in one reply, of which FastChat takes the first letter.
+FastChat takes any number in brackets where there are no double ones, `nums[5]` of a quoted program among them, and the
+first letter of two winners; here these are no verdicts, nor is a rating outside of 1 to 10.
 """
 
 import re
 
-_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"rating\W{0,4}\[(\d+(?:\.\d*)?)\]", re.IGNORECASE))
 _WINNERS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from intactkv_eval.data import read_jsonl
 from intactkv_eval.errors import DataError
+from intactkv_eval.files import read_jsonl
 from intactkv_eval.mt_bench.sources import PROMPTS, QUESTIONS, bench_file
 
 TEMPERATURES = {

@@ -6,7 +6,7 @@ recovered = (baseline - intact) / (baseline - full precision), empty where the d
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isfinite, sqrt
 
 from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity, Run
@@ -86,6 +86,8 @@ def _test(one: Score, other: Score) -> Test | None:
 
 def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
     loss = difference(baseline, full)
+    if not isfinite(intact.value + loss.value):
+        return None
     worse = loss.value < 0 if baseline.higher_is_better else loss.value > 0
     if loss.within_noise or not worse:
         return None
@@ -127,6 +129,8 @@ def unlike(one: Score, other: Score) -> list[str]:
     ]
     if one.metric != other.metric:
         found.append(f"metric ({one.metric}, {other.metric})")
+    if one.values and other.values and one.values.keys() != other.values.keys():
+        found.append(f"documents with a figure ({len(one.values)}, {len(other.values)}, not the same ones)")
     if one.documents and other.documents and one.documents != other.documents:
         found.append("documents or their prompts (the hashes of their texts differ)")
     return found

@@ -13,6 +13,7 @@ from intactkv_eval.report.collect import Identity, Run, activations_label
 from intactkv_eval.report.compare import Comparison, compare
 from intactkv_eval.report.refused import why_unpaired
 from intactkv_eval.report.score import Score
+from intactkv_eval.report.seeds import seeds_merged
 from intactkv_eval.report.significance import LEVEL, holm
 
 Column = tuple[str, str, str]
@@ -69,6 +70,7 @@ def grid_of(runs: Sequence[Run]) -> Grid:
 
     Raises ConfigError where there is nothing to show.
     """
+    runs = seeds_merged(runs)
     if not runs:
         raise ConfigError("no run of the model class intactkv among the results: evaluate with --model intactkv")
     scores = {score.column: score for run in runs for score in run.scores.values()}

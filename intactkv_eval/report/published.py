@@ -19,6 +19,7 @@ from intactkv_eval.report.grid import Entry, Grid
 
 _NO_WORDS = {"hf", "meta"}
 _KEY = ("method", "bits", "group_size", "act_bits", "kv_bits", "pivot")
+_DOCUMENTS = {"ppl_c4": 256, "mt_bench": 80}
 _LABEL = re.compile(r"(?P<method>\w+) w(?P<bits>\d)(g(?P<group>\d+))?")
 _ACTIVATIONS = re.compile(r" a(\d)\b")
 
@@ -90,12 +91,27 @@ def beside(grid: Grid) -> list[Beside]:
 
 def _differs(entry: Entry, one: Published) -> str:
     settings = entry.found.score.settings
-    said = []
+    said = _unlike_theirs(entry.run.identity, one)
+    wanted, made = _DOCUMENTS.get(one.task), settings.get("documents")
+    if wanted and made and made != wanted:
+        said.append(f"ours: {made} documents of {wanted}")
     if (settings.get("protocol") or "") != one.protocol:
         said.append(f"theirs: {one.protocol}")
     if settings.get("limit"):
         said.append(f"ours: limit {settings['limit']:g}")
     return "; ".join(said)
+
+
+def _unlike_theirs(identity: Identity, one: Published) -> list[str]:
+    """Settings that no printed figure has, or that its own method does not."""
+    cell, said = identity.cell, []
+    if cell.weights.symmetric or " sym" in (identity.checkpoint or ""):
+        said += ["ours: symmetric"] if one.key[1] in {"rtn", "gptq", "awq"} else []
+    if "calibrated behind" in (identity.checkpoint or ""):
+        said.append("ours: calibrated behind the pivot")
+    if cell.kv.bits < 16 and (cell.kv.scheme != "token_head" or cell.kv.keep or not cell.kv.exempt):
+        said.append("ours: another KV scheme")
+    return said
 
 
 def _key(identity: Identity) -> tuple[object, ...]:
@@ -104,6 +120,8 @@ def _key(identity: Identity) -> tuple[object, ...]:
     method: str = weights.method
     bits, group = str(weights.bits or ""), str(weights.group_size or "")
     activations = "" if cell.activations.bits == 16 else str(cell.activations.bits)
+    if cell.weights.rotate:
+        method += " rotated"
     if method == "none":
         method, bits, group = "fp", "", ""
     label = _LABEL.match(identity.checkpoint or "")

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from intactkv_eval.files import read_jsonl
+
 _NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers"}  # of answers that nobody has judged
 _SAME = 1e-6
 Document = tuple[str, int]
@@ -21,7 +23,7 @@ class Score:
     settings: all that makes two runs of one task the same measurement, beside the model. documents: SHA-256 over them
     and their prompts, None where samples were not logged. values: the metric of each document, by its task and id, as
     far as they were logged and make up the figure: their mean, exp of it where `of_nll`, or the sum of `weights` times
-    their tasks' means where there are some.
+    their tasks' means where there are some. spread: standard deviation over seeds, where this is the mean of several.
     """
 
     task: str
@@ -34,6 +36,7 @@ class Score:
     of_nll: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
     documents: str | None = None
+    spread: float | None = None
 
     @property
     def column(self) -> tuple[str, str, str]:
@@ -154,5 +157,5 @@ def _sample_values(path: Path, task: str, metric: str) -> dict[int, float]:
     samples = samples_of(path, task)
     if not samples.is_file():
         return {}
-    rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+    rows = read_jsonl(samples)
     return {int(row["doc_id"]): float(row[metric]) for row in rows if isinstance(row.get(metric), int | float)}

@@ -49,7 +49,7 @@ def paired_difference(
 ) -> Test | None:
     """The difference of two runs on the same documents, in their order; None for fewer than two."""
     first, second = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
-    if len(first) < 2:
+    if len(first) < 2 or not (np.isfinite(first).all() and np.isfinite(second).all()):
         return None
     if len(first) < LEAST:
         value, stderr = _delta(first[None], second[None], of_nll)
@@ -87,18 +87,20 @@ def _means(one: Array, other: Array, of_nll: bool, resamples: int) -> Test:
         p = 1.0 if same else sign_test(len(one), 0)
         return Test(float(value[0]), 0.0, float(value[0]), float(value[0]), p, len(one), "equal differences")
     sizes = np.concatenate(
-        [
-            np.abs(part - value[0]) / np.where(error > 0, error, np.inf)
-            for part, error in _resampled(one, other, of_nll, resamples)
-        ]
+        [_sizes(np.abs(part - value[0]), error) for part, error in _resampled(one, other, of_nll, resamples)]
     )
     quantile = float(np.quantile(sizes, 1 - LEVEL))
     p = (1 + int(np.sum(sizes >= abs(value[0]) / stderr[0]))) / (1 + len(sizes))
     half = quantile * stderr[0]
-    return Test(
-        float(value[0]), float(stderr[0]), float(value[0] - half), float(value[0] + half), p, len(one),
-        "paired bootstrap-t",
-    )  # fmt: skip
+    low, high = (float(value[0] - half), float(value[0] + half)) if np.isfinite(half) else (None, None)
+    return Test(float(value[0]), float(stderr[0]), low, high, p, len(one), "paired bootstrap-t")
+
+
+def _sizes(change: Array, error: Array) -> Array:
+    """|change| / error; a resample without any spread is infinitely far off, unless it is not off at all."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: Array = np.where(change == 0, 0.0, change / error)
+    return found
 
 
 def _resampled(one: Array, other: Array, of_nll: bool, resamples: int) -> Any:
@@ -126,9 +128,9 @@ def _error(terms: Array) -> Array:
 def weighted_difference(parts: Sequence[tuple[float, Sequence[float], Sequence[float]]]) -> Test | None:
     """Of weighted means over several tasks, (weight, one, other) each: the normal approximation of their sum.
 
-    None where a task has fewer than LEAST documents.
+    None where a task has fewer than LEAST documents, or a value is no number.
     """
-    if any(len(one) < LEAST for _, one, _ in parts):
+    if any(len(one) < LEAST or not np.isfinite([*one, *other]).all() for _, one, other in parts):
         return None
     value = variance = 0.0
     for weight, one, other in parts:
@@ -147,7 +149,7 @@ def recovered_interval(
     """95% interval of (baseline - intact) / (baseline - full) by resampling documents; None for fewer than LEAST."""
     columns = [np.asarray(values, dtype=np.float64) for values in (intact, baseline, full)]
     n = len(columns[0])
-    if n < LEAST:
+    if n < LEAST or not np.isfinite(columns).all():
         return None
     draws = np.random.default_rng(0)
     rows, shares = max(1, _AT_ONCE // n), []

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from math import isfinite
 
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
@@ -15,10 +16,10 @@ _PARTS = ("Δ base", "Δ fp", "recovered")
 NOTES = """\
 `pivot` none: the pivot's tokens stand in front but are computed by the evaluated model (the baseline); otherwise their
 KV is the full-precision model's. Δ base: to the same cell's baseline. Δ fp: to full precision. ±: one standard error,
-of a Δ paired over documents where both runs logged them. \\*: a Δ base that is significant at 5% after Holm's
-correction over the table (paired bootstrap-t; McNemar's exact test for accuracies). recovered: share of the baseline's
-loss to full precision that the intact pivot gives back, with its 95% interval; empty where that loss is within two
-standard errors."""
+of a Δ paired over documents where both runs logged them; spread: standard deviation over seeds. \\*: a Δ base that is
+significant at 5% after Holm's correction over the table (paired bootstrap-t; McNemar's exact test for accuracies).
+recovered: share of the baseline's loss to full precision that the intact pivot gives back, with its 95% interval; empty
+where that loss is within two standard errors."""
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -88,6 +89,12 @@ def records(grid: Grid) -> list[dict[str, object]]:
 
 
 def _numbers(title: str, entry: Entry) -> dict[str, object]:
+    """What is no number (NaN, infinite) is None: JSON has no word for it."""
+    found = _figures(title, entry)
+    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in found.items()}
+
+
+def _figures(title: str, entry: Entry) -> dict[str, object]:
     found, score = entry.found, entry.found.score
     low, high = found.recovered_interval or (None, None)
     test = found.to_baseline.test if found.to_baseline else None
@@ -97,6 +104,7 @@ def _numbers(title: str, entry: Entry) -> dict[str, object]:
         "metric": score.metric,
         "value": score.value,
         "stderr": score.stderr,
+        "spread": score.spread,
         **_delta_numbers("delta_base", found.to_baseline),
         "delta_base_p": test.p if test else None,
         "delta_base_p_holm": entry.p,
@@ -133,6 +141,7 @@ def figures(entry: Entry, mark: str) -> list[str]:
     """A figure, its differences to baseline and full precision, and the share recovered."""
     found = entry.found
     error = f" ± {found.score.stderr:.4f}" if found.score.stderr is not None else ""
+    error += f" (spread {found.score.spread:.4f})" if found.score.spread is not None else ""
     recovered = "" if found.recovered is None else f"{100 * found.recovered:.0f}%"
     if found.recovered_interval:
         recovered += " [{:.0f}, {:.0f}]".format(*(100 * end for end in found.recovered_interval))

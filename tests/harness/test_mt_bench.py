@@ -111,6 +111,11 @@ def test_what_the_response_cache_holds_is_not_answered_again(saved_llama, bench,
     assert {place: answers(whole)[place] for place in answers(first)} == answers(first)
 
 
+def test_one_stop_string_is_no_list_of_letters(saved_llama, bench):
+    whole = answers(run(saved_llama, bench))
+    assert answers(run(saved_llama, bench, gen_kwargs="max_gen_toks=6,until=</s>")) == whole
+
+
 def test_a_system_instruction_is_the_first_message(saved_llama, bench):
     talk = turns(run(saved_llama, bench, system_instruction="Be short.", limit=1))[81][0]
     assert "system: Be short.\nuser: Write." in talk[0][1]
@@ -129,6 +134,11 @@ def test_a_context_that_does_not_fit_is_cut_from_the_left_and_counted(saved_llam
         ({"gen_kwargs": "max_gen_toks=6,num_beams=2"}, "unknown argument 'num_beams'"),
         ({"gen_kwargs": "max_gen_toks=500"}, "max_gen_toks=500"),
         ({"metadata": {"num_choices": 0.5}}, "num_choices"),
+        ({"metadata": {"num_choices": "two"}}, "num_choices='two'"),
+        ({"metadata": {"seed": "x"}}, "seed='x'"),
+        ({"gen_kwargs": "max_gen_toks=6,top_p=-0.5"}, r"top_p=-0\.5"),
+        ({"gen_kwargs": "max_gen_toks=6,top_k=many"}, "top_k='many'"),
+        ({"gen_kwargs": "max_gen_toks=6,temperature=hot"}, "temperature='hot'"),
     ],
 )
 def test_bad_options(saved_llama, bench, options, message):

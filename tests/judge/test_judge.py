@@ -14,10 +14,12 @@ from conftest import answers_of, lines
 from server import GOOD, completion, honest, rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.files import read_jsonl
 from intactkv_eval.judge.client import KEY, Settings
 from intactkv_eval.judge.command import Asked, judge_command
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.journal import NAME
+from intactkv_eval.judge.verdict import rating_of as rating_of_reply
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -34,7 +36,7 @@ def judged(server, sources, bench, out, says=None, **options):
 
 
 def rows(out, kind="single"):
-    return [json.loads(line) for line in (out / "model_judgment" / f"judge_{kind}.jsonl").read_text().splitlines()]
+    return read_jsonl(out / "model_judgment" / f"judge_{kind}.jsonl")
 
 
 def test_every_answer_is_judged_once_and_scored(server, answer_file, bench, tmp_path):
@@ -268,3 +270,94 @@ def test_answers_that_do_not_fit(server, answer_file, bench, tmp_path, change, m
     lines(answer_file, damaged)
     with pytest.raises(DataError, match=message):
         judged(server, [answer_file], bench, tmp_path / "out")
+
+
+def test_a_rerun_of_many_stubborn_replies_still_ends_in_a_table(server, bench, tmp_path):
+    many = lines(tmp_path / "many.jsonl", answers_of("many", choices=3))
+    server.behave = lambda prompt, before: (200, json.dumps(completion("no number"))) if "|" in prompt else GOOD
+    first, _ = judged(server, [many], bench, tmp_path / "out", attempts=1)
+    again, said = judged(server, [many], bench, tmp_path / "out", attempts=1)
+    assert again == first
+    assert "15 replies without a verdict" in said
+
+
+def test_another_server_is_another_judge(server, answer_file, bench, tmp_path):
+    judged(server, [answer_file], bench, tmp_path / "out")
+    server.url = server.url.replace("127.0.0.1", "localhost")
+    judged(server, [answer_file], bench, tmp_path / "out")
+    assert set(server.asked.values()) == {2}
+
+
+def test_two_models_judged_one_after_another_stand_in_one_file(server, answer_file, bench, tmp_path):
+    judged(server, [answer_file], bench, tmp_path / "out")
+    judged(server, [lines(tmp_path / "two.jsonl", answers_of("two"))], bench, tmp_path / "out")
+    assert [row["model"] for row in rows(tmp_path / "out")] == ["one"] * 10 + ["two"] * 10
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [("[[7]]", 7), ("Rating: [7]", 7), ("**Rating:** [6.5]", 6.5), ("It reads nums[5] first", None), ("see [1]", None),
+     ("[[11]] [[5]]", None), ("[[10]]", 10), ("[[]]", None), ("", None)],
+)  # fmt: skip
+def test_ratings_are_read_and_not_made_up(reply, rating):
+    assert rating_of_reply(reply) == rating
+
+
+@pytest.mark.parametrize("text", ["a half \ud83d Rating: [[7]]", "two\u2028lines\u0085 Rating: [[7]]"])
+def test_strange_letters_are_kept(server, bench, tmp_path, text):
+    body = json.dumps(completion(text))
+    server.behave = lambda prompt, before: (200, body)
+    strange = answers_of("strange")
+    strange[0]["choices"][0]["turns"][0] = "one\u2028two\u0085three"
+    file = tmp_path / "strange.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in strange), encoding="utf-8")
+    for _ in range(2):
+        judged(server, [file], bench, tmp_path / "out")
+    assert {row["score"] for row in rows(tmp_path / "out")} == {7}
+    assert sum(server.asked.values()) == 10
+
+
+def test_a_disk_that_is_full_ends_the_run_at_once(server, bench, tmp_path, monkeypatch):
+    many = lines(tmp_path / "many.jsonl", answers_of("many", choices=4))
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("intactkv_eval.judge.journal.os.fsync", full)
+    server.seconds = 0.02
+    with pytest.raises(ConfigError, match="a reply cannot be written"):
+        judged(server, [many], bench, tmp_path / "out", concurrency=2)
+    assert sum(server.asked.values()) < 12
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://host:port/v1", "ftp://host/v1", "http://"])
+def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
+    with pytest.raises(ConfigError, match="--base-url"):
+        judge_command([answer_file], Settings("judge", url), Asked(questions=bench), tmp_path / "out", logging.info)
+
+
+def test_a_short_stand_in_for_a_key_is_no_secret(server, answer_file, bench, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEY, "1")
+    judged(server, [answer_file], bench, tmp_path / "out")
+    assert all(row["score"] == rating_of(row["user_prompt"]) for row in rows(tmp_path / "out"))
+
+
+def test_pairs_that_are_answered_in_part_are_counted(server, answer_file, bench, tmp_path):
+    base = lines(tmp_path / "base.jsonl", answers_of("base"))
+    server.behave = lambda prompt, before: 400 if "First 1?" not in prompt else GOOD
+    server.reply = lambda prompt: "[[A]]"
+    table, _ = judged(server, [answer_file], bench, tmp_path / "out", baseline=base, concurrency=1)
+    assert table.rstrip().endswith("| 8 |")
+    assert len(rows(tmp_path / "out", "pair")) == 10
+
+
+def test_replies_that_say_nothing_are_paid_for(server, bench, tmp_path):
+    many = lines(tmp_path / "many.jsonl", answers_of("many", choices=4))
+    server.behave = lambda prompt, before: (200, json.dumps(completion(None, prompt_tokens=10**6)))
+    _, said = judged(server, [many], bench, tmp_path / "out", prices=Prices(1.0, 1.0), cap=3.0, concurrency=1)
+    assert sum(server.asked.values()) == 3
+    assert "the cap of 3.00 USD is reached" in said

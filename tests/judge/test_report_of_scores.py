@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from server import rating_of
+from server import GOOD, completion, rating_of
 from test_judge import judged, rows
 
 from intactkv_eval.errors import DataError
@@ -16,9 +16,9 @@ from intactkv_eval.report.tables import markdown
 
 @pytest.fixture
 def runs(saved_llama, bench, tmp_path):
-    """Runs of a quantized cell, intact and not, the intact one with two seeds."""
+    """Runs of a quantized cell, intact and not, with two seeds."""
     made = tmp_path / "runs"
-    for name, pivot, seed in (("none", "none", 42), ("intact", "bos", 42), ("other", "bos", 43)):
+    for name, pivot, seed in (("none", "none", 42), ("none2", "none", 43), ("intact", "bos", 42), ("other", "bos", 43)):
         run_lm_eval(
             ["--model_args", f"pretrained={saved_llama},dtype=float32,weights=rtn,bits=3,group_size=32,pivot={pivot}",
              "--tasks", "mt_bench", "--metadata", json.dumps({"questions": str(bench), "seed": seed}), "--batch_size", "5",
@@ -27,28 +27,48 @@ def runs(saved_llama, bench, tmp_path):
     return made
 
 
-def test_scores_go_into_the_report(server, runs, bench, tmp_path):
-    out = tmp_path / "out"
+def test_scores_go_into_the_report(server, runs, bench):
+    out = runs / "judged"
     table, _ = judged(server, [runs], bench, out)
-    names = [
-        "llama_rtn-w3g32_pivot-bos_seed42",
-        "llama_rtn-w3g32_pivot-bos_seed43",
-        "llama_rtn-w3g32_pivot-none_seed42",
-    ]
+    names = [f"llama_rtn-w3g32_pivot-{pivot}_seed{seed}" for pivot in ("bos", "none") for seed in (42, 43)]
     assert sorted({row["model"] for row in rows(out)}) == names
     assert "| llama_rtn-w3g32_pivot-bos, 2 seeds |" in table
-    assert "pivot-none, " not in table
-    found, foreign = collect([runs, out])
+    assert "| llama_rtn-w3g32_pivot-none, 2 seeds |" in table
+    found, foreign = collect([runs])
     assert not foreign
     report = markdown(found)
     assert "answer_tokens" not in report
-    assert "mt_bench score↑ (mt_bench judged by judge, seed 42)" in report
+    assert "mt_bench score↑ (mt_bench judged by judge)" in report
     scores = {run.path.parent.name: run.scores["mt_bench"] for run in found if "mt_bench" in run.scores}
     kept = [row["score"] for row in rows(out) if row["model"] == names[0]]
     assert scores[names[0]].value == pytest.approx(sum(kept) / len(kept))
     assert len(scores[names[0]].values) == 5
     line = next(line for line in report.splitlines() if "| bos |" in line)
-    assert f"{scores[names[0]].value - scores[names[2]].value:+.4f} ± " in line, "against its own baseline, paired"
+    change = (sum(scores[name].value for name in names[:2]) - sum(scores[name].value for name in names[2:])) / 2
+    assert f"{change:+.4f} ± " in line, "against its own baseline, paired, over both seeds"
+    again, _ = judged(server, [runs], bench, out)
+    assert again == table, "a judge's own figures are nobody's answers"
+
+
+def test_questions_that_are_rated_in_part_make_no_figure(server, runs, bench, tmp_path):
+    """Second turns without a verdict, on one side alone: a mean of first turns is no score to compare."""
+    server.behave = lambda prompt, before: (200, json.dumps(completion("none"))) if "First 1?|" in prompt else GOOD
+    out = tmp_path / "out"
+    judged(server, [runs / "intact"], bench, out, attempts=1)
+    server.behave = lambda prompt, before: GOOD
+    judged(server, [runs / "none"], bench, out)
+    runs_of, _ = collect([out])
+    by_pivot = {run.identity.cell.pivot.intact: run.scores["mt_bench"] for run in runs_of}
+    assert (len(by_pivot[True].values), len(by_pivot[False].values)) == (4, 5)
+    assert "documents (4, 5)" in markdown(runs_of).split("Not compared with a baseline:")[1]
+
+
+def test_answers_to_other_questions_are_refused(server, runs, bench, tmp_path):
+    file = bench / "mt_bench" / "question.jsonl"
+    file.write_text(file.read_text().replace("First 1?", "Another?"))
+    with pytest.raises(DataError, match="answers to other questions"):
+        judged(server, [runs / "none"], bench, tmp_path / "out")
+    assert not server.asked
 
 
 def test_answers_go_out_and_come_back(runs, tmp_path):

@@ -12,6 +12,7 @@ from test_report import BOS, FP, NONE, write
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of
+from intactkv_eval.report.page import page
 from intactkv_eval.report.significance import paired_difference
 from intactkv_eval.report.tables import FORMATS, as_json, comma_separated, latex, markdown
 
@@ -87,6 +88,25 @@ def test_an_unfit_pair_is_refused_and_the_difference_named(folder, change, setti
     assert named in text.split("Not compared with a baseline:")[1]
 
 
+def test_a_run_that_is_no_number_is_shown_as_such(folder):
+    write(folder, {**BOS, "bits": 3}, [float("nan"), *LOST[1:]], 8)
+    write(folder, {**NONE, "bits": 3}, list(LOST), 7)
+    runs, _ = collect([folder])
+    entry = entries(runs)["rtn w3g64", "16", "bos"]
+    assert not entry.is_significant
+    assert entry.found.recovered is None
+    assert "NaN" not in as_json(runs)
+    assert page(runs)
+
+
+def test_figures_of_other_documents_are_not_compared(folder):
+    rows = folder / "samples_ppl_x_3.jsonl"
+    rows.write_text("\n".join(line.replace('"doc_id": 0,', '"doc_id": 99,') for line in rows.read_text().splitlines()))
+    runs, _ = collect([folder])
+    assert compare(runs[2], "ppl_x", runs).to_baseline is None
+    assert "not the same ones" in markdown(runs)
+
+
 def test_a_run_without_any_baseline_says_so(tmp_path):
     write(tmp_path, BOS, [3.0, 3.1], 1)
     assert "no run without an intact pivot on this task" in markdown(collect([tmp_path])[0])
@@ -152,3 +172,29 @@ def test_every_format_has_the_same_figures(folder):
     assert text.count("\\\\\n") == 5
     assert "ppl\\_x perplexity$\\downarrow$" in text
     assert all(make(runs) == make(collect([folder])[0]) for make in FORMATS.values())
+
+
+def seeded(folder, cell, values, date, seed):
+    path = write(folder, cell, list(values), date)
+    content = json.loads(path.read_text())
+    content["configs"]["ppl_x"]["metadata"]["seed"] = seed
+    path.write_text(json.dumps(content))
+
+
+def test_seeds_are_averaged_with_their_spread(tmp_path):
+    noise = {seed: RNG.normal(0, 0.05, 40) for seed in (42, 43, 44)}
+    for date, (seed, part) in enumerate(noise.items()):
+        seeded(tmp_path, NONE, LOST + part, date, seed)
+        seeded(tmp_path, BOS, LOST - 0.05 + part[::-1], 10 + date, seed)
+    runs, _ = collect([tmp_path])
+    grid = grid_of(runs)
+    assert [len(row.entries) for row in grid.rows] == [1, 1]
+    entry = next(iter(grid.rows[1].entries.values()))
+    figures = [exp((LOST - 0.05 + part).mean()) for part in noise.values()]
+    assert entry.found.score.value == pytest.approx(np.mean(figures))
+    assert entry.found.score.spread == pytest.approx(np.std(figures, ddof=1))
+    assert entry.found.to_baseline.test.documents == 40
+    assert f"(spread {entry.found.score.spread:.4f})" in markdown(runs)
+    for file in tmp_path.glob("*_2.json*"):
+        file.unlink()
+    assert "seed (42, 43, 44, 42, 43)" in markdown(collect([tmp_path])[0])

@@ -67,6 +67,15 @@ def test_another_protocol_is_named(tmp_path):
     assert "theirs: bos-window-2048; ours: limit 8" in markdown(collect([tmp_path])[0])
 
 
+def test_what_no_printed_cell_has_is_named(tmp_path):
+    assert found(tmp_path, {**RTN, "symmetric": True})[0][0].protocol == "ours: symmetric"
+    assert not found(tmp_path, {**RTN, "rotate": True})[0]
+    path = tmp_path / "results_1.json"
+    write(tmp_path, RTN, [2.1, 2.3], 1, task="ppl_c4")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n-samples": {"ppl_c4": {"effective": 4}}}))
+    assert "ours: 4 documents of 256" in markdown(collect([tmp_path])[0])
+
+
 def test_checkpoints_are_known_by_their_reference_and_label(tmp_path):
     quantization = {
         "method": "gptq",

@@ -118,6 +118,26 @@ def test_equal_runs_and_shifted_ones():
     assert paired_difference([1.0], [2.0]) is None
 
 
+@pytest.mark.parametrize("differing", [2, 3])
+def test_few_differences_among_many_ties_are_not_called(differing):
+    """Most resamples of so few have no spread at all: they count as far off, not as equal."""
+    one = np.full(80, 5.0)
+    other = one.copy()
+    other[:differing] -= 1.0
+    found = paired_difference(one, other)
+    assert found.p > 0.05
+    assert found.low is None or found.low <= 0
+
+
+def test_what_is_no_number_is_not_tested():
+    values = list(np.linspace(2, 4, 20))
+    for bad in (float("nan"), float("inf")):
+        broken = [*values[:-1], bad]
+        assert paired_difference(broken, values, True) is None
+        assert recovered_interval(values, broken, values, True) is None
+        assert weighted_difference([(1.0, broken, values)]) is None
+
+
 def test_weighted_means_of_several_tasks():
     rng = np.random.default_rng(3)
     parts = [

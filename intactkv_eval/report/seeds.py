@@ -1,0 +1,56 @@
+"""Runs that differ in their seed alone, as one: a document's value is its mean over seeds, the figure theirs.
+
+Paired with a baseline of the same seeds; against one of other seeds nothing is compared, and the report says so.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
+
+from intactkv_eval.report.collect import Identity, Run
+from intactkv_eval.report.score import Score
+
+Key = tuple[Identity, tuple[int, ...], tuple[str, str, str]]
+
+
+def seeds_merged(runs: Sequence[Run]) -> list[Run]:
+    """The runs, oldest first; of each measurement that was run with several seeds one run more, and those no more."""
+    groups: dict[Key, dict[str, tuple[Run, Score]]] = defaultdict(dict)
+    for run in runs:
+        for score in run.scores.values():
+            if score.settings.get("seed") is not None:
+                key = (run.identity, run.pivot_tokens, _without_seed(score).column)
+                groups[key][str(score.settings["seed"])] = (run, score)  # the newest counts
+    several = {key: found for key, found in groups.items() if len(found) > 1}
+    merged = [_merged(found) for found in several.values()]
+    kept = [_without(run, {key[2] for key in several if key[:2] == (run.identity, run.pivot_tokens)}) for run in runs]
+    return sorted([*(run for run in kept if run.scores), *merged], key=lambda run: (run.date, str(run.path)))
+
+
+def _without_seed(score: Score) -> Score:
+    return replace(score, settings={key: value for key, value in score.settings.items() if key != "seed"})
+
+
+def _without(run: Run, columns: set[tuple[str, str, str]]) -> Run:
+    scores = {task: score for task, score in run.scores.items() if _without_seed(score).column not in columns}
+    return replace(run, scores=scores)
+
+
+def _merged(found: dict[str, tuple[Run, Score]]) -> Run:
+    seeds = sorted(found, key=lambda seed: (len(seed), seed))
+    runs, scores = zip(*(found[seed] for seed in seeds), strict=True)
+    newest, first = max(runs, key=lambda run: run.date), scores[0]
+    alike = all(score.values.keys() == first.values.keys() and score.documents == first.documents for score in scores)
+    values = {place: fmean(score.values[place] for score in scores) for place in first.values} if alike else {}
+    figures = [score.value for score in scores]
+    one: Score = replace(
+        first,
+        value=fmean(figures),
+        stderr=stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None,
+        settings={**first.settings, "seed": ", ".join(seeds)},
+        values=values,
+        spread=stdev(figures),
+    )
+    merged: Run = replace(newest, scores={first.task: one})
+    return merged
