@@ -35,9 +35,8 @@ def answers_of(model, questions=range(1, 6), choices=1):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def bench(tmp_path):
-    folder = tmp_path / "data"
+def write_bench(folder):
+    """The bench in `folder`."""
     lines(
         folder / "mt_bench" / "question.jsonl",
         [{"question_id": i, "category": category, "turns": [f"First {i}?", f"Second {i}?"]}
@@ -51,6 +50,11 @@ def bench(tmp_path):
     )  # fmt: skip
     lines(folder / "mt_bench" / "reference_answer" / "gpt-4.jsonl", answers_of("gpt-4", (2, 4)))
     return folder
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return write_bench(tmp_path / "data")
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """From lm_eval's run to the report: scores stand beside their baseline, seeds are told apart and averaged."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from conftest import write_bench
 from server import GOOD, completion, rating_of
 from test_judge import judged, rows
+from tiny import build_model
 
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.command import run_lm_eval
@@ -14,17 +18,25 @@ from intactkv_eval.report.collect import collect
 from intactkv_eval.report.tables import markdown
 
 
-@pytest.fixture
-def runs(saved_llama, bench, tmp_path):
+@pytest.fixture(scope="module")
+def made_once(tokenizer, tmp_path_factory):
     """Runs of a quantized cell, intact and not, with two seeds."""
-    made = tmp_path / "runs"
+    folder = tmp_path_factory.mktemp("runs")
+    bench, model = write_bench(folder / "data"), folder / "llama"
+    build_model("llama").save_pretrained(model)
+    tokenizer.save_pretrained(model)
     for name, pivot, seed in (("none", "none", 42), ("none2", "none", 43), ("intact", "bos", 42), ("other", "bos", 43)):
         run_lm_eval(
-            ["--model_args", f"pretrained={saved_llama},dtype=float32,weights=rtn,bits=3,group_size=32,pivot={pivot}",
+            ["--model_args", f"pretrained={model},dtype=float32,weights=rtn,bits=3,group_size=32,pivot={pivot}",
              "--tasks", "mt_bench", "--metadata", json.dumps({"questions": str(bench), "seed": seed}), "--batch_size", "5",
-             "--gen_kwargs", "max_gen_toks=5", "--device", "cpu", "--log_samples", "--output_path", str(made / name)]
+             "--gen_kwargs", "max_gen_toks=5", "--device", "cpu", "--log_samples", "--output_path", str(folder / "runs" / name)]
         )  # fmt: skip
-    return made
+    return folder / "runs"
+
+
+@pytest.fixture
+def runs(made_once, tmp_path):
+    return Path(shutil.copytree(made_once, tmp_path / "runs"))
 
 
 def test_scores_go_into_the_report(server, runs, bench):
