@@ -70,7 +70,6 @@ class Judge:
             base_url=settings.base_url,
             timeout=settings.seconds,
             max_retries=settings.retries,
-            _strict_response_validation=False,
         )
 
     def ask(self, messages: Sequence[tuple[str, str]]) -> Reply:

@@ -56,11 +56,12 @@ class Journal:
         """Keep a reply. When this returns it is on disk. Raises ConfigError where it cannot be written."""
         written = line.model_dump_json().encode() + b"\n"
         with self._turn:
+            end = os.fstat(self._handle.fileno()).st_size
             try:
                 self._handle.write(written)
-                self._handle.flush()
                 os.fsync(self._handle.fileno())
             except OSError as error:
+                os.ftruncate(self._handle.fileno(), end)  # half a line would spoil those behind it
                 raise ConfigError(f"{NAME}: a reply cannot be written ({error}); make room and run again") from None
             self.lines[line.key] = line
             self.added += 1
@@ -74,7 +75,7 @@ def opened(folder: Path) -> Iterator[Journal]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    with path.open("a+b") as handle:
+    with path.open("a+b", buffering=0) as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -58,9 +58,8 @@ def judge_all(
                 if journal.added == before and outcome.failed.total() >= max(_HOPELESS, 2 * concurrency):
                     raise ConfigError(f"the judge gives no reply, the last error was: {problem}")
                 done()
-        except BaseException:  # whatever it is: nothing more may be asked and paid
+        finally:  # whatever ended the loop: nothing more may be asked and paid
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
     for key in {key_of(judge.settings, match) for match in matches}:
         line = journal.lines.get(key)
         if line is None:

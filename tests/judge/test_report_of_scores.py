@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from conftest import write_bench
+from judging import judged, rows
 from server import GOOD, completion, rating_of
-from test_judge import judged, rows
 from tiny import build_model
 
 from intactkv_eval.errors import DataError

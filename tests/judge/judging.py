@@ -1,0 +1,29 @@
+"""The judge as the tests run it."""
+
+import sys
+
+from intactkv_eval.files import read_jsonl
+from intactkv_eval.judge.client import Settings
+from intactkv_eval.judge.command import Asked, judge_command
+
+SECRET = "sk-very-secret-0123456789"
+
+
+def judged(server, sources, bench, out, says=None, **options):
+    settings = {"seconds": 5.0, "retries": 4} | {
+        key: options.pop(key) for key in ("seconds", "retries", "rate") if key in options
+    }
+    said = []
+    table = judge_command(
+        sources, Settings("judge", server.url, **settings), Asked(questions=bench, **options), out, said.append
+    )
+    return table, "\n".join(said)
+
+
+def rows(out, kind="single"):
+    return read_jsonl(out / "model_judgment" / f"judge_{kind}.jsonl")
+
+
+def command(server, answer_file, bench, out, *more):
+    return [sys.executable, "-m", "intactkv_eval.cli", "judge", str(answer_file), "--model", "judge", "--out", str(out),
+            "--base-url", server.url, "--questions", str(bench), *more]  # fmt: skip

@@ -1,0 +1,96 @@
+"""Bad servers and bad replies: nothing is lost, nothing invented, and what lacks a verdict is asked anew."""
+
+import json
+import logging
+from statistics import mean, stdev
+
+import pytest
+from conftest import answers_of, lines
+from judging import judged, rows
+from server import GOOD, completion, rating_of
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.judge.client import Settings
+from intactkv_eval.judge.command import Asked, judge_command
+from intactkv_eval.judge.verdict import rating_of as rating_of_reply
+
+FAULTS = [
+    429, 500, 503, (200, "{"), (200, "<html>"), (200, "[]"), (200, "null"), (200, '{"choices": []}'),
+    (200, json.dumps(completion(None))), (200, json.dumps(completion("good, but no number"))),
+    (200, json.dumps(completion("Rating: [[11]]"))), (200, json.dumps(completion("Rating: [[0]]"))),
+    (200, json.dumps(completion("[[-3]]"))), 1.5,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_a_fault_loses_nothing_and_invents_nothing(server, answer_file, bench, tmp_path, fault):
+    server.behave = lambda prompt, before: GOOD if before else fault
+    judged(server, [answer_file], bench, tmp_path / "out", seconds=1.0)
+    found = rows(tmp_path / "out")
+    assert len(found) == 10
+    assert all(row["score"] == rating_of(row["user_prompt"]) for row in found)
+
+
+@pytest.mark.parametrize("fault", FAULTS[:-1], ids=str)
+def test_what_stays_without_a_verdict_is_no_zero_and_is_asked_anew(server, answer_file, bench, tmp_path, fault):
+    stubborn = "First 3?"
+    server.behave = lambda prompt, before: fault if stubborn in prompt else GOOD
+    table, said = judged(server, [answer_file], bench, tmp_path / "out", retries=1, attempts=2)
+    kept = [row for row in rows(tmp_path / "out") if row["score"] != -1]
+    assert len(kept) == 8
+    means = [mean(row["score"] for row in kept if row["question_id"] == i) for i in (1, 2, 4, 5)]
+    assert f"{mean(means):.2f} ± {stdev(means) / 2:.2f}" in table
+    assert table.rstrip().endswith("| 2 |")
+    assert "run again to ask anew" in said
+    server.behave = lambda prompt, before: GOOD
+    server.asked.clear()
+    table, _ = judged(server, [answer_file], bench, tmp_path / "out")
+    assert len(server.asked) == 2
+    assert all(stubborn in prompt for prompt in server.asked)
+    assert table.rstrip().endswith("| 0 |")
+
+
+def test_a_server_that_never_answers_ends_the_run(server, bench, tmp_path):
+    server.behave = lambda prompt, before: 500
+    many = lines(tmp_path / "many.jsonl", answers_of("many", choices=20))
+    with pytest.raises(ConfigError, match=r"gives no reply.*status 500"):
+        judged(server, [many], bench, tmp_path / "out", retries=0)
+    assert len(server.asked) < 40
+
+
+def test_a_rerun_of_many_stubborn_replies_still_ends_in_a_table(server, bench, tmp_path):
+    many = lines(tmp_path / "many.jsonl", answers_of("many", choices=3))
+    server.behave = lambda prompt, before: (200, json.dumps(completion("no number"))) if "|" in prompt else GOOD
+    first, _ = judged(server, [many], bench, tmp_path / "out", attempts=1)
+    again, said = judged(server, [many], bench, tmp_path / "out", attempts=1)
+    assert again == first
+    assert "15 replies without a verdict" in said
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [("[[7]]", 7), ("Rating: [7]", 7), ("**Rating:** [6.5]", 6.5), ("It reads nums[5] first", None), ("see [1]", None),
+     ("[[11]] [[5]]", None), ("[[10]]", 10), ("[[]]", None), ("", None)],
+)  # fmt: skip
+def test_ratings_are_read_and_not_made_up(reply, rating):
+    assert rating_of_reply(reply) == rating
+
+
+@pytest.mark.parametrize("text", ["a half \ud83d Rating: [[7]]", "two\u2028lines\u0085 Rating: [[7]]"])
+def test_strange_letters_are_kept(server, bench, tmp_path, text):
+    body = json.dumps(completion(text))
+    server.behave = lambda prompt, before: (200, body)
+    strange = answers_of("strange")
+    strange[0]["choices"][0]["turns"][0] = "one\u2028two\u0085three"
+    file = tmp_path / "strange.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in strange), encoding="utf-8")
+    for _ in range(2):
+        judged(server, [file], bench, tmp_path / "out")
+    assert {row["score"] for row in rows(tmp_path / "out")} == {7}
+    assert sum(server.asked.values()) == 10
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://host:port/v1", "ftp://host/v1", "http://"])
+def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
+    with pytest.raises(ConfigError, match="--base-url"):
+        judge_command([answer_file], Settings("judge", url), Asked(questions=bench), tmp_path / "out", logging.info)
