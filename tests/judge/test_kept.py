@@ -100,3 +100,6 @@ def test_a_disk_that_is_full_ends_the_run_at_once(server, bench, tmp_path, monke
     with pytest.raises(ConfigError, match="a reply cannot be written"):
         judged(server, [many], bench, tmp_path / "out", concurrency=2)
     assert sum(server.asked.values()) < 12
+    monkeypatch.setattr("intactkv_eval.judge.journal.os.fsync", real)
+    judged(server, [many], bench, tmp_path / "out")
+    assert all(row["score"] == rating_of(row["user_prompt"]) for row in rows(tmp_path / "out"))
