@@ -6,7 +6,7 @@ Knows paths and bytes only.
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """A whole JSONL file, written as `write_atomic` does."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

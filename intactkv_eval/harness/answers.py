@@ -4,13 +4,12 @@ What a user asks later in a conversation is asked behind the answers that came b
 messages (JSONL), so that the next run, or another cell, can take them as they are.
 """
 
-import json
 from pathlib import Path
 
 from lm_eval.api.instance import Instance
 
 from intactkv_eval.calibrate.conversations import Conversation, Conversations, filled, waits
-from intactkv_eval.files import write_atomic
+from intactkv_eval.files import write_jsonl
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 
@@ -21,8 +20,7 @@ def answered(lm: IntactKVLM, found: Conversations, tokens: int, out: Path) -> Co
     requests = [Instance(REQUEST, {}, (one[0].content, _options(one, tokens)), 0) for one in waiting]
     turns = iter(lm.generate_turns(requests))
     whole = [filled(one, [turn[0] for turn in next(turns)]) if waits(one) else one for one in found.texts]
-    lines = [json.dumps({"messages": [m._asdict() for m in one]}, ensure_ascii=False) for one in whole]
-    write_atomic(out, lambda partial: partial.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+    write_jsonl(out, ({"messages": [message._asdict() for message in one]} for one in whole))
     return Conversations.of(whole, out.name)
 
 

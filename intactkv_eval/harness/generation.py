@@ -12,19 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import RowSampler
+from intactkv_eval.harness.row_sampler import RowSampler, warped
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
 
@@ -168,7 +162,7 @@ def _from_nothing(
     if max_new_tokens > 1:
         seen = torch.ones_like(first)
         rest = generate(pivoted, first, seen, max_new_tokens - 1, stopping, sampler=chosen, **options)
-    ended = torch.isin(first[:, 0], _eos(pivoted, first.device))
+    ended = torch.isin(first[:, 0], first.new_tensor(eos_ids(pivoted.model)))
     rest[ended, 1:] = pad
     columns[empty, bodies.shape[1] : bodies.shape[1] + rest.shape[1]] = rest
     if not empty.all():
@@ -178,23 +172,15 @@ def _from_nothing(
     return columns
 
 
-def _eos(pivoted: PivotedModel, device: torch.device) -> Tensor:
+def eos_ids(model: PreTrainedModel) -> list[int]:
     """The model's end-of-sequence ids, however many."""
-    eos = pivoted.model.generation_config.eos_token_id
-    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return torch.tensor(listed, dtype=torch.long, device=device)
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _sample(logits: Tensor, options: dict[str, Any]) -> Tensor:
     """One token [B, 1] from logits [B, V] by generate's own options."""
     if not options.get("do_sample"):
         return logits.argmax(dim=-1, keepdim=True)
-    warpers = LogitsProcessorList()
-    if options.get("temperature") not in {None, 1.0}:
-        warpers.append(TemperatureLogitsWarper(options["temperature"]))
-    if options.get("top_k"):
-        warpers.append(TopKLogitsWarper(options["top_k"]))
-    if options.get("top_p") not in {None, 1.0}:
-        warpers.append(TopPLogitsWarper(options["top_p"]))
-    warped = warpers(torch.empty(0), logits)
-    return torch.multinomial(warped.softmax(dim=-1), 1)
+    changed = warped(logits, options.get("temperature"), options.get("top_k"), options.get("top_p"))
+    return torch.multinomial(changed.softmax(dim=-1), 1)

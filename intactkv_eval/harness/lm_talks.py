@@ -18,6 +18,7 @@ from intactkv_eval.calibrate.conversations import Conversation, Message, filled,
 from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.batching import kv_bytes_per_token
+from intactkv_eval.harness.generation import eos_ids
 from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.row_sampler import Draw
 from intactkv_eval.harness.talks import Asked, Turn, converse
@@ -59,9 +60,8 @@ class PivotedTalks(PivotedGeneration):
     @property
     def eos(self) -> tuple[int, ...]:
         """What ends an answer: the tokenizer's token and the model's own."""
-        own = self.model.generation_config.eos_token_id
-        listed = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
-        return tuple(sorted({token for token in listed if token is not None}))
+        own = self.tokenizer.eos_token_id
+        return tuple(sorted({*eos_ids(self.model), *([] if own is None else [own])}))
 
     @property
     def pad(self) -> int:

@@ -43,14 +43,21 @@ class Draw:
 
     def sampled(self, scores: Tensor) -> Tensor:
         """Logits [1, V] -> numbers [1, V] whose largest is the sample."""
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
-        if self.top_k:
-            warpers.append(TopKLogitsWarper(self.top_k))
-        if self.top_p < 1:
-            warpers.append(TopPLogitsWarper(self.top_p))
         drawn = torch.empty(scores.shape).exponential_(generator=self._noise).clamp_min(torch.finfo().tiny)
-        warped: Tensor = warpers(torch.empty(0), scores.float())
-        return warped - drawn.log().to(scores.device)
+        return warped(scores.float(), self.temperature, self.top_k, self.top_p) - drawn.log().to(scores.device)
+
+
+def warped(scores: Tensor, temperature: float | None, top_k: int | None, top_p: float | None) -> Tensor:
+    """Logits [B, V] as transformers' sampling changes them; None, a temperature or `top_p` of 1, `top_k` 0 are off."""
+    warpers = LogitsProcessorList()
+    if temperature not in {None, 1.0}:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p not in {None, 1.0}:
+        warpers.append(TopPLogitsWarper(top_p))
+    found: Tensor = warpers(torch.empty(0), scores)
+    return found
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]

@@ -6,12 +6,11 @@
 A reply without a verdict has score -1 or winner `error`, which FastChat leaves out of its means.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.files import read_jsonl, write_atomic
+from intactkv_eval.files import read_jsonl, write_jsonl
 from intactkv_eval.judge.journal import Line
 from intactkv_eval.judge.matches import Match
 
@@ -65,8 +64,7 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     made = list(rows)
     models = {_models(row) for row in made}
     kept = [row for row in (read_jsonl(path) if path.is_file() else []) if _models(row) not in models]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *made])
-    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_jsonl(path, [*kept, *made])
 
 
 def _models(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@
 import json
 from pathlib import Path
 
-from intactkv_eval.files import write_atomic
+from intactkv_eval.files import write_atomic, write_jsonl
 from intactkv_eval.judge.entries import Entry
 from intactkv_eval.judge.fastchat import Judged
 from intactkv_eval.judge.scores import ALL, by_question, score_figures, whole_questions
@@ -40,9 +40,8 @@ def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judge
     }
     path = out / "results" / entry.name / entry.results.name
     places = {question: place for place, question in enumerate(sorted(entry.answers))}
-    lines = [json.dumps({"doc_id": places[question], "score": row["score"]}) for question, row in questions.items()]
-    text = "".join(line + "\n" for line in lines)
-    write_atomic(samples_of(path, bench), lambda partial: partial.write_text(text, encoding="utf-8"))
+    rows = [{"doc_id": places[question], "score": row["score"]} for question, row in questions.items()]
+    write_jsonl(samples_of(path, bench), rows)
     whole = json.dumps(content, indent=2, ensure_ascii=False)
     write_atomic(path, lambda partial: partial.write_text(whole, encoding="utf-8"))
     return path

@@ -14,6 +14,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from intactkv_eval.judge.fastchat import Judged
+from intactkv_eval.report.tables import markdown_row
 
 ALL = "all"
 BIAS = "position bias"
@@ -93,7 +94,7 @@ def table(figures: Mapping[str, Mapping[str, Figure]], heading: str) -> str:
     for name, row in figures.items():
         unrated = row[ALL].unrated if ALL in row else 0
         lines.append([name, *(_cell(row.get(part)) for part in parts), str(unrated)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(markdown_row(line) for line in lines)
 
 
 def _cell(figure: Figure | None) -> str:

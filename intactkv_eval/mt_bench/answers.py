@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import write_atomic
+from intactkv_eval.files import write_jsonl
 from intactkv_eval.mt_bench.questions import read_rows
 
 
@@ -51,5 +51,4 @@ def read_answers(path: Path) -> dict[int, Answer]:
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Write a whole file, sorted by question."""
     rows = sorted(answers, key=lambda answer: answer.question_id)
-    text = "".join(json.dumps(row.model_dump(mode="json"), ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_jsonl(path, (row.model_dump(mode="json") for row in rows))

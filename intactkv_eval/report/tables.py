@@ -26,12 +26,12 @@ def markdown(runs: Sequence[Run]) -> str:
     """The table of all runs, what it means, and what was not compared. Raises ConfigError where there is no run."""
     grid = grid_of(runs)
     header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
-    lines = [_line(header), _line(["---"] * len(HEAD) + ["---:"] * (len(header) - len(HEAD)))]
-    lines += [_line(row) for row in _texts(grid, "\\*")]
+    lines = [markdown_row(header), markdown_row(["---"] * len(HEAD) + ["---:"] * (len(header) - len(HEAD)))]
+    lines += [markdown_row(row) for row in _texts(grid, "\\*")]
     refused = [f"- {line}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
-    rows = [_line(row) for row in published_rows(beside(grid))]
-    rule = _line(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
+    rows = [markdown_row(row) for row in published_rows(beside(grid))]
+    rule = markdown_row(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
     printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
     return "\n".join([*lines, "", NOTES, *said, *(printed if rows else []), ""])
 
@@ -155,7 +155,8 @@ def _delta(delta: Delta | None) -> str:
     return f"{delta.value:+.4f}" + (f" ± {delta.stderr:.4f}" if delta.stderr is not None else "")
 
 
-def _line(values: Sequence[str]) -> str:
+def markdown_row(values: Sequence[str]) -> str:
+    """One line of a markdown table."""
     return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
 
 
