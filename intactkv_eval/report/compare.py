@@ -111,9 +111,11 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
 def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        found = by_tokens(other.identity)
-        found = replace(found, source_hash=wanted.source_hash and found.source_hash)
-        if found != wanted or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
+        if (
+            comparable(other.identity, wanted) != wanted
+            or other.pivot_tokens != run.pivot_tokens
+            or task not in other.scores
+        ):
             continue
         if not unlike(run.scores[task], other.scores[task]):
             return other.scores[task]
@@ -136,7 +138,13 @@ def unlike(one: Score, other: Score) -> list[str]:
     return found
 
 
-def by_tokens(identity: Identity) -> Identity:
+def comparable(identity: Identity, wanted: Identity) -> Identity:
+    """An identity as it is compared with `wanted`: named by its tokens, its weights' hash only where that is known."""
+    found = _by_tokens(identity)
+    return replace(found, source_hash=wanted.source_hash and found.source_hash)
+
+
+def _by_tokens(identity: Identity) -> Identity:
     """Tokens that are computed are the same wherever their ids come from: a name, a list or a file."""
     pivot = identity.cell.pivot
     if pivot.intact:

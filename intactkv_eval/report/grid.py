@@ -70,9 +70,11 @@ def grid_of(runs: Sequence[Run]) -> Grid:
 
     Raises ConfigError where there is nothing to show.
     """
-    runs = seeds_merged(runs)
     if not runs:
         raise ConfigError("no run of the model class intactkv among the results: evaluate with --model intactkv")
+    runs = seeds_merged(runs)
+    if not runs:
+        raise ConfigError("the runs hold no figure to compare; answers of mt_bench get theirs from intactkv judge")
     scores = {score.column: score for run in runs for score in run.scores.values()}
     titles = {column: _title(score, list(scores.values())) for column, score in scores.items()}
     rows = []

@@ -4,19 +4,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from intactkv_eval.report.collect import Identity, Run
-from intactkv_eval.report.compare import baseline_of, by_tokens, unlike
+from intactkv_eval.report.compare import baseline_of, comparable, unlike
 
 _SHOWN = 4
 
 
 def why_unpaired(run: Run, task: str, runs: Sequence[Run]) -> str:
     """Names the differences to the nearest run of the task whose pivot is not intact; says so where there is none."""
-    wanted = _flat(baseline_of(run.identity))
+    baseline = baseline_of(run.identity)
+    wanted = _flat(baseline)
     found: list[list[str]] = []
     for other in runs:
         if other.identity.cell.pivot.intact or task not in other.scores:
             continue
-        theirs = _flat(by_tokens(other.identity))
+        theirs = _flat(comparable(other.identity, baseline))
         differences = [
             f"{key} ({wanted.get(key)}, {theirs.get(key)})"
             for key in sorted(wanted.keys() | theirs.keys())

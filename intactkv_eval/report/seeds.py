@@ -44,10 +44,11 @@ def _merged(found: dict[str, tuple[Run, Score]]) -> Run:
     alike = all(score.values.keys() == first.values.keys() and score.documents == first.documents for score in scores)
     values = {place: fmean(score.values[place] for score in scores) for place in first.values} if alike else {}
     figures = [score.value for score in scores]
+    scale = fmean(figures) if first.of_nll else 1.0  # of an nll's error, for the perplexity that it makes
     one: Score = replace(
         first,
         value=fmean(figures),
-        stderr=stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None,
+        stderr=scale * stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None,
         settings={**first.settings, "seed": ", ".join(seeds)},
         values=values,
         spread=stdev(figures),

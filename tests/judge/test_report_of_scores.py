@@ -10,7 +10,7 @@ from judging import judged, rows
 from server import GOOD, completion, rating_of
 from tiny import build_model
 
-from intactkv_eval.errors import DataError
+from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.command import run_lm_eval
 from intactkv_eval.judge.entries import export_answers
 from intactkv_eval.mt_bench.answers import read_answers
@@ -60,6 +60,11 @@ def test_scores_go_into_the_report(server, runs, bench):
     assert f"{change:+.4f} ± " in line, "against its own baseline, paired, over both seeds"
     again, _ = judged(server, [runs], bench, out)
     assert again == table, "a judge's own figures are nobody's answers"
+
+
+def test_answers_that_nobody_has_judged_have_no_figure(runs):
+    with pytest.raises(ConfigError, match="intactkv judge"):
+        markdown(collect([runs])[0])
 
 
 def test_questions_that_are_rated_in_part_make_no_figure(server, runs, bench, tmp_path):

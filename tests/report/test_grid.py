@@ -194,6 +194,8 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     assert entry.found.score.value == pytest.approx(np.mean(figures))
     assert entry.found.score.spread == pytest.approx(np.std(figures, ddof=1))
     assert entry.found.to_baseline.test.documents == 40
+    logged = [next(iter(found.scores.values())).stderr for found in runs if found.identity.cell.pivot.intact]
+    assert entry.found.score.stderr == pytest.approx(np.mean(logged), rel=0.1), "of a perplexity, not of its nll"
     assert f"(spread {entry.found.score.spread:.4f})" in markdown(runs)
     for file in tmp_path.glob("*_2.json*"):
         file.unlink()
