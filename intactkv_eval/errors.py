@@ -23,6 +23,10 @@ class UnsupportedModelError(IntactKVError):
     """An architecture that the pivot cannot be given to, or that cannot be quantized whole."""
 
 
+class NumericsError(IntactKVError):
+    """NaN or infinite numbers where an answer was to be computed; the message names where they first appear."""
+
+
 class DataError(IntactKVError):
     """A data set or a text that is missing, too short, or not in a layout we read."""
 

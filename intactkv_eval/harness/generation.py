@@ -8,6 +8,7 @@ Knows tokens; stop strings and decoding of text are lm_eval's.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.errors import PivotError
+from intactkv_eval.errors import NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import RowSampler, warped
+from intactkv_eval.harness.row_sampler import FiniteLogits, RowSampler, warped
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
+from intactkv_eval.pivot.watch import where_not_finite
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
 """(columns before the first new token, rows) -> when to stop."""
@@ -65,19 +67,30 @@ def generate(
     elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.writer is not None:
         empty_columns = (mask == 0).sum(dim=1).repeat_interleave(beams)
         cache = pivoted.new_cache(len(bodies) * beams, empty_columns, *([front.repeated(beams)] if front else []))
-    out = pivoted.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
-        use_cache=True,
-        **({"logits_processor": LogitsProcessorList([sampler])} if sampler else {}),
-        **options,
-    )
+    try:
+        out = pivoted.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([FiniteLogits(), *([sampler] if sampler else [])]),
+            **options,
+        )
+    except NumericsError as error:
+        raise NumericsError(f"{error}: {_where(pivoted, rows)}") from None
     if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
         turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
+
+
+def _where(pivoted: PivotedModel, rows: list[list[int]]) -> str:
+    """Where the rows' prompts, alone, have NaN or infinite numbers."""
+    inputs = (torch.tensor([row], device=pivoted.device) for row in rows)
+    with torch.no_grad():
+        found = [where_not_finite(pivoted.model, partial(pivoted.logits, row)) for row in inputs]
+    return found[0]
 
 
 def _behind_front(

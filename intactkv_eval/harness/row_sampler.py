@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from intactkv_eval.errors import NumericsError
+
 _GREEDY = 1e-4  # FastChat's own bound
 
 
@@ -58,6 +60,16 @@ def warped(scores: Tensor, temperature: float | None, top_k: int | None, top_p: 
         warpers.append(TopPLogitsWarper(top_p))
     found: Tensor = warpers(torch.empty(0), scores)
     return found
+
+
+class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
+    """Raises NumericsError for logits that hold NaN or +inf, from which argmax would make tokens like any other."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [B, V] -> the same."""
+        if scores.isnan().any() or scores.isposinf().any() or scores.isneginf().all(-1).any():
+            raise NumericsError("the logits of a new token are NaN or infinite")
+        return scores
 
 
 class RowSampler(LogitsProcessor):  # type: ignore[misc]

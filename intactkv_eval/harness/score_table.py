@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from intactkv_eval.errors import PivotError
+from intactkv_eval.errors import NumericsError
 from intactkv_eval.harness.prefix_tree import Tokens, Tree, build_tree
 from intactkv_eval.harness.tree_rows import Row
 
@@ -89,17 +89,14 @@ class ScoreTable:
     def answer(self, requests: NDArray[np.int64], found: NDArray[np.float64], greedy: NDArray[np.bool_]) -> list[int]:
         """Add log-probabilities of single tokens; returns the requests that are complete with them.
 
-        Raises PivotError where a log-likelihood is NaN: an answer made from it would look like any other.
+        Raises NumericsError where a log-likelihood is not finite: an answer made from it would look like any other.
         """
         np.add.at(self._total, requests, found)
         np.logical_and.at(self._greedy, requests, greedy)
         np.subtract.at(self._left, requests, 1)
         touched = np.unique(requests)
-        if np.isnan(self._total[touched]).any():
-            raise PivotError(
-                "a log-likelihood is NaN: the model's logits overflowed. In fp16 massive activations do that; "
-                "use dtype=bfloat16 or float32"
-            )
+        if not np.isfinite(self._total[touched]).all():
+            raise NumericsError("a log-likelihood is NaN or infinite")
         return [int(index) for index in touched[self._left[touched] == 0]]
 
     def score(self, index: int) -> Score:

@@ -13,12 +13,13 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import ConfigError, NumericsError
 from intactkv_eval.harness.head import log_probabilities
 from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
 from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
+from intactkv_eval.pivot.watch import where_not_finite
 
 CAPACITY = 192  # tokens of a row of many branches: more of them share less, and every one pays for masked columns
 FAR, NEAR_CAPACITY = 256, 96  # behind a prefix of FAR tokens every masked column is dear: rows are shorter
@@ -176,7 +177,10 @@ class _Scorer:
 
         places = torch.from_numpy(np.unique(asked.columns))
         with torch.no_grad():
-            self._answer(asked, self.shared.head.logits(forward, places), places)
+            try:
+                self._answer(asked, self.shared.head.logits(forward, places), places)
+            except NumericsError as error:
+                raise NumericsError(f"{error}: {where_not_finite(self.shared.pivoted.model, forward)}") from None
         self.counts.tokens += sum(lead + len(row.tokens) for row in rows)
         return kept
 

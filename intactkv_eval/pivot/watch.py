@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -27,6 +28,51 @@ def watched(modules: Iterable[nn.Module], look: Callable[[Any], object]) -> Iter
     finally:
         for one in held:
             one.remove()
+
+
+def where_not_finite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Run `forward` again and tell where NaN or infinite numbers first appear."""
+    found: list[str] = []
+
+    def before(name: str) -> Callable[[nn.Module, Any], None]:
+        def look(_module: nn.Module, args: Any) -> None:
+            if not found and args and not _is_finite(args[0]):
+                found.append(f"in front of {name}: in attention or the KV cache, whose parts are no layers")
+
+        return look
+
+    def behind(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if found or _is_finite(output[0] if isinstance(output, tuple) and output else output):
+                return
+            held = [*module.named_parameters(recurse=False), *module.named_buffers()]
+            bad = [key for key, tensor in held if not _is_finite(tensor)]
+            most = f"; its input reaches {args[0].abs().max():.3g}" if args and _is_float(args[0]) else ""
+            found.append(f"in {name}.{bad[0]}, a tensor of the model" if bad else f"in the output of {name}{most}")
+
+        return look
+
+    named = [(name, module) for name, module in model.named_modules() if name]
+    held = [module.register_forward_pre_hook(before(name)) for name, module in named]
+    held += [module.register_forward_hook(behind(name)) for name, module in named]
+    try:
+        forward()
+    finally:
+        for one in held:
+            one.remove()
+    dtype = next((tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()), None)
+    ends = (
+        "; float16 ends at 65504, which massive activations pass: use dtype=bfloat16" if dtype == torch.float16 else ""
+    )
+    return (found[0] if found else "behind the last layer: in lm_head or the logits") + ends
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_finite(value: Any) -> bool:
+    return not _is_float(value) or bool(torch.isfinite(value).all())
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""NaN and infinite numbers: no answer is made from them, and the message names where they first appear."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from tiny import build_model
+
+from intactkv_eval.errors import IntactKVError, NumericsError, PivotError
+from intactkv_eval.harness.lm import IntactKVLM
+
+
+def lm_of(model, tokenizer, **cell):
+    return IntactKVLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu", **{"pivot": "none", **cell})
+
+
+def requests(kind):
+    if kind == "generate_until":
+        texts = [("one two", {"max_gen_toks": 4, "until": []}), ("three", {"max_gen_toks": 4, "until": []})]
+        return [Instance(kind, {}, text, number) for number, text in enumerate(texts)]
+    texts = [("one two", " three"), ("one two", " four"), ("five", " six")]
+    return [Instance(kind, {}, text, number) for number, text in enumerate(texts)]
+
+
+def poison(model, name, value):
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[3] = value
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.down_proj.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"]
+)
+def test_a_broken_tensor_is_named(tokenizer, kind, value, name):
+    model = build_model("llama")
+    poison(model, name, value)
+    lm = lm_of(model, tokenizer)
+    wanted = "lm_head" if name.startswith("lm_head") else f"in {name}, a tensor of the model"
+    with pytest.raises(NumericsError, match=wanted):
+        getattr(lm, kind)(requests(kind))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
+@pytest.mark.parametrize("share", [True, False])
+def test_an_overflow_in_fp16_is_named_with_the_way_out(tokenizer, kind, share):
+    """What massive activations do: finite weights, a product beyond 65504."""
+    model = build_model("llama", dtype=torch.float16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(60000)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1000)
+    lm = lm_of(model, tokenizer, share_prefix=share)
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp.*its input reaches.*use dtype=bfloat16"):
+        getattr(lm, kind)(requests(kind))
+    with pytest.raises(PivotError, match="bfloat16"):
+        lm_of(model, tokenizer, pivot="bos")
+
+
+def test_numbers_that_break_inside_attention_are_placed_there(tokenizer):
+    model = build_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.mul_(1e25)
+        model.model.layers[1].self_attn.k_proj.weight.mul_(1e25)
+    with pytest.raises(NumericsError, match=r"in front of model\.layers\.1\.self_attn\.o_proj: in attention"):
+        lm_of(model, tokenizer).loglikelihood(requests("loglikelihood"))
+
+
+def test_every_cell_refuses(tokenizer):
+    """Weights are looked at before they are rounded; the cache's rounding carries what is broken on."""
+    for cell in ({"weights": "rtn", "bits": 4, "group_size": 32}, {"kv_bits": 4}, {"act_bits": 8}, {"pivot": "bos"}):
+        model = build_model("llama")
+        poison(model, "model.layers.0.self_attn.k_proj.weight", float("nan"))
+        with pytest.raises(IntactKVError, match=r"k_proj|hold NaN"):
+            lm_of(model, tokenizer, **cell).loglikelihood(requests("loglikelihood"))
+
+
+def test_whole_numbers_are_left_alone(tokenizer):
+    lm = lm_of(build_model("llama"), tokenizer)
+    assert all(torch.isfinite(torch.tensor(score)) for score, _ in lm.loglikelihood(requests("loglikelihood")))
+    assert len(lm.generate_until(requests("generate_until"))) == 2
