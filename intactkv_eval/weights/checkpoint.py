@@ -17,6 +17,7 @@ from intactkv_eval.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_LONGEST_NAME = 255  # characters that a file's name may have
 # Where older releases of AutoGPTQ and AutoAWQ wrote what config.json says today, and the method that it means.
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
@@ -104,8 +105,10 @@ def _indexed(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / INDEX}: expected weight_map, the file of each tensor")
     held: dict[str, set[str]] = {}
     for file in sorted(set(found.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{folder / INDEX}: names {file!r}, which is outside the folder")
+        if Path(file).name != file or len(file) > _LONGEST_NAME:
+            raise CheckpointError(
+                f"{folder / INDEX}: names {file[:80]!r}, which is outside the folder or no file's name"
+            )
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: the shard {file} that {INDEX} names is missing; download it anew")
         with _opened(folder / file) as tensors:

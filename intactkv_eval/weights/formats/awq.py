@@ -21,6 +21,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits
 from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.settings import AWQSettings, check_settings
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "awq"
@@ -64,6 +65,7 @@ class AWQFormat:
     main: str = "qweight"
 
     def __post_init__(self) -> None:
+        check_settings(AWQSettings, self.config)
         check_config_bits(self._bits(), "quantization_config")
         if self._layout() not in {"gemm", "gemv"}:
             raise CheckpointError(

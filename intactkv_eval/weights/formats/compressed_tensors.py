@@ -20,6 +20,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.settings import CompressedTensorsSettings, check_settings
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "compressed-tensors"
@@ -91,6 +92,7 @@ class CompressedTensorsFormat:
                 raise CheckpointError(f"quantization_config: {key} is set, which is not read; it would be ignored")
         if not self._groups():
             raise CheckpointError("quantization_config: config_groups is empty: it does not say what is quantized")
+        check_settings(CompressedTensorsSettings, self.config)
         for name, group in self._groups().items():
             weights = group.get("weights") or {}
             check_config_bits(weights.get("num_bits"), f"quantization_config: config_groups.{name}.weights.num_bits")

@@ -20,6 +20,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "gptq"
@@ -82,6 +83,7 @@ class GPTQFormat:
     main: str = "qweight"
 
     def __post_init__(self) -> None:
+        check_settings(GPTQSettings, self.config)
         check_config_bits(self.config.get("bits"), "quantization_config")
         said = self.config.get("checkpoint_format", "gptq")
         if said not in {"gptq", "gptq_v2"}:
@@ -122,7 +124,9 @@ class GPTQFormat:
         """The config with GPTQModel's per-module overrides (`dynamic`: regular expressions, `+:` or none in front)."""
         for pattern, override in (self.config.get("dynamic") or {}).items():
             if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
-                return {**self.config, **override}
+                settings = {**self.config, **override}
+                check_settings(GPTQSettings, settings, f"quantization_config of {name}")
+                return settings
         return self.config
 
     def _zeros(self, layer: LayerTensors, stored: Tensor, bits: int, per_channel: bool) -> Tensor:
