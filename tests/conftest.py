@@ -30,6 +30,10 @@ CHAT_TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    return byte_tokenizer()
+
+
+def byte_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {character: index for index, character in enumerate(alphabet)}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))

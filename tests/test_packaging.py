@@ -28,7 +28,7 @@ def test_contents(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"intactkv_eval", "intactkv_kernels", "intactkv_eval_hook.pth", "intactkv_eval-0.1.0.dist-info"}
     assert not [name for name in names if "test" in Path(name).name or "__pycache__" in name]
-    for needed in ("tasks/ppl/ppl_wikitext2.yaml", "tasks/intactkv_demo/data/prose.jsonl", "published/figures.csv", "model_configs/llama-2-7b-w3g128.yaml",
+    for needed in ("tasks/ppl/ppl_wikitext2.yaml", "tasks/intactkv_demo/data/prose.jsonl", "sweeps/table1.yaml", "published/figures.csv", "model_configs/llama-2-7b-w3g128.yaml",
                    "model_configs/chat_templates/vicuna_v1.1.jinja", "harness/lm.py"):  # fmt: skip
         assert f"intactkv_eval/{needed}" in names
     c_files = {"dequantize.c", "planes.h", "planes.c", "planes_tiles.c"}

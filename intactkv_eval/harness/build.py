@@ -31,6 +31,7 @@ from intactkv_eval.harness.cell_checks import (
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import automatic_tokens
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
+from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.stages import apply_stages, stage_specs
@@ -76,12 +77,13 @@ def build(
     quantization: dict[str, Any] | None = None,
     changed: bool = False,
     rotation: Rotation | None = None,
+    shelf: Shelf | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
     what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
-    `rotation`: how the checkpoint's model was rotated.
+    `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -110,13 +112,13 @@ def build(
     if search is not None:
         if pivot is not None:
             raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
-        model = copy.deepcopy(model) if cell.model.pretrained == IN_MEMORY else model
+        model = _ours(model, cell, shelf)
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
         pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
-    model = _evaluated(model, cell, search)
+    model = _evaluated_once(model, cell, search, shelf)
     if from_file is not None and cell.pivot.intact:
         check_calibrated(from_file, model, cell)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
@@ -180,7 +182,26 @@ def _source_hash(model: PreTrainedModel) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-def _evaluated(model: PreTrainedModel, cell: CellSpec, search: AWQSearch | None) -> PreTrainedModel:
+def _ours(model: PreTrainedModel, cell: CellSpec, shelf: Shelf | None) -> PreTrainedModel:
+    """`model`, or a copy where it is not ours to change."""
+    shared = cell.model.pretrained == IN_MEMORY or (shelf is not None and shelf.holds(model))
+    return copy.deepcopy(model) if shared else model
+
+
+def _evaluated_once(
+    model: PreTrainedModel, cell: CellSpec, search: AWQSearch | None, shelf: Shelf | None
+) -> PreTrainedModel:
+    if shelf is None:
+        return _evaluated(model, cell, search)
+    if quantized_layers(model) and cell.activations.bits < 16:
+        shelf.clear()  # input stages are put into the packed model itself
+    key = cell.weights, cell.activations, cell.backend
+    return shelf.made(model, key, lambda: _evaluated(model, cell, search, shelf))
+
+
+def _evaluated(
+    model: PreTrainedModel, cell: CellSpec, search: AWQSearch | None, shelf: Shelf | None = None
+) -> PreTrainedModel:
     """The model that answers: rotated, quantized, with input stages, as the cell says; packed layers as they are."""
     if quantized_layers(model):
         if cell.activations.bits < 16:
@@ -188,7 +209,7 @@ def _evaluated(model: PreTrainedModel, cell: CellSpec, search: AWQSearch | None)
         return model
     rotation = None
     if cell.weights.rotate:
-        model = copy.deepcopy(model) if cell.model.pretrained == IN_MEMORY else model
+        model = _ours(model, cell, shelf)
         rotation = rotate(model)
     if cell.weights.method == "none" and cell.activations.bits == 16 and rotation is None:
         return model

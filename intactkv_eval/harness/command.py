@@ -7,13 +7,12 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lm_eval._cli import HarnessCLI
-from lm_eval.tasks import TaskManager
 from lm_eval.utils import setup_logging, simple_parse_args_string
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
@@ -21,6 +20,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size
+from intactkv_eval.harness.evaluate import task_manager
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
@@ -111,16 +111,16 @@ def _check(parsed: Namespace) -> None:
         cell, loading = split_model_args(settings.get("model_args") or {})
         cell_from_args(cell)
         check_hf_arguments(loading)
-    _check_tasks(settings)
-
-
-def _check_tasks(settings: dict[str, Any]) -> None:
     listed = settings.get("tasks") or []
     names = [part.strip() for task in ([listed] if isinstance(listed, str) else listed) for part in task.split(",")]
-    names = [name for name in names if name]
+    check_tasks([name for name in names if name], settings["include_path"])
+
+
+def check_tasks(names: Sequence[str], folders: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless lm_eval knows every task; `folders` are searched after ours."""
     if not names:
         raise ConfigError("--tasks: no task named; for instance --tasks ppl_wikitext2,arc_easy (lm_eval ls tasks)")
-    manager = TaskManager(include_path=settings["include_path"])
+    manager = task_manager(names, folders=folders)
     unknown = [name for name in names if not os.path.exists(name) and not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"--tasks: unknown: {', '.join(unknown)}; lm_eval ls tasks --include_path $(intactkv tasks)")

@@ -34,6 +34,7 @@ from intactkv_eval.harness.score_table import Score
 from intactkv_eval.harness.scoring import Counts, score
 from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
@@ -135,8 +136,15 @@ class IntactKVLM(PivotedTalks):
         parent, plain = super()._create_model, self.AUTO_MODEL_CLASS
 
         def load(name: str, revision: str) -> Any:
-            own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
             packed = self._layout is not None and name == pretrained
+            own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
+            shelf = current_shelf()
+            if shelf is None:
+                return fresh(name, revision, packed, own)
+            key = (name, revision, self.cell.backend if packed else "", str(self.device), repr(sorted(own.items())))
+            return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
+
+        def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
             self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain)
             try:
                 parent(pretrained=name, revision=revision, **own)
@@ -162,8 +170,9 @@ class IntactKVLM(PivotedTalks):
     def _build(self, load: Any) -> None:
         changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
         self.built = build(
-            self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout)
-        )
+            self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout),
+            current_shelf(),
+        )  # fmt: skip
         self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:

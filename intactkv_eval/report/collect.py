@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
@@ -23,7 +24,7 @@ class Identity:
     """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from.
 
     checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
-    awq_search: the digest of the search result that was applied.
+    awq_search: the digest of the search result that was applied. made_from: the model that a checkpoint of ours is of.
     """
 
     cell: CellSpec
@@ -31,6 +32,7 @@ class Identity:
     source_hash: str | None = None
     checkpoint: str | None = None
     awq_search: str | None = None
+    made_from: str | None = None
 
     @property
     def is_full_precision(self) -> bool:
@@ -61,12 +63,36 @@ def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], i
     for folder in folders:
         if not folder.exists():
             raise ConfigError(f"{folder}: no such file or folder")
-        found = sorted(folder.rglob("results_*.json")) if folder.is_dir() else [folder]
+        found = files_below(folder) if folder.is_dir() else [folder]
         if not found:
             raise ConfigError(f"{folder}: holds no results_*.json; run lm_eval with --output_path {folder}")
         files += found
     runs = [run for run in (read_run(file, leaves) for file in dict.fromkeys(files)) if run is not None]
     return sorted(runs, key=lambda run: (run.date, str(run.path))), len(set(files)) - len(runs)
+
+
+def identity_of(record: Mapping[str, Any]) -> Identity:
+    """Of what a run records of its cell. Raises KeyError, TypeError or ValidationError where it is damaged."""
+    asked = {key: str(value) for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
+    cell = _by_samples(CellSpec.model_validate(record["cell"]), record)
+    made = ((record.get("quantization") or {}).get("made") or {}).get("source") or {}
+    if made:  # known by its weights' hash, wherever it lies
+        model = cell.model.model_copy(update={"pretrained": PurePath(cell.model.pretrained).name})
+        cell = cell.model_copy(update={"model": model})
+    return Identity(
+        cell=cell,
+        hf_arguments=tuple(sorted(asked.items())),
+        source_hash=_text(record.get("source_hash")),
+        checkpoint=_checkpoint_label(record),
+        awq_search=_text(record.get("awq_search")),
+        made_from=_text(made.get("model")),
+    )
+
+
+def _text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"expected a text, found {str(value)[:80]}")
+    return value
 
 
 def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
@@ -85,17 +111,10 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
         record = content["config"].get("intactkv")
         if record is None:
             return None
-        asked = {key: value for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
-        identity = Identity(
-            cell=_by_samples(CellSpec.model_validate(record["cell"]), record),
-            hf_arguments=tuple(sorted(asked.items())),
-            source_hash=record.get("source_hash"),
-            checkpoint=_checkpoint_label(record),
-            awq_search=record.get("awq_search"),
-        )
+        identity = identity_of(record)
         scores = {score.task: score for score in read_scores(path, content, record, leaves)}
         return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError, ValidationError) as error:
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
 
 

@@ -165,7 +165,7 @@ def baseline_of(identity: Identity) -> Identity:
 def full_precision_of(identity: Identity) -> Identity:
     """Nothing quantized. A checkpoint quantized elsewhere is compared with its reference, whose weights are others."""
     baseline = baseline_of(identity).cell
-    reference = identity.cell.model.reference
+    reference = identity.cell.model.reference or identity.made_from
     other = {"pretrained": reference, "revision": "main"} if reference else {}
     model = baseline.model.model_copy(update=other)
     cell = baseline.model_copy(
@@ -178,4 +178,4 @@ def full_precision_of(identity: Identity) -> Identity:
         }
     )
     source = None if reference else identity.source_hash
-    return replace(identity, cell=cell, source_hash=source, checkpoint=None, awq_search=None)
+    return replace(identity, cell=cell, source_hash=source, checkpoint=None, awq_search=None, made_from=None)

@@ -3,14 +3,16 @@
 Renderers (markdown, CSV, LaTeX, JSON, the page) read this and nothing else. Knows no files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
 from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, activations_label
+from intactkv_eval.report.collect import Identity, Run, activations_label, identity_of
 from intactkv_eval.report.compare import Comparison, compare
+from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import why_unpaired
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.seeds import seeds_merged
@@ -48,11 +50,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """titles: of each column."""
+    """titles: of each column. absent: labels, task and reason of what a sweep planned and has not."""
 
     rows: tuple[Row, ...]
     columns: tuple[Column, ...]
     titles: Mapping[Column, str]
+    absent: tuple[tuple[tuple[str, str, str, str], Absent], ...] = ()
 
     @property
     def refusals(self) -> list[str]:
@@ -64,9 +67,23 @@ class Grid:
             if entry.unpaired
         ]
 
+    @property
+    def gaps(self) -> list[str]:
+        """What a sweep lacks, and why; one line each."""
+        return [
+            f"{', '.join(labels)}; {one.task}{'' if one.seed is None else f' seed {one.seed}'}: {_gap(one)}"
+            for labels, one in self.absent
+        ]
 
-def grid_of(runs: Sequence[Run]) -> Grid:
+    def gap(self, row: Row, column: Column) -> str:
+        """`missing` or `failed` where a sweep planned this figure and has it not; else nothing."""
+        return next((one.word for labels, one in self.absent if (labels, one.task) == (row.labels, column[0])), "")
+
+
+def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     """All runs, one row a cell, full precision first; of several runs of one measurement the newest counts.
+
+    absent: what sweeps lack; their cells have rows too.
 
     Raises ConfigError where there is nothing to show.
     """
@@ -78,10 +95,51 @@ def grid_of(runs: Sequence[Run]) -> Grid:
     scores = {score.column: score for run in runs for score in run.scores.values()}
     titles = {column: _title(score, list(scores.values())) for column, score in scores.items()}
     rows = []
+    lacking = [(_planned(one), one) for one in absent]
+    named = _told_apart([*(run.identity for run in runs), *(identity for identity, _ in lacking)])
     for identity, scored in _by_identity(runs):
         entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
-        rows.append(Row(identity, _labels(identity), entries))
-    return Grid(_corrected(rows), tuple(scores), titles)
+        rows.append(Row(identity, named[identity], entries))
+    gaps = tuple((named[identity], one) for identity, one in lacking)
+    shown = {row.labels for row in rows}
+    rows += [
+        Row(identity, named[identity], {})
+        for identity in dict.fromkeys(i for i, _ in lacking)
+        if named[identity] not in shown
+    ]
+    return Grid(_corrected(rows), tuple(scores), titles, gaps)
+
+
+def _planned(one: Absent) -> Identity:
+    try:
+        return identity_of(one.record)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # pydantic's ValidationError is a ValueError
+        raise ConfigError(f"a sweep's plan is damaged ({error}); `intactkv sweep` writes it anew") from None
+
+
+def _gap(one: Absent) -> str:
+    last = one.why.strip().splitlines()[-1] if one.why.strip() else ""
+    return one.word if one.word == one.why else f"{one.word}: {last}"
+
+
+def _told_apart(identities: Iterable[Identity]) -> dict[Identity, tuple[str, str, str, str]]:
+    """The labels of each; where two would have the same, the name of the checkpoint or the weights' hash too."""
+    labels = {identity: _labels(identity) for identity in identities}
+    known: dict[tuple[str, ...], set[str | None]] = defaultdict(set)
+    for identity, named in labels.items():
+        known[named].add(identity.source_hash)
+    for identity, (name, *others) in list(labels.items()):
+        hashes = known[labels[identity]] - {None}
+        if len(hashes) > 1 and identity.source_hash is not None:
+            more = identity.cell.model.pretrained if identity.made_from else identity.source_hash[:8]
+            labels[identity] = (f"{name} [{more}]", others[0], others[1], others[2])
+    return labels
 
 
 def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
@@ -141,7 +199,7 @@ def pivot_label(cell: CellSpec) -> str:
 def _labels(identity: Identity) -> tuple[str, str, str, str]:
     cell = identity.cell
     asked = [f"{key}={value}" for key, value in identity.hf_arguments]
-    name = " ".join([PurePath(cell.model.pretrained).name, *asked])
+    name = " ".join([PurePath(identity.made_from or cell.model.pretrained).name, *asked])
     return name, weights_label(identity), "16" if cell.kv.bits == 16 else _kv_label(cell.kv), pivot_label(cell)
 
 

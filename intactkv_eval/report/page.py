@@ -15,6 +15,7 @@ from markupsafe import Markup
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
+from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.tables import NOTES, records
 
@@ -22,12 +23,12 @@ _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 TITLE = "IntactKV: what the intact pivot gives back"
 
 
-def page(runs: Sequence[Run], figures: Iterable[Path] = ()) -> str:
-    """The whole page. figures: pictures to show below, a file or a folder of them.
+def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Absent] = ()) -> str:
+    """The whole page. figures: pictures to show below, a file or a folder of them. absent: what sweeps lack.
 
     Raises ConfigError where there is no run, or a picture is missing or of another kind.
     """
-    grid = grid_of(runs)
+    grid = grid_of(runs, absent)
     found = records(grid)
     cells = len({json.dumps(one["cell"], sort_keys=True) for one in found})
     environment = jinja2.Environment(
@@ -43,6 +44,7 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = ()) -> str:
         pivots=sorted({str(one["pivot"]) for one in found}),
         notes=NOTES.replace("\\*", "*").replace("`", ""),
         refusals=grid.refusals,
+        gaps=grid.gaps,
         published=published_rows(beside(grid)),
         figures=[_figure(path) for path in _pictures(figures)],
         data=Markup(_safe(json.dumps(found, ensure_ascii=False, allow_nan=False))),

@@ -77,7 +77,7 @@ def beside(grid: Grid) -> list[Beside]:
         key = _key(row.identity)
         for column, entry in row.entries.items():
             for one in figures():
-                if (one.key, one.task, one.metric) == (key, column[0], column[1]):
+                if (one.key, one.task, one.metric) == (_as_printed(key, one.task), column[0], column[1]):
                     scale = 100 if one.metric == "acc" else 1
                     error = entry.found.score.stderr
                     found.append(
@@ -87,6 +87,11 @@ def beside(grid: Grid) -> list[Beside]:
                         )
                     )  # fmt: skip
     return found
+
+
+def _as_printed(key: tuple[object, ...], task: str) -> tuple[object, ...]:
+    """MT-Bench's prompts begin with the prompt's head: computed, it is the plain model."""
+    return (*key[:-1], "none") if task == "mt_bench" and key[-1] == "prompt (computed)" else key
 
 
 def _differs(entry: Entry, one: Published) -> str:
@@ -107,6 +112,8 @@ def _unlike_theirs(identity: Identity, one: Published) -> list[str]:
     cell, said = identity.cell, []
     if cell.weights.symmetric or " sym" in (identity.checkpoint or ""):
         said += ["ours: symmetric"] if one.key[1] in {"rtn", "gptq", "awq"} else []
+    if one.key[1] == "omniquant" and one.key[4]:
+        said.append("ours: OmniQuant without shifts")
     if "calibrated behind" in (identity.checkpoint or ""):
         said.append("ours: calibrated behind the pivot")
     if cell.kv.bits < 16 and (cell.kv.scheme != "token_head" or cell.kv.keep or not cell.kv.exempt):

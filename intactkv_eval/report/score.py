@@ -95,6 +95,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dic
         "protocol": metadata.get("protocol"),
         "data": metadata.get("data"),
         "seed": metadata.get("seed"),
+        "sampling_seed": content["config"].get("torch_seed") if _is_sampled(task, content) else None,
         "version": content.get("versions", {}).get(task),
         "gen_kwargs": content["config"].get("gen_kwargs") or None,
         "chat_template": template,
@@ -103,6 +104,14 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dic
         "dtype": record.get("dtype"),
         "lm_eval": record.get("versions", {}).get("lm_eval"),
     }
+
+
+def _is_sampled(task: str, content: Mapping[str, Any]) -> bool:
+    """Whether answers were drawn by torch's own numbers."""
+    asked = content["config"].get("gen_kwargs")
+    kwargs = content.get("configs", {}).get(task, {}).get("generation_kwargs")
+    said = {**(kwargs if isinstance(kwargs, dict) else {}), **(asked if isinstance(asked, dict) else {})}
+    return bool(said.get("do_sample"))
 
 
 def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], leaves: bool) -> list[str]:

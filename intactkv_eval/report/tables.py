@@ -3,12 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
+from typing import Any
 
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
+from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
 
 HEAD = ("model", "weights", "kv", "pivot")
@@ -22,23 +24,24 @@ recovered: share of the baseline's loss to full precision that the intact pivot 
 where that loss is within two standard errors."""
 
 
-def markdown(runs: Sequence[Run]) -> str:
+def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     """The table of all runs, what it means, and what was not compared. Raises ConfigError where there is no run."""
-    grid = grid_of(runs)
+    grid = grid_of(runs, absent)
     header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
     lines = [markdown_row(header), markdown_row(["---"] * len(HEAD) + ["---:"] * (len(header) - len(HEAD)))]
     lines += [markdown_row(row) for row in _texts(grid, "\\*")]
     refused = [f"- {line}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
+    said += ["", "Missing or failed cells of a sweep:", *(f"- {line}" for line in grid.gaps)] if grid.absent else []
     rows = [markdown_row(row) for row in published_rows(beside(grid))]
     rule = markdown_row(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
     printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
     return "\n".join([*lines, "", NOTES, *said, *(printed if rows else []), ""])
 
 
-def latex(runs: Sequence[Run]) -> str:
+def latex(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     """A tabular of booktabs. Raises ConfigError where there is no run."""
-    grid = grid_of(runs)
+    grid = grid_of(runs, absent)
     header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
     lines = [
         f"\\begin{{tabular}}{{{'l' * len(HEAD)}{'r' * (len(header) - len(HEAD))}}}",
@@ -52,21 +55,37 @@ def latex(runs: Sequence[Run]) -> str:
     return "\n".join([*lines, ""])
 
 
-def comma_separated(runs: Sequence[Run]) -> str:
+def comma_separated(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     """One line for each figure, numbers as they are. Raises ConfigError where there is no run."""
-    grid = grid_of(runs)
+    grid = grid_of(runs, absent)
     made = io.StringIO()
-    rows = [{**dict(zip(HEAD, row.labels, strict=True)), **_numbers(grid.titles[column], entry)}
+    rows = [{**dict(zip(HEAD, row.labels, strict=True)), **_numbers(grid.titles[column], entry), "status": "done"}
             for row in grid.rows for column, entry in row.entries.items()]  # fmt: skip
-    writer = csv.DictWriter(made, list(rows[0]) if rows else HEAD, lineterminator="\n")
+    writer = csv.DictWriter(made, list(rows[0]), lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(rows)
+    writer.writerows({key: one[key] for key in (*HEAD, "task", "status")} for one in absent_records(grid))
     return made.getvalue()
 
 
-def as_json(runs: Sequence[Run]) -> str:
+def as_json(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     """Every figure with its tests and settings. Raises ConfigError where there is no run."""
-    return json.dumps(records(grid_of(runs)), indent=1, ensure_ascii=False) + "\n"
+    grid = grid_of(runs, absent)
+    return json.dumps([*records(grid), *absent_records(grid)], indent=1, ensure_ascii=False) + "\n"
+
+
+def absent_records(grid: Grid) -> list[dict[str, object]]:
+    """What sweeps lack, as values that JSON can hold."""
+    return [
+        {
+            **dict(zip(HEAD, labels, strict=True)),
+            "task": one.task,
+            "seed": one.seed,
+            "status": one.word,
+            "error": None if one.word == one.why else one.why,
+        }
+        for labels, one in grid.absent
+    ]
 
 
 def records(grid: Grid) -> list[dict[str, object]]:
@@ -80,8 +99,9 @@ def records(grid: Grid) -> list[dict[str, object]]:
             **dict(zip(HEAD, row.labels, strict=True)),
             **_numbers(grid.titles[column], entry),
             "higher_is_better": entry.found.score.higher_is_better,
-            "settings": dict(entry.found.score.settings),
+            "settings": _storable(entry.found.score.settings),
             "unpaired": entry.unpaired,
+            "status": "done",
         }
         for row in grid.rows
         for column, entry in row.entries.items()
@@ -90,8 +110,15 @@ def records(grid: Grid) -> list[dict[str, object]]:
 
 def _numbers(title: str, entry: Entry) -> dict[str, object]:
     """What is no number (NaN, infinite) is None: JSON has no word for it."""
-    found = _figures(title, entry)
-    return {key: None if isinstance(value, float) and not isfinite(value) else value for key, value in found.items()}
+    return {key: _storable(value) for key, value in _figures(title, entry).items()}
+
+
+def _storable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _storable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_storable(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _figures(title: str, entry: Entry) -> dict[str, object]:
@@ -129,10 +156,11 @@ def _delta_numbers(name: str, delta: Delta | None) -> dict[str, object]:
 
 
 def _texts(grid: Grid, mark: str) -> list[list[str]]:
-    empty = [""] * (1 + len(_PARTS))
+    empty = [""] * len(_PARTS)
     rows = []
     for row in grid.rows:
-        texts = [figures(row.entries[column], mark) if column in row.entries else empty for column in grid.columns]
+        texts = [figures(row.entries[column], mark) if column in row.entries else [grid.gap(row, column), *empty]
+                 for column in grid.columns]  # fmt: skip
         rows.append([*row.labels, *(text for part in texts for text in part)])
     return rows
 
@@ -173,7 +201,7 @@ def _escaped(text: str) -> str:
     return "".join(_LATEX.get(letter, letter) for letter in text)
 
 
-FORMATS: dict[str, Callable[[Sequence[Run]], str]] = {
+FORMATS: dict[str, Callable[[Sequence[Run], Sequence[Absent]], str]] = {
     "md": markdown, "csv": comma_separated, "tex": latex, "json": as_json,
 }  # fmt: skip
 """By the ending of a file's name."""

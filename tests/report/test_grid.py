@@ -200,3 +200,16 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     for file in tmp_path.glob("*_2.json*"):
         file.unlink()
     assert "seed (42, 43, 44, 42, 43)" in markdown(collect([tmp_path])[0])
+
+
+def test_drawn_answers_of_other_seeds_are_not_compared(tmp_path):
+    drawn = {"gen_kwargs": {"do_sample": True, "temperature": 0.7}}
+    write(tmp_path, NONE, list(LOST), 1, torch_seed=1234, **drawn)
+    write(tmp_path, BOS, list(SHARED), 2, torch_seed=7, **drawn)
+    assert "sampling_seed (7, 1234)" in markdown(collect([tmp_path])[0])
+    write(tmp_path, BOS, list(SHARED), 3, torch_seed=1234, **drawn)
+    assert "sampling_seed" not in markdown(collect([tmp_path])[0]).split("Not compared")[0].splitlines()[-1]
+    greedy = tmp_path / "greedy"
+    write(greedy, NONE, list(LOST), 1, torch_seed=1234)
+    write(greedy, BOS, list(SHARED), 2, torch_seed=7)
+    assert "Not compared" not in markdown(collect([greedy])[0])

@@ -280,3 +280,20 @@ def test_kv_cells_find_their_baseline(tmp_path):
     paired = [compare(run, "ppl_x", runs).to_baseline is not None for run in runs]
     assert paired == [False, True, False, False, True]
     assert "| 3 channel_key g32 recent 128 pivot too |" in markdown(runs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("source_hash", ["x"]), ("awq_search", 1), ("hf_arguments", 3), ("quantization", "gptq")]
+)
+def test_a_record_of_other_types_is_damaged(tmp_path, key, value):
+    write(tmp_path, BOS, [3.0, 3.1], 1, record={key: value})
+    with pytest.raises(ConfigError, match="not a whole results file"):
+        collect([tmp_path])
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "NaN", '"x"'])
+def test_a_sample_without_a_number_is_damaged(tmp_path, number):
+    write(tmp_path, BOS, [3.0, 3.1], 1)
+    (tmp_path / "samples_ppl_x_1.jsonl").write_text(f'{{"doc_id": {number}, "nll": 1.0}}')
+    with pytest.raises(ConfigError, match="not a whole results file"):
+        collect([tmp_path])

@@ -1,0 +1,146 @@
+"""What `intactkv sweep` does: a YAML in; every cell's results, or why it has none, in one folder out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.harness.command import check_tasks
+from intactkv_eval.report.collect import read_run
+from intactkv_eval.sweep.estimate import estimate
+from intactkv_eval.sweep.folder import SweepFolder
+from intactkv_eval.sweep.grid import Unit, expand
+from intactkv_eval.sweep.local import LocalPool
+from intactkv_eval.sweep.on_ray import RayPool
+from intactkv_eval.sweep.pool import Pool
+from intactkv_eval.sweep.preparation import Quantize, placed
+from intactkv_eval.sweep.progress import Progress
+from intactkv_eval.sweep.schedule import Happened, run_units
+from intactkv_eval.sweep.spec import RunSpec, SweepSpec, read_sweep
+
+
+class Where(NamedTuple):
+    """executor: local or ray. devices: of local slots. address, made, workers: of Ray (on_ray.py)."""
+
+    executor: str = "local"
+    devices: str | None = None
+    address: str = "auto"
+    made: Path | None = None
+    workers: int | None = None
+
+
+class Sweep:
+    """A checked sweep: its units, and the folder of its results.
+
+    file: a YAML, or the name of a shipped one. models: a name of the YAML -> where that model lies here.
+    Raises ConfigError for whatever is wrong with the YAML.
+    """
+
+    def __init__(self, file: Path, out: Path, models: Mapping[str, str]) -> None:
+        shipped = shipped_folder("sweeps") / f"{file}.yaml"
+        file = shipped if not file.suffix and not file.exists() and shipped.is_file() else file
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: cannot be read ({error})") from None
+        self.spec = _at(read_sweep(text, str(file)), models)
+        self.units = expand(self.spec)
+        check_tasks(sorted({unit.task.task for unit in self.units}))
+        self.folder = SweepFolder(out)
+
+    @property
+    def waiting(self) -> list[Unit]:
+        """Units without a result; those that failed are tried again."""
+        return [unit for unit in self.units if not self.folder.is_done(unit.key)]
+
+    def dry_run(self, slots: int) -> str:
+        """Every cell and whether it is done, then an estimate."""
+        lines = [
+            f"{'done' if self.folder.is_done(unit.key) else '    '} {unit.key} {unit.label}" for unit in self.units
+        ]
+        return "\n".join([*lines, "", *estimate(self.waiting, self.units, self.folder, slots)])
+
+    def run(self, where: Where) -> list[Happened]:
+        """Run what waits; how each unit of it ended. Raises ConfigError where nothing can be run."""
+        with self.folder.alone():
+            self.folder.plan([_planned(unit, self.folder) for unit in self.units])
+            waiting = self.waiting
+            if not waiting:
+                return []
+            run = self.spec.run
+            with (
+                _pool(where, self.folder, run, len(waiting)) as pool,
+                Progress(pool.names, len(waiting), self._figure) as shown,
+            ):
+                return run_units(waiting, pool, self.folder, run.retries, shown.happened, shown.look)
+
+    def _figure(self, key: str) -> str:
+        """The figures of a unit that is done."""
+        files = sorted(self.folder.cell(key).rglob("results_*.json"))
+        run = read_run(files[0]) if files else None
+        found = run.scores.values() if run is not None else ()
+        return ", ".join(f"{score.metric} {score.value:.4g}" for score in found) or "done"
+
+
+def devices_here(asked: str | None) -> list[str]:
+    """The slots of this machine: as asked, else every GPU, else the CPU."""
+    if asked:
+        return [part.strip() for part in asked.split(",") if part.strip()]
+    return [f"cuda:{place}" for place in range(torch.cuda.device_count())] or ["cpu"]
+
+
+@contextmanager
+def _pool(where: Where, folder: SweepFolder, run: RunSpec, waiting: int) -> Iterator[Pool]:
+    pool: LocalPool | RayPool
+    if where.executor == "ray":
+        pool = RayPool(where.address, folder, run, where.made, min(where.workers or waiting, waiting))
+    else:
+        pool = LocalPool(devices_here(where.devices)[:waiting], folder, run)
+    with closing(pool):
+        yield pool
+
+
+def _at(sweep: SweepSpec, models: Mapping[str, str]) -> SweepSpec:
+    named = {str(entry.get("pretrained")) for entry in sweep.models}
+    for name in models:
+        if name not in named:
+            raise ConfigError(f"--model {name}=...: the sweep has no such model, but {', '.join(sorted(named))}")
+    moved = tuple({**entry, "pretrained": models.get(str(entry.get("pretrained")), entry.get("pretrained"))}
+                  if "pretrained" in entry else entry for entry in sweep.models)  # fmt: skip
+    return sweep.model_copy(update={"models": moved})
+
+
+def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
+    """The unit as the report knows a run: enough to name its row where it has no result."""
+    arguments = placed(unit.arguments, folder.made)
+    cell = cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
+    quantize = next((one for one in unit.preparations if isinstance(one, Quantize)), None)
+    return {
+        "key": unit.key,
+        "task": unit.task.task,
+        "seed": unit.seed,
+        "cell": cell.model_dump(mode="json"),
+        "hf_arguments": {key: str(value) for key, value in arguments.items() if key not in CELL_KEYS},
+        "quantization": None if quantize is None else _quantization(quantize),
+    }
+
+
+def _quantization(quantize: Quantize) -> dict[str, Any]:
+    job = quantize.job()
+    ordered = bool(job.options.get("act_order")) and not job.options.get("static_groups") and job.group_size != -1
+    return {
+        "method": job.method,
+        "bits": job.bits,
+        "group_size": job.group_size,
+        "symmetric": job.symmetric,
+        "act_order": ordered,
+        "mixed": False,
+        "activations": job.activations.model_dump(mode="json"),
+        "rotation": {} if not job.rotate else {"rotated": True},
+        "made": {"job": job.model_dump(mode="json"), "source": {"model": str(quantize.model["pretrained"])}},
+    }

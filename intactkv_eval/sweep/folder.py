@@ -1,0 +1,118 @@
+"""A sweep's folder on disk: what is planned, done, failed and made. Knows files; no models, no processes.
+
+    sweep.json            the plan: every unit of the grid, for the report
+    cells/KEY/            lm_eval's results and samples, and record.json; put there whole, by one rename
+    failed/KEY.json       why a unit has no result
+    made/ logs/ responses/ .partial/
+
+One sweep at a time works on a folder.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import write_atomic
+from intactkv_eval.report.planned import CELLS, FAILED, PLAN
+
+_RECORD = "record.json"
+
+
+class SweepFolder:
+    """The folder `path`, made where it is missing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def made(self) -> Path:
+        """Where preparations lie."""
+        return self.path / "made"
+
+    def log(self, key: str) -> Path:
+        """What the unit printed."""
+        return self.path / "logs" / f"{key}.txt"
+
+    def partial(self, key: str) -> Path:
+        """Where the unit's results are written; new and empty after `start`."""
+        return self.path / ".partial" / key
+
+    def responses(self, key: str) -> Path:
+        """lm_eval's response cache of the unit."""
+        return self.path / "responses" / key
+
+    def cell(self, key: str) -> Path:
+        """Where its results lie once it is done."""
+        return self.path / CELLS / key
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Raises ConfigError where another process works on this folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path}: another sweep works on it; wait for it, or name another --out"
+                ) from None
+            yield
+
+    def plan(self, units: Sequence[Mapping[str, Any]]) -> None:
+        """Write what is to be done, for the report."""
+        _write(self.path / PLAN, list(units))
+
+    def is_done(self, key: str) -> bool:
+        """Whether its results are there, whole."""
+        return (self.cell(key) / _RECORD).is_file()
+
+    def record(self, key: str) -> dict[str, Any]:
+        """What `place` was given."""
+        found: dict[str, Any] = json.loads((self.cell(key) / _RECORD).read_text(encoding="utf-8"))
+        return found
+
+    def start(self, key: str) -> Path:
+        """A new empty folder for its results."""
+        folder = self.partial(key)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def place(self, key: str, record: Mapping[str, Any]) -> None:
+        """Its partial folder becomes its result: on disk first, then by one rename."""
+        folder, target = self.partial(key), self.cell(key)
+        _write(folder / _RECORD, record)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                _flush(file)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # never whole: `is_done` said so
+        os.replace(folder, target)
+        _flush(target.parent)
+        (self.path / FAILED / f"{key}.json").unlink(missing_ok=True)
+        for left in self.path.glob(f"responses/{key}*"):
+            left.unlink()
+
+    def fail(self, key: str, why: str) -> None:
+        """Keep why it has no result."""
+        _write(self.path / FAILED / f"{key}.json", {"error": why})
+        shutil.rmtree(self.partial(key), ignore_errors=True)
+
+
+def _write(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,187 @@
+"""From a sweep's lists to its units: one cell, one task, one seed each, every one checked before anything runs.
+
+A unit's key is the digest of all that decides its figures (arguments resolved to what they stand for, what is made for
+it, task, seed, versions): two sweeps that hold the same unit share its result, wherever their files lie.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import PurePath
+from typing import Any
+
+from pydantic import ValidationError
+
+from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
+from intactkv_eval.harness.arguments import check_hf_arguments
+from intactkv_eval.harness.record import versions
+from intactkv_eval.sweep.identity import key_of
+from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
+from intactkv_eval.sweep.spec import CalibrateSpec, Entry, LevelsSpec, QuantizeSpec, SweepSpec, TaskSpec, readable
+
+_OF = {
+    "weights": ("weights", "bits", "group_size", "symmetric", "awq_search", "rotate", "backend", "quantize"),
+    "activations": ("act_bits", "act_scheme", "act_symmetric", "act_clip"),
+    "kv": ("kv_bits", "kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_exempt", "kv_rotate", "kv_clip", "kv_levels",
+           "levels"),
+    "pivots": ("pivot", "intact", "pivot_transfer", "chat_template", "calibrate"),
+}  # fmt: skip
+_OF_PIVOT = ("pivot", "intact", "chat_template")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One cell on one task. arguments: of the model, files that are made as MADE/name. place: in the sweep's order.
+
+    model, weights: which entries it comes from; units that share both share their loaded model.
+    """
+
+    arguments: Mapping[str, Any]
+    preparations: tuple[Preparation, ...]
+    task: TaskSpec
+    seed: int | None
+    model: int
+    weights: tuple[bool, int, int]
+
+    @cached_property
+    def key(self) -> str:
+        """What its result is kept under."""
+        made = [preparation.name for preparation in self.preparations]
+        task = self.task.model_dump(exclude={"seeds"})
+        said = {"arguments": dict(self.arguments), "made": made, "task": task, "seed": self.seed}
+        return key_of({**said, "versions": versions()})
+
+    @property
+    def cell(self) -> CellSpec:
+        """The cell, as its arguments say it."""
+        return cell_from_args({key: value for key, value in self.arguments.items() if key in CELL_KEYS})
+
+    @property
+    def label(self) -> str:
+        """For people: model, weights, KV, pivot, task, seed, limit."""
+        quantize = next((one for one in self.preparations if isinstance(one, Quantize)), None)
+        name = PurePath(str((quantize.model if quantize else self.arguments)["pretrained"])).name
+        cell = self.cell
+        weights = quantize.name.removeprefix(f"{name}-").rpartition("-")[0] if quantize else _weights(cell)
+        kv = "kv16" if cell.kv.bits == 16 else f"kv{cell.kv.bits} {cell.kv.scheme}"
+        trained = any(isinstance(one, Calibrate) for one in self.preparations)
+        named = "calibrated" if trained else PurePath(cell.pivot.source).name
+        pivot = named if cell.pivot.intact else "none" if named == "bos" else f"{named} computed"
+        act = "" if cell.activations.bits == 16 else f" a{cell.activations.bits}"
+        seed = "" if self.seed is None else f" seed {self.seed}"
+        seed += "" if self.task.limit is None else f" limit {self.task.limit:g}"
+        return f"{name} | {weights}{act} | {kv} | {pivot} | {self.task.task}{seed}"
+
+
+def expand(sweep: SweepSpec) -> list[Unit]:
+    """Every unit of the grid once, those that share a loaded model beside each other.
+
+    Raises ConfigError that names the combination, for an argument that is unknown, out of range or does nothing.
+    """
+    _check_entries(sweep)
+    found: dict[str, Unit] = {}
+    places = product(*(range(len(part)) for part in (sweep.models, sweep.weights, sweep.activations, sweep.kv)))
+    for model, weights, activations, kv in places:
+        parts = sweep.models[model], sweep.weights[weights], sweep.activations[activations], sweep.kv[kv]
+        for pivot in sweep.pivots:
+            flat = _joined((*parts, pivot))
+            wanted = [(task, seed) for task in sweep.tasks for seed in _seeds(task, sweep)
+                      if not _excluded(flat, task, seed, sweep.exclude)]  # fmt: skip
+            if not wanted:
+                continue
+            arguments, preparations = _resolved(flat, parts[0], sweep)
+            order = "quantize" in parts[1], weights, activations
+            for task, seed in wanted:
+                unit = Unit(arguments, preparations, task, seed, model, order)
+                found.setdefault(unit.key, unit)
+    if not found:
+        raise ConfigError("the sweep holds no cell: everything is excluded")
+    return sorted(found.values(), key=lambda unit: (unit.model, unit.weights))
+
+
+def _check_entries(sweep: SweepSpec) -> None:
+    for name, known in _OF.items():
+        for entry in getattr(sweep, name):
+            for key in entry:
+                if key not in known:
+                    raise ConfigError(f"{name}: {unknown_key(key, list(known))}")
+    for entry in sweep.models:
+        if "pretrained" not in entry:
+            raise ConfigError(f"models: {entry} names no model; add pretrained: <folder or hub id>")
+
+
+def _joined(parts: Sequence[Entry]) -> Entry:
+    flat: Entry = {}
+    for part in parts:
+        for key, value in part.items():
+            if key in flat and flat[key] != value:
+                raise ConfigError(f"{key}: given twice for one cell ({flat[key]!r}, {value!r}); keep it in one list")
+            flat[key] = value
+    return flat
+
+
+def _seeds(task: TaskSpec, sweep: SweepSpec) -> tuple[int | None, ...]:
+    return (task.seeds if task.seeds is not None else sweep.seeds) or (None,)
+
+
+def _excluded(flat: Entry, task: TaskSpec, seed: int | None, rules: Sequence[Entry]) -> bool:
+    said = {**flat, "task": task.task, "seed": seed}
+    if isinstance(flat.get("quantize"), Mapping):
+        said["quantize"] = flat["quantize"].get("preset") or flat["quantize"].get("method", "rtn")
+    said |= {key: value is not None for key, value in said.items() if key in {"levels", "calibrate"}}
+    return any(all(said.get(key) in (value if isinstance(value, list) else [value]) for key, value in rule.items())
+               for rule in rules)  # fmt: skip
+
+
+def _resolved(flat: Entry, model: Entry, sweep: SweepSpec) -> tuple[Entry, tuple[Preparation, ...]]:
+    """Arguments of the model class, and what must be made for them; checked."""
+    arguments = dict(flat)
+    made: list[Preparation] = []
+    quantize, levels, calibrate = (arguments.pop(key, None) for key in ("quantize", "levels", "calibrate"))
+    intact = str(arguments.get("pivot", "bos")).lower() != "none" and arguments.get("intact", True)
+    try:
+        if levels is not None:
+            made.append(_levels(LevelsSpec.model_validate(levels), model, arguments))
+            arguments["kv_levels"] = MADE + made[-1].name
+        if quantize is not None:
+            made.append(_quantize(QuantizeSpec.model_validate(quantize), model))
+            arguments |= {"pretrained": MADE + made[-1].name, "reference": model["pretrained"]}
+        if not intact or str(arguments.get("pivot")).endswith(".safetensors"):
+            arguments.pop("reference", None)
+        if calibrate is not None:
+            plain = {key: value for key, value in arguments.items() if not key.startswith("kv_")}
+            made.append(Calibrate(plain, CalibrateSpec.model_validate(calibrate)))
+            arguments = {key: value for key, value in arguments.items() if key not in {"reference", "intact"}}
+            arguments["pivot"] = MADE + made[-1].name
+        cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
+        check_hf_arguments({key: value for key, value in arguments.items() if key not in CELL_KEYS})
+    except (IntactKVError, ValidationError) as error:
+        why = readable(error) if isinstance(error, ValidationError) else error
+        said = {key: value for key, value in flat.items() if key not in model}
+        raise ConfigError(f"cell {said} of {model['pretrained']}: {why}; mend it, or `exclude` the cell") from None
+    return arguments, tuple(made)
+
+
+def _quantize(asked: QuantizeSpec, model: Entry) -> Quantize:
+    if model.get("revision", "main") != "main" or "reference" in model:
+        raise ConfigError("quantize: a model at a revision, or with a reference, is no source; name a folder of it")
+    made = Quantize(model, asked)
+    made.job()
+    return made
+
+
+def _levels(asked: LevelsSpec, model: Entry, arguments: Entry) -> Levels:
+    if arguments.get("kv_scheme") != "pre_rope":
+        raise ConfigError("levels: does nothing without kv_scheme: pre_rope")
+    pivot = {key: arguments[key] for key in _OF_PIVOT if key in arguments}
+    kv = cell_from_args({key: arguments[key] for key in arguments if key in CELL_KEYS} | {"kv_levels": MADE}).kv
+    return Levels(model, pivot, kv.bits, kv.keep, kv.exempt, asked)
+
+
+def _weights(cell: CellSpec) -> str:
+    weights = cell.weights
+    group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
+    return "fp" if weights.method == "none" else f"{weights.method} w{weights.bits}{group}"

@@ -1,0 +1,147 @@
+"""What is made once for many cells: a quantized checkpoint, levels of the KV cache, a trained pivot.
+
+A preparation is a value; `make` does it, in this process, into a folder where all of a sweep's lie. Its name holds the
+digest of all that decides its bytes. Processes that need the same one wait for each other, and a killed one goes on
+where it was, since the makers themselves do.
+"""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from intactkv_eval.calibrate.train import Settings
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
+from intactkv_eval.harness.command import split_model_args
+from intactkv_eval.harness.kv_levels_command import levels_of_text
+from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
+from intactkv_eval.quantize.job import Job, job_from
+from intactkv_eval.sweep.identity import key_of
+from intactkv_eval.sweep.spec import CalibrateSpec, LevelsSpec, QuantizeSpec
+
+MADE = "@made/"
+"""Stands for the folder where preparations lie, which each machine has its own of."""
+_BESIDE = {"format", "dtype", "options", "preset"}
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """`intactkv quantize` of `model`."""
+
+    model: Mapping[str, Any]
+    asked: QuantizeSpec
+
+    def job(self) -> Job:
+        """Raises ConfigError for an option that is unknown or does nothing."""
+        options = [f"{key}={value}" for key, value in self.asked.options.items()]
+        return job_from(self.asked.model_dump(exclude=_BESIDE), options, self.asked.preset)
+
+    @property
+    def name(self) -> str:
+        """The folder of the checkpoint."""
+        job = self.job()
+        group = "" if job.group_size == -1 else f"g{job.group_size}"
+        label = f"{_word(self.model)}-{job.method}-w{job.bits}{group}"
+        said = {"model": self.model, "job": job.model_dump(), "format": self.asked.format, "dtype": self._dtype}
+        return f"{label}-{key_of(said)}"
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.asked.dtype or self.model.get("dtype") or "auto")
+
+    def make(self, out: Path, device: str) -> None:
+        """Raises IntactKVError."""
+        trusted = bool(self.model.get("trust_remote_code", False))
+        revision = str(self.model.get("revision", "main"))
+        source = Source(str(self.model["pretrained"]), self._dtype, revision, trusted, device)
+        quantize_to_folder(source, out, self.asked.format, self.job())
+
+
+@dataclass(frozen=True)
+class Levels:
+    """`intactkv kv-levels` for cells of `model` behind `pivot`."""
+
+    model: Mapping[str, Any]
+    pivot: Mapping[str, Any]
+    bits: int
+    keep: int
+    exempt: bool
+    asked: LevelsSpec
+
+    @property
+    def name(self) -> str:
+        """The file of the levels."""
+        said = {"model": self.model, "pivot": self.pivot, "bits": self.bits, "keep": self.keep, "exempt": self.exempt}
+        return f"{_word(self.model)}-kv{self.bits}-{key_of({**said, **self.asked.model_dump()})}.safetensors"
+
+    def make(self, out: Path, device: str) -> None:
+        """Raises IntactKVError."""
+        cell, loading = split_model_args({**self.model, **self.pivot})
+        asked = self.asked
+        levels_of_text(
+            cell, {**loading, "device": device}, self.bits, asked.data, asked.samples, asked.length, asked.seed, out,
+            self.keep, self.exempt,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """`intactkv calibrate` for the cell of `arguments`."""
+
+    arguments: Mapping[str, Any]
+    asked: CalibrateSpec
+
+    @property
+    def name(self) -> str:
+        """The file of the trained pivot."""
+        digest = key_of({"cell": self.arguments, **self.asked.model_dump()})
+        return f"{_word(self.arguments)}-calibrated-{digest}.safetensors"
+
+    def make(self, out: Path, device: str) -> None:
+        """Raises IntactKVError."""
+        cell, loading = split_model_args(placed(self.arguments, out.parent))
+        one = self.asked
+        asked = Asked(one.data, one.answer, one.tokens, one.assistant, recompute=one.recompute, master=one.master)
+        settings = Settings(one.rate, one.batch, one.epochs, one.clip, one.held_out, one.patience, one.seed)
+        calibrate_to_file(cell, {**loading, "device": device}, asked, settings, out)
+
+
+Preparation = Quantize | Levels | Calibrate
+
+
+def placed(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The arguments with MADE as the folder that it stands for."""
+    return {
+        key: str(folder / value.removeprefix(MADE)) if isinstance(value, str) and value.startswith(MADE) else value
+        for key, value in arguments.items()
+    }
+
+
+def prepare(preparation: Preparation, folder: Path, device: str) -> Path:
+    """What the preparation makes, made now where `folder` does not hold it; one process at a time.
+
+    Raises IntactKVError as its maker does.
+    """
+    out = folder / preparation.name
+    with _alone(folder / f".{preparation.name}.lock"):
+        if not out.exists():
+            preparation.make(out, device)
+    return out
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _word(model: Mapping[str, Any]) -> str:
+    name = PurePath(str(model["pretrained"])).name
+    if not name:
+        raise ConfigError(f"models: pretrained={model['pretrained']!r} is no folder's or model's name")
+    return name

@@ -1,0 +1,138 @@
+"""What a sweep's YAML may say, frozen and checked. A grid is the product of its lists; knows no models and no files.
+
+    models x weights x activations x kv x pivots x tasks x seeds
+
+An entry of the first five is a mapping of model arguments (README); a bare word is short for `pretrained` among models,
+for `pivot` among pivots. Besides, weights may be made (`quantize`), levels of `pre_rope` calibrated (`levels`) and a
+pivot trained (`calibrate`): each once, for all cells that need it.
+"""
+
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from intactkv_eval.config import Spec
+from intactkv_eval.errors import ConfigError
+
+Entry = dict[str, Any]
+
+
+class LevelsSpec(Spec):
+    """Calibration of kv_scheme=pre_rope: `samples` random pieces of `data`, of `length` tokens."""
+
+    data: str
+    samples: int = Field(default=16, ge=1)
+    length: int = Field(default=512, ge=1)
+    seed: int = 0
+
+
+class QuantizeSpec(Spec):
+    """A checkpoint, as `intactkv quantize` makes it: its options by name; options: the method's own."""
+
+    method: str | None = None
+    preset: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    data: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    pivot: str | None = None
+    rotate: bool | None = None
+    act_bits: int | None = None
+    act_scheme: str | None = None
+    act_clip: float | None = None
+    act_symmetric: bool | None = None
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    format: str | None = None
+    dtype: str | None = None
+
+
+class CalibrateSpec(Spec):
+    """Training of the pivot's rows, as `intactkv calibrate` has it; the defaults are the paper's."""
+
+    data: str
+    answer: int = Field(default=0, ge=0)
+    rate: float = 2e-4
+    batch: int = 16
+    epochs: int = 20
+    clip: float = 0.3
+    held_out: float = 0.2
+    patience: int = 3
+    seed: int = 0
+    tokens: int = Field(default=1024, ge=2)
+    assistant: int = Field(default=50, ge=0)
+    recompute: bool = True
+    master: str = "float32"
+
+
+class TaskSpec(Spec):
+    """A task and lm_eval's settings for it. seeds: instead of the sweep's."""
+
+    task: str
+    seeds: tuple[int, ...] | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    gen_kwargs: dict[str, Any] = Field(default_factory=dict)
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+
+
+class RunSpec(Spec):
+    """How cells are run, none of which changes a figure.
+
+    share: models stay loaded for the next cell. use_cache: lm_eval's response cache, so that a killed cell goes on
+    inside. retries: of a cell whose process died. resources: of a cell, in Ray's words.
+    """
+
+    batch_size: int | str = 1
+    max_batch_size: int | None = None
+    share: bool = True
+    use_cache: bool = False
+    retries: int = Field(default=2, ge=0)
+    resources: dict[str, float] = Field(default_factory=lambda: {"num_cpus": 1.0})
+
+
+class SweepSpec(Spec):
+    """A whole sweep. exclude: cells that match every key of one of these (a list is any of its values)."""
+
+    models: tuple[Entry, ...] = Field(min_length=1)
+    weights: tuple[Entry, ...] = Field(default=({},), min_length=1)
+    activations: tuple[Entry, ...] = Field(default=({},), min_length=1)
+    kv: tuple[Entry, ...] = Field(default=({},), min_length=1)
+    pivots: tuple[Entry, ...] = Field(default=({"pivot": "none"}, {"pivot": "bos"}), min_length=1)
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = ()
+    run: RunSpec = RunSpec()
+    exclude: tuple[Entry, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spelt_out(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        short = {"models": "pretrained", "pivots": "pivot", "tasks": "task"}
+        full = dict(given)
+        for name, key in short.items():
+            if isinstance(full.get(name), list):
+                full[name] = [{key: one} if isinstance(one, str) else one for one in full[name]]
+        return full
+
+
+def read_sweep(text: str, name: str) -> SweepSpec:
+    """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
+    try:
+        return SweepSpec.model_validate(yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {readable(error)}") from None
+
+
+def readable(error: ValidationError) -> str:
+    """Every place that is wrong, and what was expected there."""
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in error.errors())

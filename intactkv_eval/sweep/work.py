@@ -1,0 +1,117 @@
+"""Running one unit in this process: what it needs is made, then it is evaluated as by `intactkv eval`.
+
+Knows nothing of other processes: executors (local.py, on_ray.py) call `Workshop.run` and see what comes.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from intactkv_eval.errors import CheckpointError, IntactKVError
+from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.sweep.grid import Unit
+from intactkv_eval.sweep.preparation import placed, prepare
+from intactkv_eval.sweep.spec import RunSpec
+
+
+class Place(NamedTuple):
+    """Where a unit is run: device in torch's words, the folder of what is made, and of this unit's response cache."""
+
+    device: str
+    made: Path
+    responses: Path | None = None
+
+
+class Workshop:
+    """What a process keeps from one unit to the next: loaded models, and preparations that failed."""
+
+    def __init__(self, run: RunSpec) -> None:
+        self._run = run
+        self._shelf = Shelf()
+        self._failed: dict[str, str] = {}
+
+    def __enter__(self) -> "Workshop":
+        if self._run.share:
+            self._shelf.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._run.share:
+            self._shelf.__exit__(kind, error, at)
+
+    def run(self, unit: Unit, place: Place, out: Path) -> None:
+        """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
+        self._prepare(unit, place)
+        seeded = {} if unit.seed is None else {"seed": unit.seed}
+        arguments = placed(unit.arguments, place.made)
+        metadata = {**seeded, **unit.task.metadata}
+        evaluate_task(arguments, unit.task.task, out, unit.seed, metadata, **_settings(unit, place, self._run))
+        gc.collect()
+        _check_written(out)
+
+    def _prepare(self, unit: Unit, place: Place) -> None:
+        for preparation in unit.preparations:
+            name = preparation.name
+            if name in self._failed:
+                raise CheckpointError(
+                    f"{name}, which an earlier cell needed too, could not be made: {self._failed[name]}"
+                )
+            if not (place.made / name).exists():
+                self._shelf.clear()
+                gc.collect()
+            try:
+                prepare(preparation, place.made, place.device)
+            except IntactKVError as error:
+                self._failed[name] = str(error)
+                raise
+
+
+def _settings(unit: Unit, place: Place, run: RunSpec) -> dict[str, Any]:
+    """Of lm_eval's `simple_evaluate`."""
+    task = unit.task
+    return {
+        "device": place.device,
+        "batch_size": run.batch_size,
+        "max_batch_size": run.max_batch_size,
+        "use_cache": None if place.responses is None else str(place.responses),
+        "limit": task.limit,
+        "num_fewshot": task.num_fewshot,
+        "system_instruction": task.system_instruction,
+        "gen_kwargs": task.gen_kwargs or None,
+        "apply_chat_template": task.apply_chat_template,
+        "fewshot_as_multiturn": task.apply_chat_template
+        if task.fewshot_as_multiturn is None
+        else task.fewshot_as_multiturn,
+    }
+
+
+def _check_written(out: Path) -> None:
+    """lm_eval goes on where it cannot write; a cell without results is none."""
+    found = sorted(out.rglob("results_*.json"))
+    if len(found) != 1:
+        raise CheckpointError(f"lm_eval wrote {len(found)} results files where one was expected; is the disk full?")
+    try:
+        json.loads(found[0].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"lm_eval's results file is damaged ({error}); is the disk full?") from None
+
+
+def print_into(log: Path) -> None:
+    """From now on whatever this process and its libraries print goes to `log`, a last traceback too."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
+def last_lines(log: Path, lines: int = 6) -> str:
+    """How a log ends, without empty lines."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])

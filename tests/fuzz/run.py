@@ -1,0 +1,110 @@
+"""The fuzzer: python tests/fuzz/run.py [--inputs 100000] [--seed 0] [--only NAME] [--keep FOLDER]
+
+Every input must end in success or an IntactKVError, within 5 seconds and 2 GB. Inputs that do otherwise are kept in
+tests/fuzz/found/TARGET/, where the test suite reads them ever after. The same seed makes the same inputs.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+FOUND = HERE / "found"
+SECONDS, BYTES = 5.0, 2 * 2**30
+
+
+class TookTooLong(BaseException):
+    """Raised inside of a read that does not end."""
+
+
+def read_one(target, data: bytes) -> str:
+    """How reading ended: `read`, `refused`, or what went wrong."""
+    from intactkv_eval.errors import IntactKVError
+
+    def ring(_signal: int, _frame: object) -> None:
+        raise TookTooLong
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            target.read(data)
+        ended = "read"
+    except IntactKVError as error:
+        ended = "refused" if str(error).strip() else "an error without a message"
+    except TookTooLong:
+        ended = f"took more than {SECONDS:g} s"
+    except Exception as error:  # noqa: BLE001  the fuzzer's own question is which these are
+        ours = [frame for frame in traceback.extract_tb(error.__traceback__) if "intactkv_eval" in frame.filename]
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "not in our code"
+        ended = f"{type(error).__name__} at {place}: {str(error)[:120]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return f"took {grown / 2**30:.1f} GB" if grown > BYTES else ended
+
+
+def fuzz(found, inputs: int, seed: int, keep: Path | None) -> tuple[Counter, dict[str, str]]:
+    """`inputs` of all targets in turn; how many ended how, and the first failure of each kind."""
+    ends: Counter = Counter()
+    failures: dict[str, str] = {}
+    seen: set[str] = set()
+    names = sorted(found)
+    for number in range(inputs):
+        name = names[number % len(names)]
+        data = found[name].make(Random(f"{seed}/{name}/{number}"))
+        ended = read_one(found[name], data)
+        ends[name, ended if ended in {"read", "refused"} else "failed"] += 1
+        kind = f"{name}: {ended.partition(': ')[0]}"
+        if ended not in {"read", "refused"} and kind not in seen:
+            seen.add(kind)
+            failures[f"{name}: {ended}"] = digest = hashlib.sha256(data).hexdigest()[:16]
+            if keep is not None:
+                (keep / name).mkdir(parents=True, exist_ok=True)
+                (keep / name / digest).write_bytes(data)
+    return ends, failures
+
+
+def main() -> int:
+    """Fuzz and say what came; 1 where something failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--keep", type=Path, default=FOUND)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import conftest
+    import seeds
+    import targets
+
+    with tempfile.TemporaryDirectory() as name:
+        seeds.make_seeds(Path(name), conftest.byte_tokenizer())
+        found = {key: one for key, one in targets.targets(Path(name)).items() if asked.only in key}
+        begun = time.monotonic()
+        ends, failures = fuzz(found, asked.inputs, asked.seed, asked.keep)
+        seconds = time.monotonic() - begun
+    for key in sorted(found):
+        counts = ", ".join(f"{ends[key, end]} {end}" for end in ("read", "refused", "failed"))
+        print(f"{key:28} {counts}")
+    for failure, digest in failures.items():
+        print(f"\n{digest} {failure}")
+    print(f"{sum(ends.values())} inputs in {seconds:.0f} s, {len(failures)} kinds of failure")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The whole files that the fuzzer changes, made of a small model: a pivot, levels, a choice, a run with its samples."""
+
+import json
+from pathlib import Path
+
+import torch
+from tiny import build_model
+
+from intactkv_eval.cache.calibrate_levels import calibrate_levels
+from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
+from intactkv_eval.pivot.choose import Choice, Evidence
+
+_MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")
+
+
+def make_seeds(folder: Path, tokenizer) -> None:
+    """folder/seeds: pivot.safetensors, levels.safetensors, choice.json, results/."""
+    folder = folder / "seeds"
+    folder.mkdir(parents=True)
+    model = build_model("llama")
+    fingerprint = fingerprint_of(model, "main")
+    capture(model, (256, 7), fingerprint).save(folder / "pivot.safetensors")
+    texts = [torch.randint(0, 200, (32,), generator=torch.Generator().manual_seed(place)) for place in range(4)]
+    calibrate_levels(model, texts, 3, fingerprint, (256,), 1, "seed").save(folder / "levels.safetensors")
+    before, after = Evidence((256,), 3.0, (2.0, 2.1)), Evidence((256, 7), 1.0, (2.0, 2.2))
+    choice = Choice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
+    searched = Searched(model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, most=4, least=0.2)
+    ChoiceFile(tokens=(256, 7), text=("<s>", "a"), searched=searched, choice=choice).save(folder / "choice.json")
+    _run(folder, model, tokenizer)
+
+
+def _run(folder: Path, model, tokenizer) -> None:
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    arguments = {"pretrained": str(folder / "model"), "weights": "rtn", "bits": 3, "group_size": 32, "pivot": "bos"}
+    settings = {"device": "cpu", "limit": 8, "batch_size": 1}
+    evaluate_task(arguments, "intactkv_demo_ppl", folder / "out", None, {"ppl_window": 32}, **settings)
+    written = next((folder / "out").rglob("results_*.json")).parent
+    for path in written.glob("results_*.json"):  # an input that is kept must not tell of the machine
+        said = {key: value for key, value in json.loads(path.read_text()).items() if key not in _MACHINE}
+        path.write_text(json.dumps(said))
+    written.rename(folder / "results")

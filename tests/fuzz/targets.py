@@ -1,0 +1,226 @@
+"""What is fuzzed: every reader of files from strangers. A target makes inputs of a seed, and reads one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import mutate
+import torch
+import yaml
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.config_files import load_config
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.judge.entries import load_entries
+from intactkv_eval.judge.verdict import verdict_of
+from intactkv_eval.mt_bench.answers import read_answers
+from intactkv_eval.pivot.choice_file import ChoiceFile
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.report.collect import collect
+from intactkv_eval.report.page import page
+from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.tables import FORMATS
+from intactkv_eval.sweep.grid import expand
+from intactkv_eval.sweep.spec import read_sweep
+from intactkv_eval.weights.checkpoint import Checkpoint, quantization_beside, read_json
+from intactkv_eval.weights.formats import format_of, stage_of
+from intactkv_eval.weights.formats.layer import LayerTensors
+
+CHECKPOINTS = Path(__file__).parents[1] / "data" / "gptqmodel"
+
+
+@dataclass
+class Target:
+    """make: an input of a random draw. read: reads one; success or an IntactKVError."""
+
+    make: Callable[[Random], bytes]
+    read: Callable[[bytes], object]
+
+
+def targets(folder: Path) -> dict[str, Target]:
+    """All of them; `folder` holds what they read and its seeds are made there."""
+    made = {**_checkpoints(folder), **_tensor_files(folder), **_texts(folder), **_results(folder), **_judge(folder)}
+    return dict(sorted(made.items()))
+
+
+def _file(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
+    path = folder / name
+
+    def reading(data: bytes) -> object:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return read(path)
+
+    return reading
+
+
+def _features(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer of the model that config.json describes."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    named = model.named_modules()
+    return {name: (layer.in_features, layer.out_features) for name, layer in named if isinstance(layer, nn.Linear)}
+
+
+def _read_layers(folder: Path, config, features: dict[str, tuple[int, int]]) -> None:
+    layout = format_of(config)
+    if layout is None:
+        return
+    checkpoint = Checkpoint(folder)
+    packed = [name for name in features if f"{name}.{layout.main}" in checkpoint.names]
+    for name in packed[:: max(1, len(packed) // 3)]:
+        held = {key: f"{name}.{key}" for key in layout.tensors if f"{name}.{key}" in checkpoint.names}
+        tensors = checkpoint.read(held.values())
+        found = LayerTensors(name, {key: tensors[full] for key, full in held.items()}, *features[name])
+        layout.read(found).dequantize()
+        stage_of(layout, found)
+
+
+def _checkpoints(folder: Path) -> dict[str, Target]:
+    sources = [path for path in sorted(CHECKPOINTS.iterdir()) if (path / "model.safetensors").is_file()]
+    found = {}
+    for source in sources:
+        place = folder / "checkpoint" / source.name
+        shutil.copytree(source, place)
+        config = read_json(place / "config.json")["quantization_config"]
+        weights = (place / "model.safetensors").read_bytes()
+        index, features = {"weight_map": _map_of(place)}, _features(place)
+
+        def read_weights(path: Path, config=config, features=features) -> None:
+            _read_layers(path.parent, config, features)
+
+        def read_config(path: Path, place=place, features=features) -> None:
+            said = read_json(path)
+            quantization_beside(path.parent)
+            _read_layers(place, said, features)
+
+        def read_index(path: Path) -> None:
+            Checkpoint(path.parent).names  # noqa: B018
+
+        shutil.copytree(source, folder / "index" / source.name)
+        shutil.copytree(source, folder / "weights" / source.name)
+        found |= {
+            f"weights-{source.name}": Target(
+                lambda draw, data=weights: mutate.of_bytes(data, draw),
+                _file(folder / "weights" / source.name, "model.safetensors", read_weights),
+            ),
+            f"config-{source.name}": Target(
+                lambda draw, value=config: mutate.of_json(value, draw),
+                _file(folder / "configs" / source.name, "quantize_config.json", read_config),
+            ),
+            f"index-{source.name}": Target(
+                lambda draw, value=index: mutate.of_json(value, draw),
+                _file(folder / "index" / source.name, "model.safetensors.index.json", read_index),
+            ),
+        }
+    return found
+
+
+def _map_of(place: Path) -> dict[str, str]:
+    with safe_open(str(place / "model.safetensors"), framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), "model.safetensors")
+
+
+def _tensor_files(folder: Path) -> dict[str, Target]:
+    seeds = {name: (folder / "seeds" / name).read_bytes() for name in ("pivot.safetensors", "levels.safetensors")}
+    return {
+        "pivot": Target(
+            lambda draw: mutate.of_bytes(seeds["pivot.safetensors"], draw),
+            _file(folder, "one.safetensors", PivotKV.load),
+        ),
+        "levels": Target(
+            lambda draw: mutate.of_bytes(seeds["levels.safetensors"], draw),
+            _file(folder, "two.safetensors", KVLevels.load),
+        ),
+    }
+
+
+def _texts(folder: Path) -> dict[str, Target]:
+    cells = [path.read_bytes() for path in sorted(shipped_folder("model_configs").glob("*.yaml"))]
+    sweeps = [path.read_bytes() for path in sorted(shipped_folder("sweeps").glob("*.yaml"))]
+    choice = json.loads((folder / "seeds" / "choice.json").read_text())
+
+    def cell(path: Path) -> None:
+        cell_from_args(load_config(str(path)))
+
+    def sweep(path: Path) -> None:
+        expand(read_sweep(path.read_text(encoding="utf-8", errors="replace"), path.name))
+
+    def yaml_of(seeds: list[bytes]) -> Callable[[Random], bytes]:
+        def make(draw: Random) -> bytes:
+            seed = draw.choice(seeds)
+            if draw.random() < 0.5:
+                return mutate.of_bytes(seed, draw)
+            return yaml.safe_dump(mutate.of_value(yaml.safe_load(seed), draw)).encode("utf-8", "surrogatepass")
+
+        return make
+
+    return {
+        "cell": Target(yaml_of(cells), _file(folder, "cell.yaml", cell)),
+        "sweep": Target(yaml_of(sweeps), _file(folder, "sweep.yaml", sweep)),
+        "choice": Target(lambda draw: mutate.of_json(choice, draw), _file(folder, "choice.json", ChoiceFile.load)),
+    }
+
+
+def _results(folder: Path) -> dict[str, Target]:
+    seeds = folder / "seeds" / "results"
+    results = json.loads(next(seeds.glob("results_*.json")).read_text())
+    samples = next(seeds.glob("samples_*.jsonl"))
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    plan = [{"key": "a", "task": "ppl_x", "seed": None, "cell": results["config"]["intactkv"]["cell"], "hf_arguments": {},
+             "quantization": None}]  # fmt: skip
+    for name in ("one", "two", "three"):
+        shutil.copytree(seeds, folder / name)
+
+    def report(path: Path) -> None:
+        runs, _ = collect([path.parent])
+        absent = absent_of([path.parent])
+        for make in FORMATS.values():
+            make(runs, absent)
+        page(runs, (), absent)
+
+    def jsonl(value: list, draw: Random) -> bytes:
+        return b"\n".join(json.dumps(row).encode() for row in mutate.of_value(value, draw) or [])
+
+    def lines(draw: Random) -> bytes:
+        changed = mutate.of_value(rows, draw)
+        listed = changed if isinstance(changed, list) else [changed]
+        data = b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in listed)
+        return mutate.of_bytes(data, draw) if draw.random() < 0.3 else data
+
+    return {
+        "results": Target(
+            lambda draw: mutate.of_json(results, draw),
+            _file(folder / "one", next(seeds.glob("results_*")).name, report),
+        ),
+        "samples": Target(lines, _file(folder / "two", samples.name, report)),
+        "plan": Target(lambda draw: mutate.of_json(plan, draw), _file(folder / "three", "sweep.json", report)),
+    }
+
+
+def _judge(folder: Path) -> dict[str, Target]:
+    answer = {"question_id": 81, "answer_id": "x", "model_id": "m", "choices": [{"index": 0, "turns": ["a", "b"]}],
+              "tstamp": 1.0}  # fmt: skip
+    replies = [b"I rate it [[7]].", b"Rating: [[10]]", b"[[A]] or [[B]]", b"rating: [3.5]", b"nums[5] [[0]]"]
+
+    def verdicts(data: bytes) -> None:
+        text = data.decode("utf-8", "replace")
+        rating, winner = verdict_of("single", text), verdict_of("pairwise", text)
+        assert rating is None or 1 <= float(rating) <= 10
+        assert winner in {None, "A", "B", "tie"}
+
+    def reading(path: Path) -> None:
+        read_answers(path)
+        load_entries([path], "mt_bench")
+
+    return {
+        "answers": Target(lambda draw: mutate.of_json(answer, draw), _file(folder, "answers.jsonl", reading)),
+        "reply": Target(lambda draw: mutate.of_bytes(draw.choice(replies), draw), verdicts),
+    }

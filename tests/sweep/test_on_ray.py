@@ -1,0 +1,98 @@
+"""A sweep on a real local Ray cluster: the same results as on this machine, also where a worker is killed."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from grids import RTN, grid, sweep_of
+from test_sweep import command, figures, wait_for
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.sweep import on_ray
+from intactkv_eval.sweep.command import Where
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory, monkeypatch):
+    """Its address; two CPUs, in a folder with a short name (Ray's sockets allow no long one)."""
+    folder = f"/tmp/ray-{os.getpid()}"
+    monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
+    settings = ["--port", "0", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    said = tmp_path_factory.mktemp("ray") / "said.txt"
+    with said.open("w") as file:  # a file: its daemons would hold a pipe open
+        subprocess.run(
+            [*RAY, "start", "--head", "--temp-dir", folder, *settings],
+            stdout=file, stderr=file, stdin=subprocess.DEVNULL, check=True, timeout=120,
+        )  # fmt: skip
+    yield re.search(r"--address='([^']+)'", said.read_text())[1]
+    with said.open("a") as file:
+        subprocess.run([*RAY, "stop", "--force"], stdout=file, stderr=file, check=True, timeout=120)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_actor_changes_nothing(saved_llama, tmp_path, cluster):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40)
+    gptq = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": str(text), "samples": 4, "length": 64}}
+    given = grid(saved_llama, weights=[{}, RTN, gptq], kv=[{}, {"kv_bits": 4}, {"kv_bits": 3}, {"kv_bits": 2}])
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    assert all(end.error is None for end in sweep_of(given, calm).run(Where()))
+    sweep_of(given, tmp_path)
+    process = command(tmp_path, "--executor", "ray", "--address", cluster, "--made", str(tmp_path / "made"))
+    wait_for(4, tmp_path, process)
+    actors = [one for one in psutil.process_iter() if "ray::_Actor" in " ".join(one.cmdline())]
+    assert len(actors) == 2
+    os.kill(actors[0].pid, signal.SIGKILL)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0, said
+    assert "24 of 24 cells done, 0 failed" in said
+    assert figures(tmp_path / "out") == figures(calm / "out")
+    record = json.loads(next((tmp_path / "out" / "cells").glob("*/record.json")).read_text())
+    assert record["device"] == os.uname().nodename
+
+
+@needs_ray
+@pytest.mark.slow
+def test_errors_of_a_cluster(saved_llama, tmp_path, cluster, monkeypatch):
+    broken = sweep_of(grid(saved_llama, weights=[{"weights": "rtn", "bits": 3, "group_size": 48}, {}]), tmp_path)
+    ended = broken.run(Where("ray", address=cluster, made=tmp_path / "made"))
+    assert sorted(bool(end.error) for end in ended) == [False, False, True, True]
+    assert all("group_size=48" in end.error for end in ended if end.error)
+    large = sweep_of(grid(saved_llama, run={"resources": {"num_gpus": 8}}, seeds=[1]), tmp_path)
+    with pytest.raises(ConfigError, match="more than the whole cluster has"):
+        large.run(Where("ray", address=cluster))
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="no Ray cluster answers"):
+        large.run(Where("ray", address="127.0.0.1:9"))
+    assert time.monotonic() - begun < 90
+
+
+def test_without_ray(saved_llama, tmp_path, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(on_ray, "import_module", missing)
+    with pytest.raises(ConfigError, match=r"pip install 'intactkv-eval\[ray\]'"):
+        sweep_of(grid(saved_llama), tmp_path).run(Where("ray"))
+
+
+def test_slots_by_resources():
+    cluster = {"CPU": 16.0, "GPU": 4.0, "fast": 3.0}
+    assert on_ray._fitting(cluster, {"num_gpus": 1, "num_cpus": 2}) == 4
+    assert on_ray._fitting(cluster, {"num_gpus": 0.5, "num_cpus": 4}) == 4
+    assert on_ray._fitting(cluster, {"fast": 1}) == 3
+    assert on_ray._fitting(cluster, {"num_gpus": 8}) == 0

@@ -1,0 +1,209 @@
+"""Real sweeps of the small llama in real processes: what is shared, what fails, what is killed and resumed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from grids import RTN, TASK, grid, sweep_of
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.command import run_lm_eval
+from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.report.collect import collect, read_run
+from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.tables import FORMATS, markdown
+from intactkv_eval.sweep.command import Where
+from intactkv_eval.sweep.folder import SweepFolder
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
+
+
+def figures(folder, below="cells"):
+    """Every sample's figures, by unit: what must not depend on how a sweep was run."""
+    found = {}
+    for path in sorted((Path(folder) / below).rglob("samples_*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        unit = path.relative_to(Path(folder) / below).parts[0]
+        found[unit] = [(row["doc_id"], row["doc_hash"], row.get("nll"), row.get("acc")) for row in rows]
+    return found
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def test_a_shelf_changes_no_figure(saved_llama, tmp_path):
+    """The same cells with shared models, and each for itself."""
+    rotated, stages = {**RTN, "rotate": True, "act_bits": 8}, {"act_bits": 4}
+    cells = [
+        {"pivot": "none"}, {"pivot": "bos"}, {"pivot": "bos", "kv_bits": 3}, {"pivot": "none", **RTN},
+        {"pivot": "bos", **RTN}, {"pivot": "bos", **rotated}, {"pivot": "none", **stages}, {"pivot": "bos"},
+    ]  # fmt: skip
+
+    def run(name):
+        for place, cell in enumerate(cells):
+            arguments = {"pretrained": str(saved_llama), **cell}
+            out, settings = tmp_path / name / str(place), {"limit": 4, "device": "cpu"}
+            evaluate_task(arguments, "intactkv_demo_ppl", out, None, {"ppl_window": 64}, **settings)
+        return figures(tmp_path, name)
+
+    alone = run("alone")
+    with Shelf() as shelf:
+        assert run("shared") == alone
+    assert (shelf.loads, shelf.makes) == (1, 5), "the last cell is the first again: nothing that was made is kept"
+
+
+@pytest.mark.slow
+def test_a_cell_is_what_the_command_gives(saved_llama, tmp_path):
+    cell = {"pivot": "bos", **RTN, "kv_bits": 3}
+    settings = {"limit": 4, "device": "cpu"}
+    arguments = {"pretrained": str(saved_llama), **cell}
+    evaluate_task(arguments, "intactkv_demo_ppl", tmp_path / "one" / "0", 7, {"ppl_window": 64}, **settings)
+    flags = ["--tasks", "intactkv_demo_ppl", "--metadata", '{"ppl_window": 64}', "--limit", "4", "--log_samples"]
+    said = ",".join(f"{key}={value}" for key, value in arguments.items())
+    out = str(tmp_path / "command" / "0")
+    run_lm_eval(["--model_args", said, *flags, "--seed", "7", "--output_path", out])
+    one, other = (read_run(next((tmp_path / name).rglob("results_*.json"))) for name in ("one", "command"))
+    assert one.identity == other.identity
+    assert one.scores == other.scores
+    assert figures(tmp_path, "one") == figures(tmp_path, "command")
+
+
+def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
+    gptq = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": text, "samples": 4, "length": 64}}
+    levels = {"kv_bits": 2, "kv_scheme": "pre_rope", "levels": {"data": text, "samples": 4, "length": 64}}
+    given = grid(saved_llama, weights=[{}, gptq], kv=[{}, levels])
+    sweep = sweep_of(given, tmp_path)
+    ended = sweep.run(Where())
+    assert [end.error for end in ended] == [None] * 8
+    assert len(list((tmp_path / "out" / "made").glob("llama-*"))) == 3, "a checkpoint, two files of levels"
+    runs, _ = collect([tmp_path / "out"])
+    table = markdown(runs)
+    assert "Not compared" not in table
+    assert table.count("| llama | gptq w3g32") == 4
+    baseline = next(line for line in table.splitlines() if "gptq w3g32" in line and "| none |" in line)
+    assert baseline.split("|")[7].strip(), "a checkpoint's baseline has its loss to full precision"
+    before = figures(tmp_path / "out")
+    assert sweep_of(given, tmp_path).run(Where()) == []
+    more = sweep_of({**given, "seeds": [3]}, tmp_path)
+    assert len(more.waiting) == 8
+    assert figures(tmp_path / "out") == before
+
+
+def test_a_failed_cell_is_kept_as_such(saved_llama, tmp_path, text):
+    """A cell of the user's fault, one whose preparation fails, and one that breaks lm_eval; the rest goes on."""
+    windows = {"samples": 4, "length": 64}
+    broken = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": "nowhere.txt", **windows}}
+    given = grid(saved_llama, weights=[{}, broken, {"weights": "rtn", "bits": 3, "group_size": 48}])
+    given["tasks"] = [TASK, {**TASK, "limit": 3, "metadata": {"ppl_window": "wide"}}]
+    sweep = sweep_of(given, tmp_path)
+    ended = {end.unit.label: end.error for end in sweep.run(Where())}
+    done = [label for label, error in ended.items() if error is None]
+    assert len(ended) == 12
+    assert len(done) == 2
+    assert all(" | fp | " in label for label in done)
+    assert any("nowhere.txt" in error for error in ended.values() if error)
+    assert any("which an earlier cell needed too, could not be made" in error for error in ended.values() if error)
+    assert any("48" in error for error in ended.values() if error)
+    runs, _ = collect([tmp_path / "out"])
+    absent = absent_of([tmp_path / "out"])
+    assert [one.word for one in absent] == ["failed"] * 10
+    for make in FORMATS.values():
+        assert make(runs, absent) == make(runs, absent)
+        assert "failed" in make(runs, absent) or make is FORMATS["tex"]
+    assert "| llama | gptq w3g32 | 16 | none | failed |" in markdown(runs, absent).replace(" act-order", "")
+    (tmp_path / "nowhere.txt").write_text(TEXT)
+    assert len(sweep_of(given, tmp_path).waiting) == 10, "what failed is tried again"
+
+
+def test_one_sweep_a_folder(saved_llama, tmp_path):
+    sweep = sweep_of(grid(saved_llama), tmp_path)
+    with SweepFolder(tmp_path / "out").alone(), pytest.raises(ConfigError, match="another sweep works on it"):
+        sweep.run(Where())
+    with pytest.raises(ConfigError, match="use cpu, cuda:0"):
+        sweep.run(Where(devices="gpu"))
+
+
+def test_results_that_the_grid_no_longer_holds_are_not_reported(saved_llama, tmp_path):
+    sweep_of(grid(saved_llama, weights=[{}]), tmp_path).run(Where())
+    assert len(collect([tmp_path / "out"])[0]) == 2
+    changed = sweep_of(grid(saved_llama, weights=[{}], tasks=[{**TASK, "limit": 3}]), tmp_path)
+    changed.run(Where())
+    runs, _ = collect([tmp_path / "out"])
+    assert {run.scores["intactkv_demo_ppl"].settings["limit"] for run in runs} == {3.0}
+    assert len(figures(tmp_path / "out")) == 4, "they are kept"
+
+
+def command(folder, *more):
+    arguments = ["sweep", str(folder / "grid.yaml"), "--out", str(folder / "out"), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "intactkv_eval.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def processes_of(process):
+    try:
+        return [process, *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def wait_for(done, folder, process, seconds=120):
+    begun = time.monotonic()
+    while len(list((folder / "out" / "cells").glob("*/record.json"))) < done and process.poll() is None:
+        assert time.monotonic() - begun < seconds
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_killed_five_times_it_ends_as_if_undisturbed(saved_llama, tmp_path, text):
+    gptq = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": text, "samples": 4, "length": 64}}
+    kv = [{}, {"kv_bits": 4}, {"kv_bits": 3}, {"kv_bits": 2}]
+    given = grid(saved_llama, weights=[{}, RTN, gptq], kv=kv)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    assert all(end.error is None for end in sweep_of(given, calm).run(Where()))
+    sweep_of(given, tmp_path)
+    draw = random.Random(0)
+    for kill in range(5):
+        process = command(tmp_path)
+        wait_for(4 * kill, tmp_path, process)
+        time.sleep(draw.uniform(0, 3))
+        others = processes_of(process)[1:]
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        _, left = psutil.wait_procs(others, timeout=20)
+        assert not left, "workers end with the sweep"
+    last = command(tmp_path)
+    said = last.communicate()[0].decode()
+    assert last.returncode == 0, said
+    assert "24 of 24 cells done, 0 failed" in said
+    assert figures(tmp_path / "out") == figures(calm / "out")
+    assert len(figures(calm / "out")) == 24
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_replaced(saved_llama, tmp_path):
+    given = grid(saved_llama, kv=[{}, {"kv_bits": 4}, {"kv_bits": 3}])
+    sweep_of(given, tmp_path)
+    process = command(tmp_path, "--devices", "cpu,cpu")
+    wait_for(3, tmp_path, process)
+    workers = [one for one in processes_of(process)[1:] if "spawn_main" in " ".join(one.cmdline())]
+    assert len(workers) == 2
+    os.kill(workers[0].pid, signal.SIGKILL)
+    said = process.communicate()[0].decode()
+    assert process.returncode == 0, said
+    assert "12 of 12 cells done, 0 failed" in said
+    runs = [read_run(path) for path in (tmp_path / "out").rglob("results_*.json")]
+    assert len(runs) == 12

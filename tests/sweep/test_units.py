@@ -1,0 +1,116 @@
+"""What a YAML expands to, what it is refused for, and what decides whether a cell is the same cell."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from grids import RTN, TASK, grid, units
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import shipped_folder
+from intactkv_eval.sweep import grid as grid_module
+from intactkv_eval.sweep.preparation import Calibrate, Levels, Quantize
+from intactkv_eval.sweep.spec import read_sweep
+
+SWEEPS = sorted(shipped_folder("sweeps").glob("*.yaml"))
+GPTQ = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": "wikitext2"}}
+
+
+def test_a_grid_is_the_product_of_its_lists(saved_llama):
+    kv = [{}, {"kv_bits": 4}, {"kv_bits": 3}]
+    found = units(grid(saved_llama, kv=kv, seeds=[0, 1], tasks=[TASK, {"task": "intactkv_demo_qa", "seeds": [5]}]))
+    assert len(found) == 2 * 3 * 2 * (2 + 1)
+    assert len({unit.key for unit in found}) == len(found)
+    assert {(unit.task.task, unit.seed) for unit in found} == {
+        ("intactkv_demo_ppl", 0),
+        ("intactkv_demo_ppl", 1),
+        ("intactkv_demo_qa", 5),
+    }
+    assert [unit.weights for unit in found] == sorted(unit.weights for unit in found), "those that share come together"
+
+
+def test_exclude(saved_llama):
+    kv = [{}, {"kv_bits": 4}]
+    assert len(units(grid(saved_llama, kv=kv, exclude=[{"weights": "rtn", "kv_bits": 4}]))) == 6
+    assert len(units(grid(saved_llama, kv=kv, exclude=[{"weights": None, "pivot": ["bos", "auto"]}]))) == 6
+    assert len(units(grid(saved_llama, weights=[{}, GPTQ], exclude=[{"quantize": "gptq", "pivot": "bos"}]))) == 3
+    with pytest.raises(ConfigError, match="holds no cell"):
+        units(grid(saved_llama, exclude=[{}]))
+
+
+def test_what_is_made_is_made_once(saved_llama):
+    levels = {"kv_bits": 3, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}
+    trained = {"pivot": "bos", "calibrate": {"data": "conversations.json"}}
+    found = units(grid(saved_llama, weights=[GPTQ], kv=[{}, levels], pivots=["none", "bos", trained]))
+    made = {preparation.name: preparation for unit in found for preparation in unit.preparations}
+    kinds = [sum(isinstance(one, kind) for one in made.values()) for kind in (Quantize, Levels, Calibrate)]
+    assert kinds == [1, 2, 1], "levels of `bos` serve the trained rows too"
+    intact, computed = (next(u for u in found if u.cell.pivot.intact is flag) for flag in (True, False))
+    assert intact.cell.model.reference == str(saved_llama)
+    assert computed.cell.model.reference is None
+    assert next(unit for unit in found if unit.label.count("calibrated")).cell.pivot.source.startswith("@made/")
+
+
+def test_a_cell_is_known_by_what_it_holds(saved_llama, tmp_path, monkeypatch):
+    def keys(model, **parts):
+        return [unit.key for unit in units(grid(model, **parts))]
+
+    here = keys(saved_llama)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(saved_llama, elsewhere)
+    assert keys(elsewhere) == here, "not by its folder's name"
+    assert keys(saved_llama, run={"batch_size": 8, "retries": 0}) == here, "nor by how it is run"
+    assert not set(here) & set(keys(saved_llama, tasks=[{**TASK, "limit": 5}]))
+    assert not set(here) & set(keys(saved_llama, seeds=[1]))
+    weights = elsewhere / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    grid_module.key_of.__globals__["digest_at"].cache_clear()
+    assert not set(here) & set(keys(elsewhere))
+    monkeypatch.setattr(grid_module, "versions", lambda: {"lm_eval": "0.9"})
+    assert not set(here) & set(keys(saved_llama))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"weights": [{"weights": "rtn"}]}, r"needs bits=2, 3, 4 or 8.*exclude"),
+        ({"weights": [{"wieghts": "rtn"}]}, "weights: unknown argument 'wieghts': did you mean 'weights'"),
+        ({"kv": [{"bits": 3}]}, "kv: unknown argument 'bits'"),
+        ({"weights": [{**RTN, "backend": "dense"}], "models": [{"pretrained": "m", "backend": "cpu"}]}, "given twice"),
+        ({"models": [{"dtype": "float32"}]}, "names no model"),
+        ({"models": [{"pretrained": "m", "dtpye": "float32"}]}, "did you mean 'dtype'"),
+        (
+            {"weights": [{"quantize": {"method": "gptq", "data": "c4", "tokens": 5}}]},
+            "tokens: Extra inputs",
+        ),
+        ({"weights": [{"quantize": "gptq"}]}, "valid dictionary"),
+        ({"kv": [{"kv_bits": 3, "levels": {"data": "c4"}}]}, "levels: does nothing without kv_scheme: pre_rope"),
+        ({"pivots": [{"pivot": "bos", "calibrate": {"dta": "x"}}]}, "calibrate.*|dta"),
+        ({"tasks": []}, "tasks: .*at least 1"),
+        ({"grid": 1}, "grid: Extra inputs"),
+    ],
+)
+def test_what_is_wrong_is_named(parts, message):
+    with pytest.raises(ConfigError, match=message):
+        units({**grid("m"), **parts})
+
+
+def test_damaged_yaml():
+    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+        read_sweep("models: [", "grid.yaml")
+    with pytest.raises(ConfigError, match=r"grid\.yaml: the whole"):
+        read_sweep("- 1", "grid.yaml")
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=[file.stem for file in SWEEPS])
+def test_every_shipped_sweep_expands(file):
+    found = expand_file(file)
+    assert len(found) >= 24
+    computed = {unit.label.split(" | ")[0] for unit in found if not unit.cell.pivot.intact}
+    assert computed == {unit.label.split(" | ")[0] for unit in found}, "every model has its baselines"
+
+
+def expand_file(file: Path):
+    return grid_module.expand(read_sweep(file.read_text(), file.name))
