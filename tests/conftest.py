@@ -7,9 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from tiny import BOS, EOS, FAMILIES, PAD, build_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tiny import FAMILIES, build_model, byte_tokenizer
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -22,29 +20,9 @@ def llama():
     return build_model("llama")
 
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}Be kind.\n{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()
-
-
-def byte_tokenizer():
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: index for index, character in enumerate(alphabet)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=128
-    )
-    made.chat_template = CHAT_TEMPLATE
-    assert (made.bos_token_id, made.eos_token_id, made.pad_token_id) == (BOS, EOS, PAD)
-    return made
 
 
 @pytest.fixture

@@ -87,12 +87,12 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, default=FOUND)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
-    import conftest
     import seeds
     import targets
+    from tiny import byte_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
-        seeds.make_seeds(Path(name), conftest.byte_tokenizer())
+        seeds.make_seeds(Path(name), byte_tokenizer())
         found = {key: one for key, one in targets.targets(Path(name)).items() if asked.only in key}
         begun = time.monotonic()
         ends, failures = fuzz(found, asked.inputs, asked.seed, asked.keep)

@@ -9,6 +9,7 @@ import pytest
 import run
 import seeds
 import targets as fuzzed
+from tiny import byte_tokenizer
 
 INPUTS = 2000
 
@@ -16,14 +17,8 @@ INPUTS = 2000
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
-    seeds.make_seeds(folder, run_tokenizer())
+    seeds.make_seeds(folder, byte_tokenizer())
     return fuzzed.targets(folder)
-
-
-def run_tokenizer():
-    from conftest import byte_tokenizer
-
-    return byte_tokenizer()
 
 
 def test_every_input_is_read_or_refused(targets):

@@ -5,7 +5,7 @@ import logging
 from statistics import mean, stdev
 
 import pytest
-from conftest import answers_of, lines
+from judge_bench import answers_of, lines
 from judging import judged, rows
 from server import GOOD, completion, rating_of
 

@@ -9,7 +9,7 @@ import time
 from statistics import mean, stdev
 
 import pytest
-from conftest import answers_of, lines
+from judge_bench import answers_of, lines
 from judging import SECRET, command, judged, rows
 from server import GOOD, completion, honest, rating_of
 

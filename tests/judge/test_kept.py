@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import answers_of, lines
+from judge_bench import answers_of, lines
 from judging import command, judged, rows
 from server import rating_of
 

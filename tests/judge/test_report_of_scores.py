@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_bench
+from judge_bench import write_bench
 from judging import judged, rows
 from server import GOOD, completion, rating_of
 from tiny import build_model
