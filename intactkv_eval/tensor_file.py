@@ -1,11 +1,19 @@
 """Our own safetensors files: all tensors of one, with its metadata. Knows no format."""
 
+import json
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.files import write_atomic
+
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -15,3 +23,28 @@ def read_tensor_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(str(error)) from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """safetensors' `save_file`, whose errors are the file system's. Raises OSError."""
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata) if metadata else None)
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small file, whole or not at all; the same content is the same bytes. Raises OSError.
+
+    safetensors itself writes metadata in an order that changes from process to process.
+    """
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    write_atomic(path, lambda partial: partial.write_bytes(content))

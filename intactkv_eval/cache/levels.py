@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.kv import Fingerprint
-from intactkv_eval.tensor_file import read_tensor_file
+from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-kv-levels-1"
 
@@ -116,7 +114,7 @@ class KVLevels:
             "fingerprint": self.fingerprint.model_dump_json(),
             "calibration": json.dumps(vars(self.calibration)),
         }
-        write_atomic(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        write_tensor_file(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "KVLevels":

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from intactkv_eval.files import write_atomic
 from intactkv_eval.model.structure import decoder_layers, layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.watch import hidden_of, watched
+from intactkv_eval.tensor_file import save_tensors
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ class KeptTargets:
         missing = [place for place in range(len(examples)) if not self._path(place).is_file()]
         for place in tqdm(missing, desc="Full-precision outputs", disable=not shown or not missing):
             outputs = {str(i): one.cpu() for i, one in enumerate(layer_outputs(model, pivot, examples[place]))}
-            write_atomic(self._path(place), lambda partial, kept=outputs: save_file(kept, partial))  # type: ignore[misc]
+            write_atomic(self._path(place), lambda partial, kept=outputs: save_tensors(partial, kept))  # type: ignore[misc]
 
     def __call__(self, place: int) -> Sequence[Tensor]:
         """Of the example at `place`."""

@@ -20,7 +20,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size
-from intactkv_eval.harness.evaluate import task_manager
+from intactkv_eval.harness.evaluate import cache_explained, check_written, results_below, task_manager
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
@@ -30,7 +30,7 @@ def run_lm_eval(arguments: list[str]) -> None:
     """`lm_eval run` with --model intactkv and our tasks/ added to --include_path.
 
     Raises ConfigError for an empty or unknown task list, a bad batch size, cell or output folder; whatever the run
-    itself raises otherwise.
+    itself raises otherwise; CheckpointError where it could not write its results.
     """
     sys.argv = ["lm_eval", "run", *_with_default_model(arguments)]
     setup_logging()
@@ -38,7 +38,12 @@ def run_lm_eval(arguments: list[str]) -> None:
     parsed = command.parse_args()
     _fill_in(parsed)
     _check(parsed)
-    command.execute(parsed)
+    out = _output_of(parsed)
+    before = results_below(out) if out is not None else {}
+    with cache_explained():
+        command.execute(parsed)
+    if out is not None and os.environ.get("RANK", "0") == "0":
+        check_written(out, before, bool(getattr(parsed, "log_samples", False)))
 
 
 def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Path) -> PivotKV:
@@ -96,6 +101,11 @@ def _read_config(parsed: Namespace) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
     return loaded
+
+
+def _output_of(parsed: Namespace) -> Path | None:
+    named = getattr(parsed, "output_path", None) or _read_config(parsed).get("output_path")
+    return Path(named) if named else None
 
 
 def _check(parsed: Namespace) -> None:

@@ -1,7 +1,10 @@
 """One task of lm_eval in this process, written as `lm_eval --output_path` writes it. Knows no command line."""
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from lm_eval.config.evaluate_config import DEFAULT_SEED
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 
+from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.plugin import NAME
 
@@ -26,6 +30,41 @@ def task_manager(
     return ours if set(names) <= set(ours.all_subtasks) else TaskManager(**found)
 
 
+@contextmanager
+def cache_explained() -> Iterator[None]:
+    """Raise ConfigError where lm_eval's response cache cannot be read or written."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ConfigError(f"--use_cache: the response cache cannot be used ({error}); is the disk full?") from None
+
+
+def results_below(folder: Path) -> dict[Path, int]:
+    """The results files below a folder, or beside the file that is named, and when each was written."""
+    is_file = folder.suffix == ".json"
+    found = folder.parent.glob(f"{folder.stem}*.json") if is_file else folder.rglob("results_*.json")
+    return {path: path.stat().st_mtime_ns for path in found} if folder.parent.is_dir() else {}
+
+
+def check_written(folder: Path, before: Mapping[Path, int], samples: bool) -> None:
+    """Raise CheckpointError unless a whole results file came to `before`, and its samples where they were asked for.
+
+    Where lm_eval cannot write, it goes on as if it had.
+    """
+    new = [path for path, at in results_below(folder).items() if before.get(path) != at]
+    for path in new:
+        try:
+            tasks = json.loads(path.read_text(encoding="utf-8"))["configs"] if samples else ()
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: written in part ({error}); is the disk full? Run it again") from None
+        stamp = path.stem.rpartition("_")[2]
+        for file in (path.with_name(f"samples_{task}_{stamp}.jsonl") for task in tasks):
+            if not file.is_file() or not file.read_bytes().endswith(b"\n"):
+                raise CheckpointError(f"{file}: missing or written in part; is the disk full? Run it again")
+    if not new:
+        raise CheckpointError(f"{folder}: lm_eval could not write its results; is the disk full, or read-only?")
+
+
 def evaluate_task(
     model_args: Mapping[str, Any], task: str, out: Path, seed: int | None, metadata: Mapping[str, Any], **settings: Any
 ) -> None:
@@ -39,18 +78,20 @@ def evaluate_task(
     seeds = DEFAULT_SEED if seed is None else [seed] * len(DEFAULT_SEED)
     names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     tracker = EvaluationTracker(output_path=str(out))
-    results = simple_evaluate(
-        model=NAME,
-        model_args=dict(model_args),
-        tasks=[task],
-        task_manager=task_manager([task], told),
-        metadata=told,
-        evaluation_tracker=tracker,
-        log_samples=True,
-        **dict(zip(names, seeds, strict=True)),
-        **settings,
-    )
+    with cache_explained():
+        results = simple_evaluate(
+            model=NAME,
+            model_args=dict(model_args),
+            tasks=[task],
+            task_manager=task_manager([task], told),
+            metadata=told,
+            evaluation_tracker=tracker,
+            log_samples=True,
+            **dict(zip(names, seeds, strict=True)),
+            **settings,
+        )
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for name in results["configs"]:
         tracker.save_results_samples(task_name=name, samples=samples[name])
+    check_written(out, {}, samples=True)

@@ -1,5 +1,6 @@
 """What `intactkv quantize` does: a full-precision model in, a quantized checkpoint out; killed, it goes on."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.files import locked
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -33,6 +35,7 @@ from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
 from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.checkpoint import read_json
 from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.intactkv import range_tensors
 from intactkv_eval.weights.formats.scheme import Scheme
@@ -53,7 +56,8 @@ class Source(NamedTuple):
 def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job: Job) -> tuple[int, str]:
     """Quantize every linear layer of the decoder layers and write the checkpoint; their number, and the format.
 
-    Finished decoder layers are kept beside `out` until it is written: the same command goes on with them.
+    Finished decoder layers are kept beside `out` until it is written: the same command goes on with them. Of processes
+    that make the same checkpoint at once one does the work.
     Raises ConfigError, CheckpointError, DataError or UnsupportedModelError before `out` is written.
     """
     layout = layout_of(job, asked_layout)
@@ -64,16 +68,43 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     _check_layout(model, layout, job)
     samples, pivot = _calibration(job.calibration, model, tokenizer)
     record = _record(job, source, model, samples, pivot)
+    folder = out.parent / f".{out.name}.blocks"
+    with locked(folder / "lock"):
+        if not _is_there(out, record):
+            _quantize(model, tokenizer, out, layout, job, samples, pivot, record, folder, _device(source.device))
+    return len(linear_layers(model)), layout
+
+
+def _is_there(out: Path, record: dict[str, Any]) -> bool:
+    """Whether another process has made this very checkpoint meanwhile. Raises ConfigError where it is another."""
+    config = out / "config.json"
+    if config.is_file() and read_json(config).get(RECORD) == json.loads(json.dumps(record)):
+        return True
+    check_new(out)
+    return False
+
+
+def _quantize(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    out: Path,
+    layout: str,
+    job: Job,
+    samples: Samples | None,
+    pivot: PivotKV | None,
+    record: dict[str, Any],
+    folder: Path,
+    device: torch.device | None,
+) -> None:
     rotation = None
     if job.rotate:
         rotation = rotate(model)
         apply_stages(model, rotation, ActivationSpec())
         pivot = to_rotated(pivot) if pivot is not None else None
-    folder = out.parent / f".{out.name}.blocks"
     store = BlockStore(folder, {**record, "format": layout})
     method = job.made()
     tokens = samples.tokens if samples else []
-    walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, _device(source.device))
+    walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, device)
     with tqdm(total=len(walk), desc=f"Quantizing ({job.method})") as bar:
         quantize_blocks(walk, method, store, bar.update)
     layers = {
@@ -87,7 +118,6 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     scheme = _scheme(job, model, layers, rotation)
     _export(out, layout, scheme, model, tokenizer, layers, range_tensors(ranges), record)
     shutil.rmtree(folder)
-    return len(layers), layout
 
 
 def _run_all(walk: BlockWalk, samples: Sequence[Tensor]) -> None:

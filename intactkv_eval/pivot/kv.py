@@ -10,12 +10,10 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, PivotError
-from intactkv_eval.files import write_atomic
-from intactkv_eval.tensor_file import read_tensor_file
+from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
@@ -141,7 +139,7 @@ class PivotKV:
             "token_ids": json.dumps(list(self.token_ids)),
             "fingerprint": self.fingerprint.model_dump_json(),
         }
-        write_atomic(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+        write_tensor_file(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> "PivotKV":

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.tensor_file import save_tensors
 from intactkv_eval.weights.checkpoint import INDEX
 from intactkv_eval.weights.formats import FORMATS, intactkv
 from intactkv_eval.weights.formats.scheme import Scheme
@@ -86,7 +86,7 @@ def _copy(source: Path, out: Path) -> None:
 def _save(folder: Path, tensors: dict[str, Tensor]) -> None:
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, {name: tensors[name] for name in names}, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.quantize.method import Block, Method, install
-from intactkv_eval.tensor_file import read_tensor_file
+from intactkv_eval.tensor_file import read_tensor_file, save_tensors
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 _PARTS = ("codes", "scales", "zeros", "order")
@@ -86,7 +85,7 @@ class BlockStore:
             parts = {part: getattr(weight, part) for part in _PARTS}
             tensors |= {f"{part}/{name}": one.cpu().contiguous() for part, one in parts.items() if one is not None}
         metadata = {"layers": json.dumps(shapes)}
-        write_atomic(self._path(index), lambda partial: save_file(tensors, partial, metadata=metadata))
+        write_atomic(self._path(index), lambda partial: save_tensors(partial, tensors, metadata))
 
     def read(self, index: int) -> Finished:
         """Block `index`. Raises CheckpointError where its file is damaged."""

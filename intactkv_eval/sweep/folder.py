@@ -8,7 +8,6 @@
 One sweep at a time works on a folder.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import write_atomic
+from intactkv_eval.files import locked, write_atomic
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
 _RECORD = "record.json"
@@ -54,14 +53,9 @@ class SweepFolder:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Raises ConfigError where another process works on this folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path}: another sweep works on it; wait for it, or name another --out"
-                ) from None
+        with locked(self.path / ".lock", wait=False) as ours:
+            if not ours:
+                raise ConfigError(f"{self.path}: another sweep works on it; wait for it, or name another --out")
             yield
 
     def plan(self, units: Sequence[Mapping[str, Any]]) -> None:

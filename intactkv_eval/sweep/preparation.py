@@ -5,15 +5,14 @@ digest of all that decides its bytes. Processes that need the same one wait for 
 where it was, since the makers themselves do.
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from intactkv_eval.calibrate.train import Settings
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.files import locked
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
 from intactkv_eval.harness.command import split_model_args
 from intactkv_eval.harness.kv_levels_command import levels_of_text
@@ -126,18 +125,10 @@ def prepare(preparation: Preparation, folder: Path, device: str) -> Path:
     Raises IntactKVError as its maker does.
     """
     out = folder / preparation.name
-    with _alone(folder / f".{preparation.name}.lock"):
+    with locked(folder / f".{preparation.name}.lock"):
         if not out.exists():
             preparation.make(out, device)
     return out
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _word(model: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ def begin(arguments: list[str], log: Path, environment: dict[str, str] | None = 
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(place, "w", closefd=False) for place in (1, 2))  # not pytest's own
         tqdm.set_lock(threading.RLock())  # its own lock is shared by all forks, and a killed one never lets go
         code = _run(arguments)
     except BaseException:  # noqa: BLE001  a child never comes back to the tests

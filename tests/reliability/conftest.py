@@ -1,0 +1,17 @@
+"""The small model and the works over it, for tests that run commands in processes of their own."""
+
+import forked  # noqa: F401  its folder is searched first
+import pytest
+import works
+from tiny import build_model, byte_tokenizer
+
+from intactkv_eval.harness import command, quantize_command  # noqa: F401  imported before any fork
+from intactkv_eval.sweep import command as sweep_command  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("staged")
+    build_model("llama").save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    return works.works(folder / "model", "http://127.0.0.1:9/v1", folder, [folder, folder])

@@ -1,0 +1,68 @@
+"""A disk that is full, and one that cannot be written: a clear error, and what was there before is as it was."""
+
+import subprocess
+from contextlib import contextmanager
+
+import forked
+import pytest
+
+
+@contextmanager
+def mounted(folder, *options):
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", str(folder)], check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip("no file system can be mounted here: needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def state(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", ["capture", "quantize", "eval"])
+def test_a_full_disk(staged, tmp_path, name):
+    """The folder holds an earlier result and room for almost nothing."""
+    with mounted(tmp_path / "disk", "-o", "size=64k") as disk:
+        (disk / "earlier.json").write_text("{}")
+        (disk / "filler").write_bytes(b"x" * (1024 * 52))
+        before = state(disk)
+        code = forked.run(staged[name].arguments(disk), tmp_path / "log.txt")
+        said = (tmp_path / "log.txt").read_text(errors="replace")
+        assert code == 2, said[-2000:]
+        last = said.strip().splitlines()[-1]
+        assert last.startswith("intactkv: ")
+        assert "disk full" in last or "No space left" in last, last
+        assert staged[name].end(disk) is None, "nothing half-written is taken for a result"
+        after = state(disk)
+        assert before.items() <= after.items()
+        (disk / "filler").unlink()
+
+
+@pytest.mark.parametrize("name", ["capture", "quantize", "eval", "sweep"])
+def test_a_folder_that_cannot_be_written(staged, tmp_path, name):
+    with mounted(tmp_path / "disk", "-o", "size=1m") as disk:
+        arguments = staged[name].arguments(disk)
+        before = state(disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        code = forked.run(arguments, tmp_path / "log.txt")
+        said = (tmp_path / "log.txt").read_text(errors="replace")
+        assert code == 2, said[-2000:]
+        assert "Read-only file system" in said.strip().splitlines()[-1]
+        assert state(disk) == before
+
+
+def test_a_full_disk_leaves_a_sweep_whole(staged, tmp_path):
+    """Cells that did not fit are failed ones; with room again the same command does them, and them alone."""
+    with mounted(tmp_path / "disk", "-o", "size=220k") as disk:
+        arguments = staged["sweep"].arguments(disk)
+        forked.run(arguments, tmp_path / "log.txt")
+        some = staged["sweep"].end(disk) or {}
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        assert forked.run(arguments, tmp_path / "log.txt") == 0, (tmp_path / "log.txt").read_text()[-2000:]
+        whole = staged["sweep"].end(disk)
+        assert len(whole) == 12
+        assert some.items() <= whole.items()
