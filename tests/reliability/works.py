@@ -36,7 +36,7 @@ def works(model: Path, server_url: str, bench: Path, answers: Sequence[Path]) ->
     text.write_text(TEXT * 300)
     talks = model.parent / "talks.jsonl"
     lines = [
-        [{"role": "user", "content": f"{n} {TEXT}"}, {"role": "assistant", "content": TEXT[:40] * 2}] for n in range(12)
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n} {TEXT}"[:50]}] for n in range(12)
     ]
     talks.write_text("\n".join(json.dumps({"messages": one}) for one in lines))
     cell = f"pretrained={model},weights=rtn,bits=3,group_size=32,pivot=bos"
