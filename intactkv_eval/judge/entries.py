@@ -16,6 +16,7 @@ from intactkv_eval.files import read_jsonl
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
 from intactkv_eval.report.collect import Run, read_run
 from intactkv_eval.report.grid import pivot_label, weights_label
+from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import samples_of
 
 
@@ -43,7 +44,7 @@ def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
         if source.suffix == ".jsonl":
             found.append(Entry(source.stem, read_answers(source)))
             continue
-        runs = [source] if source.is_file() else sorted(source.rglob("results_*.json"))
+        runs = [source] if source.is_file() else files_below(source)
         entries = [entry for entry in (_of_run(path, bench) for path in runs) if entry is not None]
         if not entries:
             raise DataError(f"{source}: no run of {bench} with this package's model class, nor a .jsonl of answers")
@@ -91,7 +92,12 @@ def run_name(run: Run) -> str:
     """Model, weights, KV and pivot, in letters that a file name can have."""
     cell = run.identity.cell
     kv = "" if cell.kv.bits == 16 else f"kv{cell.kv.bits}-{cell.kv.scheme}"
-    parts = [PurePath(cell.model.pretrained).name, weights_label(run.identity), kv, f"pivot-{pivot_label(cell)}"]
+    parts = [
+        PurePath(run.identity.made_from or cell.model.pretrained).name,
+        weights_label(run.identity),
+        kv,
+        f"pivot-{pivot_label(cell)}",
+    ]
     return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts if part)
 
 

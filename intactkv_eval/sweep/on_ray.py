@@ -50,7 +50,7 @@ class RayPool:
         except ModuleNotFoundError:
             raise ConfigError("--executor ray: Ray is not installed; pip install 'intactkv-eval[ray]'") from None
         _check_reachable(address)
-        passed = {key: value for key, value in os.environ.items() if key.startswith(_PASSED_ON)}
+        passed = {key: value for key, value in os.environ.items() if _is_passed_on(key)}
         try:
             self._ray.init(address=address, log_to_driver=False, runtime_env={"env_vars": passed})
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -131,6 +131,11 @@ class _Actor:
             with tarfile.open(fileobj=packed, mode="w:gz") as written:
                 written.add(out, arcname=".")
             return _Found(packed.getvalue(), None, last_lines(log, 10**6), os.uname().nodename)
+
+
+def _is_passed_on(name: str) -> bool:
+    """Of the driver's environment; Ray shows what it is given, so secrets stay where they are."""
+    return name.startswith(_PASSED_ON) and not name.endswith(("TOKEN", "KEY"))
 
 
 def _check_reachable(address: str) -> None:

@@ -90,6 +90,15 @@ def test_without_ray(saved_llama, tmp_path, monkeypatch):
         sweep_of(grid(saved_llama), tmp_path).run(Where("ray"))
 
 
+def test_secrets_stay_with_the_driver():
+    names = ["INTACTKV_DATA", "HF_HOME", "HF_TOKEN", "HF_HUB_TOKEN", "OPENAI_API_KEY", "TOKENIZERS_PARALLELISM", "PATH"]
+    assert [name for name in names if on_ray._is_passed_on(name)] == [
+        "INTACTKV_DATA",
+        "HF_HOME",
+        "TOKENIZERS_PARALLELISM",
+    ]
+
+
 def test_slots_by_resources():
     cluster = {"CPU": 16.0, "GPU": 4.0, "fast": 3.0}
     assert on_ray._fitting(cluster, {"num_gpus": 1, "num_cpus": 2}) == 4
