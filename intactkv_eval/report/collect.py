@@ -113,7 +113,9 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             return None
         identity = identity_of(record)
         scores = {score.task: score for score in read_scores(path, content, record, leaves)}
-        return Run(path, float(content["date"]), identity, tuple(record["pivot_tokens"]), scores)
+        return Run(
+            path, float(content["date"]), identity, tuple(int(token) for token in record["pivot_tokens"]), scores
+        )
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
 

@@ -6,6 +6,7 @@ FOLDER/failed/KEY.json    why there are none
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,9 +65,16 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [{**unit, "key": str(unit["key"]), "task": str(unit["task"])} for unit in found]
+        return [{**unit, "key": _key(unit["key"]), "task": str(unit["task"])} for unit in found]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: not a sweep's plan ({error}); `intactkv sweep` writes it anew") from None
+
+
+def _key(value: object) -> str:
+    """It names a file, so it is nothing but letters and digits."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9A-Za-z]{1,64}", value):
+        raise ValueError(f"the key {str(value)[:80]!r}")
+    return value
 
 
 def _why(folder: Path, key: str) -> str:

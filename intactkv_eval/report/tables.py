@@ -91,18 +91,20 @@ def absent_records(grid: Grid) -> list[dict[str, object]]:
 def records(grid: Grid) -> list[dict[str, object]]:
     """Every figure as values that JSON can hold."""
     return [
-        {
-            "cell": row.identity.cell.model_dump(mode="json"),
-            "hf_arguments": dict(row.identity.hf_arguments),
-            "checkpoint": row.identity.checkpoint,
-            "pivot_tokens": list(entry.run.pivot_tokens),
-            **dict(zip(HEAD, row.labels, strict=True)),
-            **_numbers(grid.titles[column], entry),
-            "higher_is_better": entry.found.score.higher_is_better,
-            "settings": _storable(entry.found.score.settings),
-            "unpaired": entry.unpaired,
-            "status": "done",
-        }
+        _storable(
+            {
+                "cell": row.identity.cell.model_dump(mode="json"),
+                "hf_arguments": dict(row.identity.hf_arguments),
+                "checkpoint": row.identity.checkpoint,
+                "pivot_tokens": entry.run.pivot_tokens,
+                **dict(zip(HEAD, row.labels, strict=True)),
+                **_figures(grid.titles[column], entry),
+                "higher_is_better": entry.found.score.higher_is_better,
+                "settings": entry.found.score.settings,
+                "unpaired": entry.unpaired,
+                "status": "done",
+            }
+        )
         for row in grid.rows
         for column, entry in row.entries.items()
     ]

@@ -1,12 +1,8 @@
 """The small model and the works over it, for tests that run commands in processes of their own."""
 
-import forked  # noqa: F401  its folder is searched first
 import pytest
 import works
 from tiny import build_model, byte_tokenizer
-
-from intactkv_eval.harness import command, quantize_command  # noqa: F401  imported before any fork
-from intactkv_eval.sweep import command as sweep_command  # noqa: F401
 
 
 @pytest.fixture(scope="module")

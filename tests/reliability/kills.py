@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from random import Random
 
@@ -22,9 +21,6 @@ import forked
 import works
 from judge_bench import answers_of, lines, write_bench
 from tiny import build_model, byte_tokenizer
-
-_BEFORE_FORKING = ("cli", "harness.command", "harness.quantize_command", "harness.calibrate_command", "judge.command",
-                   "sweep.command")  # fmt: skip
 
 
 @contextmanager
@@ -41,8 +37,6 @@ def serving_apart() -> Iterator[str]:
 
 def stage(folder: Path, url: str) -> dict[str, works.Work]:
     """The works, over a small model, a bench and answers in `folder`."""
-    for module in _BEFORE_FORKING:
-        import_module(f"intactkv_eval.{module}")
     model = folder / "model"
     build_model("llama").save_pretrained(model)
     byte_tokenizer().save_pretrained(model)

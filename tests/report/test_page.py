@@ -12,6 +12,7 @@ from test_report import BOS, FP, NONE, write
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
+from intactkv_eval.report.tables import FORMATS
 
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -126,3 +127,10 @@ def test_five_hundred_cells_load_fast(tmp_path):
     seen = browsed(page(collect([tmp_path])[0]), tmp_path, "1400,1000")
     assert seen["rows"] == 500
     assert seen["loaded"] < 2000
+
+
+def test_numbers_that_are_none_are_left_out(tmp_path):
+    write(tmp_path, NONE, [3.0, 3.1], 1, limit=float("nan"))
+    runs, _ = collect([tmp_path])
+    assert "NaN" not in page(runs).split('id="data">')[1].split("</script>")[0]
+    assert "NaN" not in FORMATS["json"](runs)

@@ -28,9 +28,9 @@ def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=Tr
         "perplexity_stderr,none": "N/A",
     }
     record = {
+        "pivot_tokens": [1],
         **(record or {}),
         "cell": cell_from_args(cell).model_dump(mode="json"),
-        "pivot_tokens": [1],
         "dtype": "float32",
         "versions": {"lm_eval": "0.4.13"},
     }
@@ -283,7 +283,8 @@ def test_kv_cells_find_their_baseline(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("source_hash", ["x"]), ("awq_search", 1), ("hf_arguments", 3), ("quantization", "gptq")]
+    ("key", "value"),
+    [("source_hash", ["x"]), ("awq_search", 1), ("hf_arguments", 3), ("quantization", "gptq"), ("pivot_tokens", ["x"])],
 )
 def test_a_record_of_other_types_is_damaged(tmp_path, key, value):
     write(tmp_path, BOS, [3.0, 3.1], 1, record={key: value})
