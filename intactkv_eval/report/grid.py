@@ -113,13 +113,8 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
 def _planned(one: Absent) -> Identity:
     try:
         return identity_of(one.record)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        ValueError,
-        OverflowError,
-    ) as error:  # pydantic's ValidationError is a ValueError
+    # pydantic's ValidationError is a ValueError
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ConfigError(f"a sweep's plan is damaged ({error}); `intactkv sweep` writes it anew") from None
 
 

@@ -6,7 +6,7 @@ where it was, since the makers themselves do.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -102,9 +102,9 @@ class Calibrate:
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
         cell, loading = split_model_args(placed(self.arguments, out.parent))
-        one = self.asked
-        asked = Asked(one.data, one.answer, one.tokens, one.assistant, recompute=one.recompute, master=one.master)
-        settings = Settings(one.rate, one.batch, one.epochs, one.clip, one.held_out, one.patience, one.seed)
+        given, of_training = self.asked.model_dump(exclude_none=True), {field.name for field in fields(Settings)}
+        settings = Settings(**{key: value for key, value in given.items() if key in of_training})
+        asked = Asked(**{key: value for key, value in given.items() if key not in of_training})
         calibrate_to_file(cell, {**loading, "device": device}, asked, settings, out)
 
 

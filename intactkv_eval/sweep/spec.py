@@ -51,21 +51,21 @@ class QuantizeSpec(Spec):
 
 
 class CalibrateSpec(Spec):
-    """Training of the pivot's rows, as `intactkv calibrate` has it; the defaults are the paper's."""
+    """Training of the pivot's rows: options of `intactkv calibrate` by name; its own defaults hold where None."""
 
     data: str
-    answer: int = Field(default=0, ge=0)
-    rate: float = 2e-4
-    batch: int = 16
-    epochs: int = 20
-    clip: float = 0.3
-    held_out: float = 0.2
-    patience: int = 3
-    seed: int = 0
-    tokens: int = Field(default=1024, ge=2)
-    assistant: int = Field(default=50, ge=0)
-    recompute: bool = True
-    master: str = "float32"
+    answer: int | None = Field(default=None, ge=0)
+    rate: float | None = None
+    batch: int | None = None
+    epochs: int | None = None
+    clip: float | None = None
+    held_out: float | None = None
+    patience: int | None = None
+    seed: int | None = None
+    tokens: int | None = Field(default=None, ge=2)
+    assistant: int | None = Field(default=None, ge=0)
+    recompute: bool | None = None
+    master: str | None = None
 
 
 class TaskSpec(Spec):

@@ -101,6 +101,21 @@ def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
     assert figures(tmp_path / "out") == before
 
 
+@pytest.mark.slow
+def test_a_trained_pivot_and_a_response_cache(saved_llama, tmp_path):
+    talks = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n} {TEXT}"[:50]}] for n in range(12)
+    ]
+    data = tmp_path / "talks.jsonl"
+    data.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
+    trained = {"pivot": "bos", "calibrate": {"data": str(data), "tokens": 96, "assistant": 10, "batch": 4, "epochs": 1}}
+    given = grid(saved_llama, weights=[RTN], pivots=["none", "bos", trained], run={"use_cache": True})
+    assert [end.error for end in sweep_of(given, tmp_path).run(Where())] == [None] * 3
+    assert len(list((tmp_path / "out" / "made").glob("*-calibrated-*.safetensors"))) == 1
+    assert not list((tmp_path / "out" / "responses").iterdir()), "what a cell that is done had answered is not kept"
+    assert "Not compared" not in markdown(collect([tmp_path / "out"])[0])
+
+
 def test_a_failed_cell_is_kept_as_such(saved_llama, tmp_path, text):
     """A cell of the user's fault, one whose preparation fails, and one that breaks lm_eval; the rest goes on."""
     windows = {"samples": 4, "length": 64}
