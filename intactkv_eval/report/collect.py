@@ -24,7 +24,8 @@ class Identity:
     """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from.
 
     checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
-    awq_search: the digest of the search result that was applied. made_from: the model that a checkpoint of ours is of.
+    awq_search: the digest of the search result that was applied. made_from: the model that a checkpoint of ours is of,
+    job: how it was made, but for `behind`: the pivot that it was calibrated behind.
     """
 
     cell: CellSpec
@@ -33,6 +34,8 @@ class Identity:
     checkpoint: str | None = None
     awq_search: str | None = None
     made_from: str | None = None
+    job: str | None = None
+    behind: str | None = None
 
     @property
     def is_full_precision(self) -> bool:
@@ -75,7 +78,8 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
     """Of what a run records of its cell. Raises KeyError, TypeError or ValidationError where it is damaged."""
     asked = {key: str(value) for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
     cell = _by_samples(CellSpec.model_validate(record["cell"]), record)
-    made = ((record.get("quantization") or {}).get("made") or {}).get("source") or {}
+    ours = (record.get("quantization") or {}).get("made") or {}
+    made, job = ours.get("source") or {}, ours.get("job") or {}
     if made:  # known by its weights' hash, wherever it lies
         model = cell.model.model_copy(update={"pretrained": PurePath(cell.model.pretrained).name})
         cell = cell.model_copy(update={"model": model})
@@ -86,6 +90,8 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
         checkpoint=_checkpoint_label(record),
         awq_search=_text(record.get("awq_search")),
         made_from=_text(made.get("model")),
+        job=_plain_job(job) if job else None,
+        behind=_behind(job),
     )
 
 
@@ -130,10 +136,20 @@ def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
     said = ActivationSpec.model_validate(found.get("activations") or {})
     rotated = ["rotated"] if found.get("rotation") else []
     job = (found.get("made") or {}).get("job") or {}  # of our own: the method, whatever format holds it
-    behind = ((job.get("calibration") or {}).get("pivot") or {}).get("source")
-    aware = [f"calibrated behind {PurePath(behind).name}"] if behind else []
+    behind = _behind(job)
+    aware = [f"calibrated behind {behind}"] if behind else []
     method = job.get("method", found["method"])
     return " ".join([method, f"w{found['bits']}{group}", *flags, *activations_label(said), *rotated, *aware])
+
+
+def _behind(job: Mapping[str, Any]) -> str | None:
+    source = ((job.get("calibration") or {}).get("pivot") or {}).get("source")
+    return PurePath(source).name if source else None
+
+
+def _plain_job(job: Mapping[str, Any]) -> str:
+    calibration = {key: value for key, value in (job.get("calibration") or {}).items() if key != "pivot"}
+    return json.dumps({**job, "calibration": calibration}, sort_keys=True)
 
 
 def activations_label(spec: ActivationSpec) -> list[str]:

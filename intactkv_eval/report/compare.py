@@ -4,7 +4,7 @@ delta = value - other's value
 recovered = (baseline - intact) / (baseline - full precision), empty where the denominator is within noise
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
@@ -38,7 +38,8 @@ class Delta:
 class Comparison:
     """One score beside its baseline and full precision, as far as those were run.
 
-    recovered_interval: 95%, None where the three runs share no documents.
+    recovered_interval: 95%, None where the three runs share no documents. plain: of the checkpoint that was calibrated
+    like this one's but not behind a pivot.
     """
 
     score: Score
@@ -46,6 +47,8 @@ class Comparison:
     to_full_precision: Delta | None
     recovered: float | None
     recovered_interval: tuple[float, float] | None = None
+    plain: Score | None = None
+    to_plain: Delta | None = None
 
 
 def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
@@ -54,6 +57,7 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     intact = run.identity.cell.pivot.intact
     baseline = _score_of(baseline_of(run.identity), run, task, runs) if intact else None
     full = None if run.identity.is_full_precision else _score_of(full_precision_of(run.identity), run, task, runs)
+    plain = _plain_score(run, task, runs) if run.identity.behind else None
     recovered = _recovered(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
@@ -61,6 +65,8 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
         to_full_precision=difference(score, full) if full else None,
         recovered=recovered,
         recovered_interval=_interval(score, baseline, full) if recovered is not None and baseline and full else None,
+        plain=plain,
+        to_plain=difference(score, plain) if plain else None,
     )
 
 
@@ -109,13 +115,25 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
 
 
 def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    return _newest(lambda identity: comparable(identity, wanted) == wanted, run, task, runs)
+
+
+def _plain_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    """Of another checkpoint, so of other weights, by the same job."""
+    wanted = _by_job(run.identity)
+    return _newest(lambda identity: identity.behind is None and _by_job(identity) == wanted, run, task, runs)
+
+
+def _by_job(identity: Identity) -> Identity:
+    model = identity.cell.model.model_copy(update={"pretrained": ""})
+    cell = identity.cell.model_copy(update={"model": model})
+    return replace(identity, cell=cell, source_hash=None, checkpoint=None, behind=None)
+
+
+def _newest(fits: Callable[[Identity], bool], run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        if (
-            comparable(other.identity, wanted) != wanted
-            or other.pivot_tokens != run.pivot_tokens
-            or task not in other.scores
-        ):
+        if not fits(other.identity) or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
             continue
         if not unlike(run.scores[task], other.scores[task]):
             return other.scores[task]
@@ -178,4 +196,4 @@ def full_precision_of(identity: Identity) -> Identity:
         }
     )
     source = None if reference else identity.source_hash
-    return replace(identity, cell=cell, source_hash=source, checkpoint=None, awq_search=None, made_from=None)
+    return Identity(cell=cell, hf_arguments=identity.hf_arguments, source_hash=source)

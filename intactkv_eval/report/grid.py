@@ -11,7 +11,7 @@ from pathlib import PurePath
 from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Identity, Run, activations_label, identity_of
-from intactkv_eval.report.compare import Comparison, compare
+from intactkv_eval.report.compare import Comparison, Delta, compare
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import why_unpaired
 from intactkv_eval.report.score import Score
@@ -19,18 +19,21 @@ from intactkv_eval.report.seeds import seeds_merged
 from intactkv_eval.report.significance import LEVEL, holm
 
 Column = tuple[str, str, str]
+_Place = tuple[int, Column]
 
 
 @dataclass(frozen=True)
 class Entry:
     """A figure of one cell. p: of its difference to the baseline, corrected over the whole table; None if untested.
 
+    p_plain: of its difference to the checkpoint that was calibrated plainly, corrected over all such differences.
     unpaired: why there is no baseline to compare it with, empty where there is one or none is wanted.
     """
 
     run: Run
     found: Comparison
     p: float | None = None
+    p_plain: float | None = None
     unpaired: str = ""
 
     @property
@@ -144,18 +147,19 @@ def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
 
 
 def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Holm's correction over every difference to a baseline in the table."""
-    tests = {
-        (place, column): entry.found.to_baseline.test.p
-        for place, row in enumerate(rows)
-        for column, entry in row.entries.items()
-        if entry.found.to_baseline and entry.found.to_baseline.test and entry.found.to_baseline.test.p is not None
-    }
-    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+    """Holm's correction over every difference to a baseline in the table, and over every one to a plain checkpoint."""
+    base = _holm({(n, c): e.found.to_baseline for n, row in enumerate(rows) for c, e in row.entries.items()})
+    plain = _holm({(n, c): e.found.to_plain for n, row in enumerate(rows) for c, e in row.entries.items()})
     return tuple(
-        replace(row, entries={c: replace(entry, p=corrected.get((place, c))) for c, entry in row.entries.items()})
-        for place, row in enumerate(rows)
-    )
+        replace(row, entries={c: replace(e, p=base.get((n, c)), p_plain=plain.get((n, c)))
+                              for c, e in row.entries.items()})
+        for n, row in enumerate(rows)
+    )  # fmt: skip
+
+
+def _holm(found: Mapping[_Place, Delta | None]) -> Mapping[_Place, float]:
+    tests = {at: delta.test.p for at, delta in found.items() if delta and delta.test and delta.test.p is not None}
+    return dict(zip(tests, holm(list(tests.values())), strict=True))
 
 
 def _by_identity(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:

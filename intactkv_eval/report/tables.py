@@ -36,7 +36,22 @@ def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     rows = [markdown_row(row) for row in published_rows(beside(grid))]
     rule = markdown_row(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
     printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
-    return "\n".join([*lines, "", NOTES, *said, *(printed if rows else []), ""])
+    return "\n".join([*lines, "", NOTES, *_aware(grid), *said, *(printed if rows else []), ""])
+
+
+def _aware(grid: Grid) -> list[str]:
+    """Checkpoints that were calibrated behind the pivot against plain ones."""
+    rows = [
+        markdown_row([*row.labels, grid.titles[column], f"{found.score.value:.4f}", f"{found.plain.value:.4f}",
+                      _delta(found.to_plain), "" if entry.p_plain is None else f"{entry.p_plain:.4f}"])
+        for row in grid.rows for column, entry in row.entries.items() if (found := entry.found).plain
+    ]  # fmt: skip
+    if not rows:
+        return []
+    header = [*HEAD, "measured", "behind the pivot", "plain", "difference", "p (Holm)"]
+    rule = markdown_row(["---"] * 5 + ["---:"] * 4)
+    said = "Calibrated behind the pivot, against the same calibration without it; both measured behind that pivot:"
+    return ["", said, "", markdown_row(header), rule, *rows]
 
 
 def latex(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -141,6 +156,8 @@ def _figures(title: str, entry: Entry) -> dict[str, object]:
         "delta_base_test": test.method if test else None,
         "documents": test.documents if test else None,
         **_delta_numbers("delta_fp", found.to_full_precision),
+        **_delta_numbers("delta_plain", found.to_plain),
+        "delta_plain_p_holm": entry.p_plain,
         "recovered": found.recovered,
         "recovered_low": low,
         "recovered_high": high,

@@ -21,7 +21,7 @@ from intactkv_eval.sweep.pool import Pool
 from intactkv_eval.sweep.preparation import Quantize, placed
 from intactkv_eval.sweep.progress import Progress
 from intactkv_eval.sweep.schedule import Happened, run_units
-from intactkv_eval.sweep.spec import RunSpec, SweepSpec, read_sweep
+from intactkv_eval.sweep.spec import GridSpec, RunSpec, SweepSpec, read_sweep
 
 
 class Where(NamedTuple):
@@ -106,20 +106,24 @@ def _pool(where: Where, folder: SweepFolder, run: RunSpec, waiting: int) -> Iter
 
 
 def _at(sweep: SweepSpec, models: Mapping[str, str]) -> SweepSpec:
-    named = {str(entry.get("pretrained")) for entry in sweep.models}
+    named = {str(entry.get("pretrained")) for grid in sweep.grids for entry in grid.models}
     for name in models:
         if name not in named:
             raise ConfigError(f"--model {name}=...: the sweep has no such model, but {', '.join(sorted(named))}")
+    return sweep.model_copy(update={"grids": tuple(_moved(grid, models) for grid in sweep.grids)})
+
+
+def _moved(grid: GridSpec, models: Mapping[str, str]) -> GridSpec:
     moved = tuple({**entry, "pretrained": models.get(str(entry.get("pretrained")), entry.get("pretrained"))}
-                  if "pretrained" in entry else entry for entry in sweep.models)  # fmt: skip
-    return sweep.model_copy(update={"models": moved})
+                  if "pretrained" in entry else entry for entry in grid.models)  # fmt: skip
+    return grid.model_copy(update={"models": moved})
 
 
 def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
     """The unit as the report knows a run: enough to name its row where it has no result."""
     arguments = placed(unit.arguments, folder.made)
     cell = cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
-    quantize = next((one for one in unit.preparations if isinstance(one, Quantize)), None)
+    quantize = unit.quantize
     return {
         "key": unit.key,
         "task": unit.task.task,

@@ -65,7 +65,7 @@ def _kind(unit: Unit) -> tuple[object, ...]:
 def _operations(units: Sequence[Unit]) -> str:
     total, unknown = 0.0, set()
     for unit in units:
-        name = PurePath(str(unit.arguments.get("reference") or unit.arguments["pretrained"])).name
+        name = PurePath(str(unit.arguments.get("reference") or unit.source)).name
         size, task = _parameters(name), _TOKENS.get(unit.task.task)
         if size is None or task is None:
             unknown.add(unit.task.task if task is None else name)

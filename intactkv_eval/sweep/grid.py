@@ -1,10 +1,10 @@
-"""From a sweep's lists to its units: one cell, one task, one seed each, every one checked before anything runs.
+"""From a sweep's grids to its units: one cell, one task, one seed each, every one checked before anything runs.
 
 A unit's key is the digest of all that decides its figures (arguments resolved to what they stand for, what is made for
 it, task, seed, versions): two sweeps that hold the same unit share its result, wherever their files lie.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -20,7 +20,16 @@ from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.harness.record import versions
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
-from intactkv_eval.sweep.spec import CalibrateSpec, Entry, LevelsSpec, QuantizeSpec, SweepSpec, TaskSpec, readable
+from intactkv_eval.sweep.spec import (
+    CalibrateSpec,
+    Entry,
+    GridSpec,
+    LevelsSpec,
+    QuantizeSpec,
+    SweepSpec,
+    TaskSpec,
+    readable,
+)
 
 _OF = {
     "weights": ("weights", "bits", "group_size", "symmetric", "awq_search", "rotate", "backend", "quantize"),
@@ -60,12 +69,20 @@ class Unit:
         return cell_from_args({key: value for key, value in self.arguments.items() if key in CELL_KEYS})
 
     @property
+    def quantize(self) -> Quantize | None:
+        """How its checkpoint is made, if it is."""
+        return next((one for one in self.preparations if isinstance(one, Quantize)), None)
+
+    @property
+    def source(self) -> str:
+        """The name of its model, of the full-precision one where a checkpoint is made."""
+        return PurePath(str((self.quantize.model if self.quantize else self.arguments)["pretrained"])).name
+
+    @property
     def label(self) -> str:
         """For people: model, weights, KV, pivot, task, seed, limit."""
-        quantize = next((one for one in self.preparations if isinstance(one, Quantize)), None)
-        name = PurePath(str((quantize.model if quantize else self.arguments)["pretrained"])).name
-        cell = self.cell
-        weights = quantize.name.removeprefix(f"{name}-").rpartition("-")[0] if quantize else _weights(cell)
+        cell, quantize = self.cell, self.quantize
+        weights = quantize.label if quantize else _weights(cell)
         kv = "kv16" if cell.kv.bits == 16 else f"kv{cell.kv.bits} {cell.kv.scheme}"
         trained = any(isinstance(one, Calibrate) for one in self.preparations)
         named = "calibrated" if trained else PurePath(cell.pivot.source).name
@@ -73,42 +90,53 @@ class Unit:
         act = "" if cell.activations.bits == 16 else f" a{cell.activations.bits}"
         seed = "" if self.seed is None else f" seed {self.seed}"
         seed += "" if self.task.limit is None else f" limit {self.task.limit:g}"
-        return f"{name} | {weights}{act} | {kv} | {pivot} | {self.task.task}{seed}"
+        return f"{self.source} | {weights}{act} | {kv} | {pivot} | {self.task.task}{seed}"
 
 
 def expand(sweep: SweepSpec) -> list[Unit]:
-    """Every unit of the grid once, those that share a loaded model beside each other.
+    """Every unit of the sweep's grids once, those that share a loaded model beside each other.
 
     Raises ConfigError that names the combination, for an argument that is unknown, out of range or does nothing.
     """
-    _check_entries(sweep)
     found: dict[str, Unit] = {}
-    places = product(*(range(len(part)) for part in (sweep.models, sweep.weights, sweep.activations, sweep.kv)))
-    for model, weights, activations, kv in places:
-        parts = sweep.models[model], sweep.weights[weights], sweep.activations[activations], sweep.kv[kv]
-        for pivot in sweep.pivots:
-            flat = _joined((*parts, pivot))
-            wanted = [(task, seed) for task in sweep.tasks for seed in _seeds(task, sweep)
-                      if not _excluded(flat, task, seed, sweep.exclude)]  # fmt: skip
-            if not wanted:
-                continue
-            arguments, preparations = _resolved(flat, parts[0], sweep)
-            order = "quantize" in parts[1], weights, activations
-            for task, seed in wanted:
-                unit = Unit(arguments, preparations, task, seed, model, order)
+    models, weights, activations = (_Places() for _ in range(3))
+    for grid in sweep.grids:
+        _check_entries(grid)
+        for parts in product(grid.models, grid.weights, grid.activations, grid.kv):
+            order = "quantize" in parts[1], weights.of(parts[1]), activations.of(parts[2])
+            for unit in _units(grid, parts, models.of(parts[0]), order):
                 found.setdefault(unit.key, unit)
     if not found:
         raise ConfigError("the sweep holds no cell: everything is excluded")
     return sorted(found.values(), key=lambda unit: (unit.model, unit.weights))
 
 
-def _check_entries(sweep: SweepSpec) -> None:
+class _Places(list[Entry]):
+    """Entries in the order in which they came first, whatever grid they are of."""
+
+    def of(self, entry: Entry) -> int:
+        if entry not in self:
+            self.append(entry)
+        return self.index(entry)
+
+
+def _units(grid: GridSpec, parts: Sequence[Entry], model: int, order: tuple[bool, int, int]) -> Iterator[Unit]:
+    for pivot in grid.pivots:
+        flat = _joined((*parts, pivot))
+        wanted = [(task, seed) for task in grid.tasks for seed in _seeds(task, grid)
+                  if not _excluded(flat, task, seed, grid.exclude)]  # fmt: skip
+        if wanted:
+            arguments, preparations = _resolved(flat, parts[0])
+            yield from (Unit(arguments, preparations, task, seed, model, order) for task, seed in wanted)
+
+
+def _check_entries(grid: GridSpec) -> None:
     for name, known in _OF.items():
-        for entry in getattr(sweep, name):
+        for entry in getattr(grid, name):
             for key in entry:
                 if key not in known:
                     raise ConfigError(f"{name}: {unknown_key(key, list(known))}")
-    for entry in sweep.models:
+    for entry in grid.models:
         if "pretrained" not in entry:
             raise ConfigError(f"models: {entry} names no model; add pretrained: <folder or hub id>")
 
@@ -123,8 +151,8 @@ def _joined(parts: Sequence[Entry]) -> Entry:
     return flat
 
 
-def _seeds(task: TaskSpec, sweep: SweepSpec) -> tuple[int | None, ...]:
-    return (task.seeds if task.seeds is not None else sweep.seeds) or (None,)
+def _seeds(task: TaskSpec, grid: GridSpec) -> tuple[int | None, ...]:
+    return (task.seeds if task.seeds is not None else grid.seeds) or (None,)
 
 
 def _excluded(flat: Entry, task: TaskSpec, seed: int | None, rules: Sequence[Entry]) -> bool:
@@ -136,7 +164,7 @@ def _excluded(flat: Entry, task: TaskSpec, seed: int | None, rules: Sequence[Ent
                for rule in rules)  # fmt: skip
 
 
-def _resolved(flat: Entry, model: Entry, sweep: SweepSpec) -> tuple[Entry, tuple[Preparation, ...]]:
+def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]]:
     """Arguments of the model class, and what must be made for them; checked."""
     arguments = dict(flat)
     made: list[Preparation] = []

@@ -7,11 +7,10 @@ where it was, since the makers themselves do.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from intactkv_eval.calibrate.train import Settings
-from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
 from intactkv_eval.harness.command import split_model_args
@@ -42,10 +41,18 @@ class Quantize:
     def name(self) -> str:
         """The folder of the checkpoint."""
         job = self.job()
-        group = "" if job.group_size == -1 else f"g{job.group_size}"
-        label = f"{_word(self.model)}-{job.method}-w{job.bits}{group}"
         said = {"model": self.model, "job": job.model_dump(), "format": self.asked.format, "dtype": self._dtype}
-        return f"{label}-{key_of(said)}"
+        return f"{job.method}-w{job.bits}{_group(job)}-{key_of(said)}"
+
+    @property
+    def label(self) -> str:
+        """For people: preset or method, bits, and behind which pivot it is calibrated."""
+        job = self.job()
+        rotated = " rotated" if job.rotate and not self.asked.preset else ""
+        act = "" if job.activations.bits == 16 else f" a{job.activations.bits}"
+        pivot = job.calibration.pivot if job.calibration is not None else None
+        behind = "" if pivot is None else f" behind {pivot.source}"
+        return f"{self.asked.preset or job.method}{rotated} w{job.bits}{_group(job)}{act}{behind}"
 
     @property
     def _dtype(self) -> str:
@@ -74,7 +81,7 @@ class Levels:
     def name(self) -> str:
         """The file of the levels."""
         said = {"model": self.model, "pivot": self.pivot, "bits": self.bits, "keep": self.keep, "exempt": self.exempt}
-        return f"{_word(self.model)}-kv{self.bits}-{key_of({**said, **self.asked.model_dump()})}.safetensors"
+        return f"kv{self.bits}-{key_of({**said, **self.asked.model_dump()})}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
@@ -96,8 +103,7 @@ class Calibrate:
     @property
     def name(self) -> str:
         """The file of the trained pivot."""
-        digest = key_of({"cell": self.arguments, **self.asked.model_dump()})
-        return f"{_word(self.arguments)}-calibrated-{digest}.safetensors"
+        return f"calibrated-{key_of({'cell': self.arguments, **self.asked.model_dump()})}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
@@ -131,8 +137,5 @@ def prepare(preparation: Preparation, folder: Path, device: str) -> Path:
     return out
 
 
-def _word(model: Mapping[str, Any]) -> str:
-    name = PurePath(str(model["pretrained"])).name
-    if not name:
-        raise ConfigError(f"models: pretrained={model['pretrained']!r} is no folder's or model's name")
-    return name
+def _group(job: Job) -> str:
+    return "" if job.group_size == -1 else f"g{job.group_size}"

@@ -3,8 +3,9 @@
     models x weights x activations x kv x pivots x tasks x seeds
 
 An entry of the first five is a mapping of model arguments (README); a bare word is short for `pretrained` among models,
-for `pivot` among pivots. Besides, weights may be made (`quantize`), levels of `pre_rope` calibrated (`levels`) and a
-pivot trained (`calibrate`): each once, for all cells that need it.
+for `pivot` among pivots, for `task` among tasks. Besides, weights may be made (`quantize`), levels of `pre_rope`
+calibrated (`levels`) and a pivot trained (`calibrate`): each once, for all cells that need it. A table that is no
+product is `grids`, a list of mappings: each a grid of its own, with the lists beside `grids` where it has none.
 """
 
 from typing import Any
@@ -97,8 +98,8 @@ class RunSpec(Spec):
     resources: dict[str, float] = Field(default_factory=lambda: {"num_cpus": 1.0})
 
 
-class SweepSpec(Spec):
-    """A whole sweep. exclude: cells that match every key of one of these (a list is any of its values)."""
+class GridSpec(Spec):
+    """One product. exclude: cells that match every key of one of these (a list is any of its values)."""
 
     models: tuple[Entry, ...] = Field(min_length=1)
     weights: tuple[Entry, ...] = Field(default=({},), min_length=1)
@@ -107,7 +108,6 @@ class SweepSpec(Spec):
     pivots: tuple[Entry, ...] = Field(default=({"pivot": "none"}, {"pivot": "bos"}), min_length=1)
     tasks: tuple[TaskSpec, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = ()
-    run: RunSpec = RunSpec()
     exclude: tuple[Entry, ...] = ()
 
     @model_validator(mode="before")
@@ -123,6 +123,24 @@ class SweepSpec(Spec):
         return full
 
 
+class SweepSpec(Spec):
+    """A whole sweep: the cells of its grids, each once."""
+
+    grids: tuple[GridSpec, ...] = Field(min_length=1)
+    run: RunSpec = RunSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        common = {key: value for key, value in given.items() if key not in {"grids", "run"}}
+        grids = given.get("grids", [{}])
+        if isinstance(grids, list):
+            grids = [{**common, **one} if isinstance(one, dict) else one for one in grids]
+        return {"grids": grids, **{key: given[key] for key in ("run",) if key in given}}
+
+
 def read_sweep(text: str, name: str) -> SweepSpec:
     """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
     try:
@@ -135,4 +153,10 @@ def read_sweep(text: str, name: str) -> SweepSpec:
 
 def readable(error: ValidationError) -> str:
     """Every place that is wrong, and what was expected there."""
-    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'the whole'}: {one['msg']}" for one in error.errors())
+    return "; ".join(f"{_place(one['loc'])}: {one['msg']}" for one in error.errors())
+
+
+def _place(found: tuple[int | str, ...]) -> str:
+    """In the words of a YAML that has no `grids`, where it may be one: its only grid has number 0."""
+    inside = found[2:] if found[:2] == ("grids", 0) else found
+    return ".".join(map(str, inside)) or "the whole"

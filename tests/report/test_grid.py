@@ -52,6 +52,37 @@ def test_a_real_difference_is_marked_and_noise_is_not(folder):
     assert "Not compared" not in text
 
 
+def test_calibrated_behind_the_pivot_against_plainly(folder):
+    """The same job on the same samples but for the pivot, measured behind the same tokens; nothing else is a partner."""
+
+    def put(date, values, calibration, pivot="bos", **options):
+        job = {"method": "gptq", "options": options, "calibration": {"data": "c4", "seed": 0, **calibration}}
+        made = {"job": job, "source": {"model": "m"}}
+        found = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": False, "act_order": False, "mixed": False}
+        cell = {"pretrained": f"made-{date}", "pivot": pivot, **({"reference": "m"} if pivot == "bos" else {})}
+        write(
+            folder, cell, list(values), date, record={"source_hash": str(date), "quantization": {**found, "made": made}}
+        )
+
+    put(10, LOST, {"pivot": None})
+    put(11, LOST + 1, {"pivot": None}, pivot="none")
+    put(12, LOST + 2, {"pivot": None, "seed": 1})
+    put(13, LOST + 3, {"pivot": None}, damp=0.1)
+    put(14, LOST - 0.1 + RNG.normal(0, 0.02, 40), {"pivot": {"source": "bos"}})
+    runs, _ = collect([folder])
+    behind = next(run for run in runs if run.identity.behind)
+    found = compare(behind, "ppl_x", runs)
+    assert found.plain is next(run for run in runs if run.date == 10).scores["ppl_x"]
+    assert found.to_plain.value == found.score.value - found.plain.value
+    assert all(compare(run, "ppl_x", runs).plain is None for run in runs if run is not behind)
+    line = markdown(runs).partition("Calibrated behind the pivot, against")[2].splitlines()[4]
+    assert "| gptq w4g64 calibrated behind bos | 16 | bos |" in line
+    assert f"| {found.score.value:.4f} | {found.plain.value:.4f} |" in line
+    [record] = [one for one in json.loads(as_json(runs)) if one["delta_plain"] is not None]
+    assert record["delta_plain_p_holm"] < 0.01
+    assert record["delta_plain_low"] < record["delta_plain"] < record["delta_plain_high"]
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "named"),
     [

@@ -38,6 +38,15 @@ def test_exclude(saved_llama):
         units(grid(saved_llama, exclude=[{}]))
 
 
+def test_grids_share_what_stands_beside_them(saved_llama):
+    """Each cell once, also where two grids hold it; entries of two grids that are equal share their model."""
+    made = {"kv": [{}, {"kv_bits": 4}], "pivots": ["none"]}
+    found = units({**grid(saved_llama), "grids": [{"pivots": ["bos"]}, made, {**made, "weights": [RTN]}]})
+    assert len(found) == 2 + 4
+    assert len({unit.weights for unit in found}) == 2
+    assert {unit.key for unit in found} < {unit.key for unit in units(grid(saved_llama, kv=made["kv"]))}
+
+
 def test_what_is_made_is_made_once(saved_llama):
     levels = {"kv_bits": 3, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}
     trained = {"pivot": "bos", "calibrate": {"data": "conversations.json"}}
@@ -90,6 +99,10 @@ def test_a_cell_is_known_by_what_it_holds(saved_llama, tmp_path, monkeypatch):
         ({"pivots": [{"pivot": "bos", "calibrate": {"dta": "x"}}]}, "dta: Extra inputs"),
         ({"tasks": []}, "tasks: .*at least 1"),
         ({"grid": 1}, "grid: Extra inputs"),
+        ({"grids": []}, "grids: .*at least 1"),
+        ({"grids": [{}, {"wieghts": []}]}, r"grids\.1\.wieghts: Extra inputs"),
+        ({"grids": {"kv": []}}, "grids: .*valid tuple"),
+        ({"grids": [3]}, "valid dictionary"),
     ],
 )
 def test_what_is_wrong_is_named(parts, message):
