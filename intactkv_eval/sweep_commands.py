@@ -19,7 +19,7 @@ class Executor(str, Enum):
 
 def sweep(
     file: Annotated[
-        Path, typer.Argument(help="The grid: a YAML, or the name of one of ours: table1 ... table5, kv, smollm2.")
+        Path, typer.Argument(help="The grid: a YAML, or the name of one of ours: table1 to 5, kv, quantizers, smollm2.")
     ],
     out: Annotated[Path, typer.Option(help="The folder of results; what it holds is not done again.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate, run nothing.")] = False,

@@ -3,42 +3,24 @@
 import importlib.util
 import json
 import os
-import re
-import shutil
-import signal
-import subprocess
-import sys
 import time
 
-import psutil
 import pytest
 from grids import RTN, grid, sweep_of
-from test_sweep import command, figures, wait_for
+from running import command, figures, ray_cluster, ray_workers, wait_for
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.sweep import on_ray
 from intactkv_eval.sweep.command import Where
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
 
 @pytest.fixture
 def cluster(tmp_path_factory, monkeypatch):
-    """Its address; two CPUs, in a folder with a short name (Ray's sockets allow no long one)."""
-    folder = f"/tmp/ray-{os.getpid()}"
     monkeypatch.setenv("RAY_DEDUP_LOGS", "0")
-    settings = ["--port", "0", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
-    said = tmp_path_factory.mktemp("ray") / "said.txt"
-    with said.open("w") as file:  # a file: its daemons would hold a pipe open
-        subprocess.run(
-            [*RAY, "start", "--head", "--temp-dir", folder, *settings],
-            stdout=file, stderr=file, stdin=subprocess.DEVNULL, check=True, timeout=120,
-        )  # fmt: skip
-    yield re.search(r"--address='([^']+)'", said.read_text())[1]
-    with said.open("a") as file:
-        subprocess.run([*RAY, "stop", "--force"], stdout=file, stderr=file, check=True, timeout=120)
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_cluster(tmp_path_factory.mktemp("ray")) as address:
+        yield address
 
 
 @needs_ray
@@ -54,9 +36,9 @@ def test_a_killed_actor_changes_nothing(saved_llama, tmp_path, cluster):
     sweep_of(given, tmp_path)
     process = command(tmp_path, "--executor", "ray", "--address", cluster, "--made", str(tmp_path / "made"))
     wait_for(4, tmp_path, process)
-    actors = [one for one in psutil.process_iter() if "ray::_Actor" in " ".join(one.cmdline())]
+    actors = ray_workers()
     assert len(actors) == 2
-    os.kill(actors[0].pid, signal.SIGKILL)
+    actors[0].kill()
     said = process.communicate()[0].decode()
     assert process.returncode == 0, said
     assert "24 of 24 cells done, 0 failed" in said

@@ -4,14 +4,12 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from grids import RTN, TASK, grid, sweep_of
+from running import command, figures, processes_of, wait_for
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.command import run_lm_eval
@@ -24,16 +22,6 @@ from intactkv_eval.sweep.command import Where
 from intactkv_eval.sweep.folder import SweepFolder
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
-
-
-def figures(folder, below="cells"):
-    """Every sample's figures, by unit: what must not depend on how a sweep was run."""
-    found = {}
-    for path in sorted((Path(folder) / below).rglob("samples_*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        unit = path.relative_to(Path(folder) / below).parts[0]
-        found[unit] = [(row["doc_id"], row["doc_hash"], row.get("nll"), row.get("acc")) for row in rows]
-    return found
 
 
 @pytest.fixture
@@ -87,7 +75,7 @@ def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
     sweep = sweep_of(given, tmp_path)
     ended = sweep.run(Where())
     assert [end.error for end in ended] == [None] * 8
-    assert len(list((tmp_path / "out" / "made").glob("llama-*"))) == 3, "a checkpoint, two files of levels"
+    assert len(list((tmp_path / "out" / "made").glob("[gk]*"))) == 3, "a checkpoint, two files of levels"
     runs, _ = collect([tmp_path / "out"])
     table = markdown(runs)
     assert "Not compared" not in table
@@ -158,27 +146,6 @@ def test_results_that_the_grid_no_longer_holds_are_not_reported(saved_llama, tmp
     runs, _ = collect([tmp_path / "out"])
     assert {run.scores["intactkv_demo_ppl"].settings["limit"] for run in runs} == {3.0}
     assert len(figures(tmp_path / "out")) == 4, "they are kept"
-
-
-def command(folder, *more):
-    arguments = ["sweep", str(folder / "grid.yaml"), "--out", str(folder / "out"), *more]
-    return subprocess.Popen(
-        [sys.executable, "-m", "intactkv_eval.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def processes_of(process):
-    try:
-        return [process, *psutil.Process(process.pid).children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def wait_for(done, folder, process, seconds=120):
-    begun = time.monotonic()
-    while len(list((folder / "out" / "cells").glob("*/record.json"))) < done and process.poll() is None:
-        assert time.monotonic() - begun < seconds
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
