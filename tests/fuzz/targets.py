@@ -38,10 +38,15 @@ CHECKPOINTS = Path(__file__).parents[1] / "data" / "gptqmodel"
 
 @dataclass
 class Target:
-    """make: an input of a random draw. read: reads one; success or an IntactKVError."""
+    """make: an input of a random draw. read: reads one; success or an IntactKVError.
+
+    value: a whole document where inputs have a structure; dump: such a one as bytes.
+    """
 
     make: Callable[[Random], bytes]
     read: Callable[[bytes], object]
+    value: object = None
+    dump: Callable[[object], bytes] = lambda value: json.dumps(value).encode("utf-8", "surrogatepass")
 
 
 def targets(folder: Path) -> dict[str, Target]:
@@ -114,10 +119,12 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
             f"config-{source.name}": Target(
                 lambda draw, value=config: mutate.of_json(value, draw),
                 _file(folder / "configs" / source.name, "quantize_config.json", read_config),
+                config,
             ),
             f"index-{source.name}": Target(
                 lambda draw, value=index: mutate.of_json(value, draw),
                 _file(folder / "index" / source.name, "model.safetensors.index.json", read_index),
+                index,
             ),
         }
     return found
@@ -163,9 +170,11 @@ def _texts(folder: Path) -> dict[str, Target]:
         return make
 
     return {
-        "cell": Target(yaml_of(cells), _file(folder, "cell.yaml", cell)),
-        "sweep": Target(yaml_of(sweeps), _file(folder, "sweep.yaml", sweep)),
-        "choice": Target(lambda draw: mutate.of_json(choice, draw), _file(folder, "choice.json", ChoiceFile.load)),
+        "cell": Target(yaml_of(cells), _file(folder, "cell.yaml", cell), yaml.safe_load(cells[0])),
+        "sweep": Target(yaml_of(sweeps), _file(folder, "sweep.yaml", sweep), yaml.safe_load(sweeps[0])),
+        "choice": Target(
+            lambda draw: mutate.of_json(choice, draw), _file(folder, "choice.json", ChoiceFile.load), choice
+        ),
     }
 
 
@@ -186,22 +195,22 @@ def _results(folder: Path) -> dict[str, Target]:
             make(runs, absent)
         page(runs, (), absent)
 
-    def jsonl(value: list, draw: Random) -> bytes:
-        return b"\n".join(json.dumps(row).encode() for row in mutate.of_value(value, draw) or [])
+    def jsonl(changed: object) -> bytes:
+        listed = changed if isinstance(changed, list) else [changed]
+        return b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in listed)
 
     def lines(draw: Random) -> bytes:
-        changed = mutate.of_value(rows, draw)
-        listed = changed if isinstance(changed, list) else [changed]
-        data = b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in listed)
+        data = jsonl(mutate.of_value(rows, draw))
         return mutate.of_bytes(data, draw) if draw.random() < 0.3 else data
 
     return {
         "results": Target(
             lambda draw: mutate.of_json(results, draw),
             _file(folder / "one", next(seeds.glob("results_*")).name, report),
+            results,
         ),
-        "samples": Target(lines, _file(folder / "two", samples.name, report)),
-        "plan": Target(lambda draw: mutate.of_json(plan, draw), _file(folder / "three", "sweep.json", report)),
+        "samples": Target(lines, _file(folder / "two", samples.name, report), rows, jsonl),
+        "plan": Target(lambda draw: mutate.of_json(plan, draw), _file(folder / "three", "sweep.json", report), plan),
     }
 
 
@@ -221,6 +230,6 @@ def _judge(folder: Path) -> dict[str, Target]:
         load_entries([path], "mt_bench")
 
     return {
-        "answers": Target(lambda draw: mutate.of_json(answer, draw), _file(folder, "answers.jsonl", reading)),
+        "answers": Target(lambda draw: mutate.of_json(answer, draw), _file(folder, "answers.jsonl", reading), answer),
         "reply": Target(lambda draw: mutate.of_bytes(draw.choice(replies), draw), verdicts),
     }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def change(folder, **changes):
         else:
             tensors[name] = make(tensors[name]).contiguous()
     save_file(tensors, file)
+
+
+def test_a_pattern_that_never_ends(folder):
+    """A stranger's regular expression may not hold up the machine."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {r"(?:(.)|(.)|(..))*\d$": {"bits": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"pattern .* takes over 1 s on model\.layers\."):
+        load(folder)
+    assert time.monotonic() - begun < 10
 
 
 def with_value(value):

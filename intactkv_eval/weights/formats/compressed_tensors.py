@@ -8,7 +8,6 @@ Codes and zeros are stored with 2**(b-1) added, so they are unsigned. Releases b
 a word; the two differ in width, which tells them apart. Source: compressed-tensors 0.20, compressors/pack_quantized.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
+from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import CompressedTensorsSettings, check_settings
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -154,7 +154,7 @@ class CompressedTensorsFormat:
             for target in group.get("targets") or ():
                 if target == layer.name:
                     found[0] = group["weights"]
-                elif target.startswith("re:") and re.match(target.removeprefix("re:"), layer.name):
+                elif target.startswith("re:") and matches(target.removeprefix("re:"), layer.name):
                     found.setdefault(1, group["weights"])
                 elif target == "Linear":
                     found.setdefault(2, group["weights"])

@@ -8,7 +8,6 @@ Format `gptq_v2` stores the zeros as they are. Format `gptq` (v1) stores them mi
 then depends on the writer: see `_zeros`. Source: the packing and reading code of AutoGPTQ 0.7.1 and GPTQModel 7.7.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
+from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -123,7 +123,7 @@ class GPTQFormat:
     def _settings(self, name: str) -> Mapping[str, Any]:
         """The config with GPTQModel's per-module overrides (`dynamic`: regular expressions, `+:` or none in front)."""
         for pattern, override in (self.config.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), name):
                 settings = {**self.config, **override}
                 check_settings(GPTQSettings, settings, f"quantization_config of {name}")
                 return settings

@@ -3,25 +3,13 @@
 A config is a stranger's: a value of another type is refused with its name before anything is computed from it.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from intactkv_eval.errors import CheckpointError
-
-_LONGEST = 1000  # characters of a regular expression
-
-
-def _is_pattern(text: str) -> str:
-    if len(text) > _LONGEST:
-        raise ValueError(f"a pattern of {len(text)} characters")
-    try:
-        re.compile(text.removeprefix("-:").removeprefix("+:").removeprefix("re:"))
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"no regular expression ({error})") from None
-    return text
+from intactkv_eval.weights.formats.patterns import check_pattern
 
 
 def _positive(size: int) -> int:
@@ -31,7 +19,7 @@ def _positive(size: int) -> int:
 
 
 GroupSize = Annotated[int, Field(ge=-1, lt=2**31), AfterValidator(_positive)]
-Pattern = Annotated[str, AfterValidator(_is_pattern)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 class _Settings(BaseModel):
