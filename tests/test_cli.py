@@ -1,5 +1,6 @@
 """The command: one message and exit code 2 for the user's faults, nothing half-written."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,25 @@ def intactkv(*arguments, cwd=ROOT, **env):
         text=True,
         env={**os.environ, **env},
     )
+
+
+@pytest.fixture
+def called(monkeypatch, capfd):
+    """The command in this process: exit code and what it wrote to standard error."""
+    from intactkv_eval import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["intactkv", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capfd.readouterr().err
+
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    before = {logger: list(logger.handlers) for logger in loggers}
+    yield call
+    for logger in [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]:
+        logger.handlers = before.get(logger, [])  # one that writes where this test listened would be left over
 
 
 def test_help_and_version():
@@ -99,16 +119,22 @@ def replaced(arguments, flag, value):
         ("--model_args", "pretrained=m,max_length=0", "max_length=0"),
     ],
 )
-def test_bad_calls(good, flag, value, said):
-    done = intactkv(*replaced(good, flag, value))
-    assert done.returncode == 2, done.stderr[-2000:]
+def test_bad_calls(good, called, flag, value, said):
+    code, stderr = called(*replaced(good, flag, value))
+    assert code == 2, stderr[-2000:]
+    assert "Traceback" not in stderr
+    assert stderr.strip().splitlines()[-1].startswith("intactkv: ")
+    assert said in stderr
+
+
+def test_a_bad_call_as_a_process(good):
+    done = intactkv(*replaced(good, "--tasks", "no_such_task"))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("intactkv: ")
     assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("intactkv: ")
-    assert said in done.stderr
 
 
-def test_bad_calls_of_the_other_commands(tmp_path, saved_llama):
+def test_bad_calls_of_the_other_commands(tmp_path, saved_llama, called):
     calls = [
         (["report", tmp_path / "none"], "no such file"),
         (["report", tmp_path], "holds no"),
@@ -118,9 +144,9 @@ def test_bad_calls_of_the_other_commands(tmp_path, saved_llama):
         (["capture", tmp_path / "no-model", "--out", tmp_path / "z.safetensors"], "no-model"),
     ]
     for arguments, said in calls:
-        done = intactkv(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr[-2000:])
-        assert said in done.stderr.splitlines()[-1]
-        assert "Traceback" not in done.stderr
+        code, stderr = called(*arguments)
+        assert code == 2, (arguments, stderr[-2000:])
+        assert said in stderr.splitlines()[-1]
+        assert "Traceback" not in stderr
     assert not list(tmp_path.glob("*.safetensors"))
     assert not list(tmp_path.glob("*.bin"))

@@ -12,10 +12,15 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.config import WeightSpec
+from intactkv_eval.config import ActivationSpec, WeightSpec
 from intactkv_eval.demo import run_demo
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.stages import apply_stages
+from intactkv_eval.pivot.basis import to_rotated
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.rotation import rotate
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -109,3 +114,20 @@ def test_two_processes_share_the_work(smollm2, tmp_path):
         )
     assert results["one"][:2] == results["two"][:2]
     assert (results["one"][2], results["two"][2]) == (1, 2)
+
+
+@pytest.mark.parametrize("intact", [False, True])
+def test_a_rotation_with_every_quantizer_off_is_the_plain_model(smollm2, intact):
+    """Rotated weights, online Hadamard transforms and a pivot turned into their basis: logits within 1e-4, fp32."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    front = (1, 9690, 198)
+    text = torch.randint(3, 40_000, (2, 200), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        wanted = model(torch.cat([torch.tensor([front] * 2), text], dim=1)).logits[:, len(front) :]
+        pivot = capture(model, front, fingerprint_of(model, "main")) if intact else None
+        apply_stages(model, rotate(model), ActivationSpec())
+        found = PivotedModel(model, front, pivot and to_rotated(pivot)).body_logits(text)
+        assert (found - wanted).norm() / wanted.norm() < 1e-4
+        if pivot is not None:
+            astray = PivotedModel(model, front, pivot).body_logits(text)
+            assert (astray - wanted).norm() / wanted.norm() > 1e-2, "a pivot in the wrong basis is seen"
