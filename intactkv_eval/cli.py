@@ -35,6 +35,7 @@ class Bench(str, Enum):
     scoring = "scoring"
     decode = "decode"
     loading = "loading"
+    talks = "talks"
 
 
 def _late(module: str, name: str) -> Any:
@@ -212,16 +213,22 @@ def bench(
         typer.Option(min=1, help="scoring: rows a batch; of several hf's fastest."),
     ] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="scoring: float32 and bfloat16 if none.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="scoring: documents of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="scoring: documents of each task. talks: questions (8).")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each (3); the median counts.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="talks: new tokens of an answer, at most (64).")] = None,
 ) -> None:
     """Measure against lm_eval's own hf in one run; a ratio is shown only if the answers agree.
 
     scoring: log-likelihoods. decode: tokens a second on packed weights. loading: peak memory of a packed checkpoint.
+    talks: MT-Bench's conversations, against transformers' generate question by question.
     """
-    idle = {"--task": task, "--batch-size": batch_size, "--dtype": dtype, "--limit": limit}
+    scores, talks = what is Bench.scoring, what is Bench.talks
+    idle = {"--task": task and not scores, "--batch-size": batch_size and not scores, "--dtype": dtype and not scores,
+            "--limit": limit and not (scores or talks), "--tokens": tokens and not talks}  # fmt: skip
     for name, value in idle.items():
-        if value and what is not Bench.scoring:
+        if value:
             raise ConfigError(f"{name}: does nothing for bench {what.value}")
     if repeats is not None and what is Bench.loading:
         raise ConfigError("--repeats: does nothing for bench loading, whose peak is the same each time")
@@ -231,6 +238,8 @@ def bench(
         typer.echo(_late("bench.loading", "loading")(Path(model)))
     elif what is Bench.decode:
         typer.echo(_late("bench.decode", "decode")(model, repeats or 3))
+    elif talks:
+        typer.echo(_late("bench.talks", "talks")(model, limit or 8, tokens or 64, repeats or 3))
     else:
         bench_scoring, demo_task = _late("bench.scoring", "scoring"), _late("bench.scoring", "DEMO_TASK")
         kinds = dtype or ["float32", "bfloat16"]

@@ -8,6 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tiny import EOS
 
+from intactkv_eval.bench import talks
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
@@ -166,3 +167,19 @@ def test_a_bench_that_is_not_there(saved_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("INTACTKV_DATA", str(tmp_path))
     with pytest.raises(DataError, match="INTACTKV_DATA="):
         run(saved_llama, None, {"questions": None})
+
+
+def test_the_measurement_against_a_plain_loop(saved_llama, bench, monkeypatch):
+    """`intactkv bench talks` shows ratios, and none where answers differ."""
+    monkeypatch.setenv("INTACTKV_DATA", str(bench))
+    monkeypatch.setattr(talks, "CELL", {**talks.CELL, "group_size": 32})
+    head, _, *rows = talks.talks(str(saved_llama), 3, 5, 1).splitlines()[2:]
+    assert head.startswith("| way | seconds | tokens/s |")
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| generate, question by question", "| intactkv, batch 1", "| intactkv, batch 8",
+    ]  # fmt: skip
+    assert all(row.endswith("| 6 of 6 |") for row in rows)
+    assert all(float(row.split(" | ")[3]) > 0 for row in rows)
+    whole = talks._ours
+    monkeypatch.setattr(talks, "_ours", lambda *args: ([["x", "y"]] * 3, whole(*args)[1]))
+    assert talks.talks(str(saved_llama), 3, 5, 1).count("| answers differ | 0 of 6 |") == 2
