@@ -47,7 +47,9 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> str:
     """
     model = prepare_model(folder)
     results = folder / "results"
-    manager = TaskManager(include_path=str(shipped_folder("tasks")), metadata={"pretrained": str(model)})
+    manager = TaskManager(
+        include_path=str(shipped_folder("tasks")), include_defaults=False, metadata={"pretrained": str(model)}
+    )
     with TemporaryDirectory(dir=folder) as fresh:
         for number, cell in enumerate(CELLS, start=1):
             say(f"[{number}/{len(CELLS)}] " + ", ".join(f"{key}={value}" for key, value in cell.items()))

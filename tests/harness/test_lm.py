@@ -127,7 +127,9 @@ def test_simple_evaluate_records_the_cell(saved_llama):
         limit=4,
         batch_size=4,
         device="cpu",
-        task_manager=TaskManager(include_path="tasks", metadata={"pretrained": str(saved_llama)}),
+        task_manager=TaskManager(
+            include_path="tasks", include_defaults=False, metadata={"pretrained": str(saved_llama)}
+        ),
         bootstrap_iters=1,
     )
     record = found["config"]["intactkv"]

@@ -34,7 +34,7 @@ def run(model, bench, metadata=None, gen_kwargs="max_gen_toks=6", batch_size=3, 
     metadata = {**arguments, "questions": str(bench), **(metadata or {})}
     return simple_evaluate(
         "intactkv", arguments, ["mt_bench"], gen_kwargs=gen_kwargs, batch_size=batch_size, device="cpu",
-        task_manager=TaskManager(include_path=str(shipped_folder("tasks")), metadata=metadata), bootstrap_iters=1,
+        task_manager=TaskManager(include_path=str(shipped_folder("tasks")), include_defaults=False, metadata=metadata), bootstrap_iters=1,
         **options,
     )  # fmt: skip
 

@@ -23,7 +23,9 @@ TEXT = [f"line {i} of a small text.\n" if i % 3 else "" for i in range(60)]
 
 
 def evaluate(tasks, folder, metadata=None, **arguments):
-    manager = TaskManager(include_path=str(TASKS), metadata={"pretrained": str(folder), **(metadata or {})})
+    manager = TaskManager(
+        include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(folder), **(metadata or {})}
+    )
     arguments = {"pretrained": str(folder), "dtype": "float32", "pivot": "none", **arguments}
     return simple_evaluate(
         "intactkv", arguments, tasks, batch_size=4, device="cpu", task_manager=manager, bootstrap_iters=1
@@ -140,7 +142,7 @@ def test_mmlu_prompt_and_dropped_shots(saved_llama, tmp_path, monkeypatch):
     test = [["What, is 1+1?", "1", "2", "3", "4", "B"]] * 3
     _write_mmlu(root, "abstract_algebra", {"dev": dev, "test": test})
     monkeypatch.setenv("INTACTKV_DATA", str(root))
-    manager = TaskManager(include_path=str(TASKS), metadata={"pretrained": str(saved_llama)})
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(saved_llama)})
     task = manager.load(["mmlu_5shot_abstract_algebra"])["tasks"]["mmlu_5shot_abstract_algebra"]
     doc = task.test_docs()[0]
     prompt = task.fewshot_context(doc, 5)
@@ -182,7 +184,7 @@ def test_a_damaged_csv_names_the_row(tmp_path, monkeypatch, saved_llama):
     rows = {"dev": [["q", "a", "b", "c", "d", "A"]], "test": [["q", "a", "b", "c", "d", "E"]]}
     _write_mmlu(root, "anatomy", rows)
     monkeypatch.setenv("INTACTKV_DATA", str(root))
-    manager = TaskManager(include_path=str(TASKS), metadata={"pretrained": str(saved_llama)})
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(saved_llama)})
     with pytest.raises(DataError, match=r"anatomy_test\.csv, row 1"):
         manager.load(["mmlu_0shot_anatomy"])
 
