@@ -55,8 +55,7 @@ test-gptqmodel: $(VENV)/.test $(VENV)/.demo
 
 # A grid of the real model undisturbed, killed five times, and on a local Ray cluster of which a worker is killed.
 sweeps: $(VENV)/.test $(VENV)/.demo
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/at_length.py sweeps/smollm2.yaml $(VENV)/sweeps \
-	  HuggingFaceTB/SmolLM2-135M-Instruct=$(HOME)/.cache/intactkv/demo/SmolLM2-135M-Instruct
+	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/at_length.py sweeps/smollm2.yaml $(VENV)/sweeps
 
 # 200,000 requests: memory and time must not grow with them.
 load: $(VENV)/.test

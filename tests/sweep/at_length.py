@@ -1,4 +1,4 @@
-"""A shipped sweep at length: python tests/sweep/at_length.py SWEEP FOLDER [NAME=MODEL]
+"""A shipped sweep at length: python tests/sweep/at_length.py SWEEP FOLDER [NAME=MODEL], else with the demo's SmolLM2.
 
 Run undisturbed; then with SIGKILL at five random moments, resumed after each; then on a local Ray cluster of two workers of
 which one is killed. Every sample's figures must be the same. Give every process the same number of threads
@@ -16,6 +16,9 @@ import psutil
 sys.path[:0] = [str(Path(__file__).parent)]
 
 from running import command, figures, processes_of, ray_cluster, ray_workers, wait_for
+
+from intactkv_eval.demo import prepare_model
+from intactkv_eval.files import cache_folder
 
 HOURS = 3 * 3600
 
@@ -62,7 +65,9 @@ def on_ray(file: str, folder: Path, cells: int, *more: str) -> None:
 
 def main() -> None:
     """All three, and whether they agree."""
-    file, out, models = sys.argv[1], Path(sys.argv[2]).resolve(), [f"--model={said}" for said in sys.argv[3:]]
+    file, out = sys.argv[1], Path(sys.argv[2]).resolve()
+    named = sys.argv[3:] or [f"HuggingFaceTB/SmolLM2-135M-Instruct={prepare_model(cache_folder() / 'demo')}"]
+    models = [f"--model={said}" for said in named]
     for name in ("calm", "killed", "ray"):
         (out / name).mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
