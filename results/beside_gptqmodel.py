@@ -16,6 +16,8 @@ SAMPLES, LENGTH, WINDOWS = 32, 512, 60
 JOBS = {
     "gptqmodel-gptq-w4g64": {"method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": False},
     "gptqmodel-gptq-w3g64": {"method": "gptq", "bits": 3, "group_size": 64, "sym": False, "desc_act": False},
+    "gptqmodel-gptq-w4g64-act": {"method": "gptq", "bits": 4, "group_size": 64, "sym": False, "desc_act": True},
+    "gptqmodel-gptq-w3g64-act": {"method": "gptq", "bits": 3, "group_size": 64, "sym": False, "desc_act": True},
     "gptqmodel-awq-w4g64": {"method": "awq", "bits": 4, "group_size": 64, "sym": False},
 }
 
