@@ -25,9 +25,10 @@ check: $(VENV)/.test
 slow: $(VENV)/.test $(VENV)/.demo
 	$(BIN)/python -m pytest -m "slow or shared"
 
-# 100,000 damaged files; what fails is kept in tests/fuzz/found.
+# 100,000 damaged files, what fails is kept in tests/fuzz/found; then 1,500 documents of hypothesis for each reader.
 fuzz: $(VENV)/.test
 	$(BIN)/python tests/fuzz/run.py --inputs 100000
+	INTACTKV_FUZZ_EXAMPLES=1500 $(BIN)/python -m pytest tests/fuzz/test_structures.py
 
 # 50 SIGKILLs each of capture, quantize, calibrate, eval, judge and sweep.
 kills: $(VENV)/.test

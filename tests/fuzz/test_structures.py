@@ -5,6 +5,7 @@ and nesting, under the names that the document itself uses.
 """
 
 import copy
+import os
 
 import pytest
 import run
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-EXAMPLES = 60
+EXAMPLES = int(os.environ.get("INTACTKV_FUZZ_EXAMPLES", "60"))
 
 
 @pytest.fixture(scope="module")
