@@ -143,20 +143,22 @@ class SweepSpec(Spec):
 
 def read_sweep(text: str, name: str) -> SweepSpec:
     """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
+    given: Any = None
     try:
-        return SweepSpec.model_validate(yaml.safe_load(text))
+        given = yaml.safe_load(text)
+        return SweepSpec.model_validate(given)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
     except ValidationError as error:
-        raise ConfigError(f"{name}: {readable(error)}") from None
+        several = isinstance(given, dict) and "grids" in given
+        raise ConfigError(f"{name}: {readable(error, several)}") from None
 
 
-def readable(error: ValidationError) -> str:
-    """Every place that is wrong, and what was expected there."""
-    return "; ".join(f"{_place(one['loc'])}: {one['msg']}" for one in error.errors())
+def readable(error: ValidationError, several: bool = False) -> str:
+    """Every place that is wrong, and what was expected there. several: the YAML itself speaks of `grids`."""
+    return "; ".join(f"{_place(one['loc'], several)}: {one['msg']}" for one in error.errors())
 
 
-def _place(found: tuple[int | str, ...]) -> str:
-    """In the words of a YAML that has no `grids`, where it may be one: its only grid has number 0."""
-    inside = found[2:] if found[:2] == ("grids", 0) else found
+def _place(found: tuple[int | str, ...], several: bool) -> str:
+    inside = found if several or found[:1] != ("grids",) else found[2:]
     return ".".join(map(str, inside)) or "the whole"

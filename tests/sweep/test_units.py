@@ -101,6 +101,7 @@ def test_a_cell_is_known_by_what_it_holds(saved_llama, tmp_path, monkeypatch):
         ({"grid": 1}, "grid: Extra inputs"),
         ({"grids": []}, "grids: .*at least 1"),
         ({"grids": [{}, {"wieghts": []}]}, r"grids\.1\.wieghts: Extra inputs"),
+        ({"grids": [{"wieghts": []}, {}]}, r"grids\.0\.wieghts: Extra inputs"),
         ({"grids": {"kv": []}}, "grids: .*valid tuple"),
         ({"grids": [3]}, "valid dictionary"),
     ],
