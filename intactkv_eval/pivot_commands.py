@@ -104,7 +104,8 @@ def calibrate(
         f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})"
     )
     for name, before, after in rows:
-        typer.echo(f"{name:12} {before:9.4g} {after:9.4g}")
+        full = f"   (full precision {found.full_nats:.4g})" if name == "nats a token" else ""
+        typer.echo(f"{name:12} {before:9.4g} {after:9.4g}{full}")
     if not found.best_epoch:
         typer.echo("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
     typer.echo(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]

@@ -94,6 +94,9 @@ def test_the_generated_tables_are_the_records(tmp_path):
         subprocess.run([str(BIN / "intactkv"), "report", *folders.split(), "--out", str(out)], cwd=ROOT, check=True)
         tables[name] = out.read_text()
         assert (ROOT / name).read_text() == tables[name]
+    trained = [sys.executable, "results/trained.py", "table", "results/calibrated", str(tmp_path / "trained.md")]
+    subprocess.run(trained, cwd=ROOT, check=True)
+    assert (ROOT / "results/calibrated.md").read_text() == (tmp_path / "trained.md").read_text()
     for line in tables["results/README.md"].splitlines():
         if line.startswith("|"):
             assert line in README

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv_eval.calibrate.conversations import Conversation, Conversations, is_plain
 from intactkv_eval.errors import DataError
+from intactkv_eval.pivot.choose import nats_of
 
 Body = Callable[[Sequence[int]], list[int]]
 """The tokens of a row -> those behind the pivot."""
@@ -48,6 +49,13 @@ def examples_of(
             f"tokens among its first {most_tokens}; questions without answers need --answer"
         )
     return kept
+
+
+def counted_nats(logits: Tensor, example: Example) -> Tensor:
+    """The nats [N] of the counted tokens, from logits [T, V] behind the body's tokens; none of the first one's."""
+    places = example.counted.nonzero()[:, 0]
+    places = places[places > 0].to(logits.device)
+    return nats_of(logits[places - 1], example.body[places.to(example.body.device)])
 
 
 def _windows(text: str, tokenizer: Any, size: int) -> list[Example]:

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.calibrate.examples import Example
+from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.calibrate.rows import TrainedRows, run_behind
 from intactkv_eval.model.structure import decoder_layers, layer_devices
-from intactkv_eval.pivot.choose import nats_of
 from intactkv_eval.pivot.watch import hidden_of, watched
 
 Targets = Sequence[Tensor]
@@ -70,10 +69,8 @@ class Student:
             with self._losses(wanted, example) as found:
                 logits = self._run(self.model, example).logits[0]
             losses += torch.stack(found).double().cpu()
-            places = example.counted.nonzero()[:, 0]
-            places = places[places > 0].to(logits.device)
-            nats += float(nats_of(logits[places - 1], example.body[places.to(example.body.device)]).sum())
-            tokens += len(places)
+            of_tokens = counted_nats(logits, example)
+            nats, tokens = nats + float(of_tokens.sum()), tokens + len(of_tokens)
         losses /= len(examples)
         return Quality(float(losses.sum()), float(losses[-1]), nats / max(tokens, 1))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.examples import Example
+from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.files import write_atomic
 from intactkv_eval.model.structure import decoder_layers, layer_devices, text_config
@@ -35,6 +35,14 @@ def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> l
     with watched(decoder_layers(model)[1], look):
         run_behind(model.base_model, model, Rows(pivot.keys, pivot.values), layer_devices(model), example.body)
     return found
+
+
+@torch.no_grad()
+def mean_nats(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
+    """Of the counted tokens of all examples, each: what a quantized model may come to."""
+    rows, devices = Rows(pivot.keys, pivot.values), layer_devices(model)
+    runs = (run_behind(model, model, rows, devices, one.body).logits[0] for one in examples)
+    return float(torch.cat([counted_nats(logits, one) for logits, one in zip(runs, examples, strict=True)]).mean())
 
 
 def bytes_of(model: PreTrainedModel, examples: Sequence[Example]) -> int:

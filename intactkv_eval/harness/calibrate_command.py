@@ -22,8 +22,8 @@ from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
 from intactkv_eval.calibrate.student import Quality, Student
-from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, layer_outputs
-from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer
+from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, layer_outputs, mean_nats
+from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
@@ -55,11 +55,12 @@ class Asked(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it: held-out quality before and after, and the run's log."""
+    """What came of it: held-out quality before and after, nats of the full-precision model, and the run's log."""
 
     pivot: PivotKV
     before: Quality
     after: Quality
+    full_nats: float
     log: Path
     best_epoch: int
     examples: int
@@ -82,17 +83,20 @@ def calibrate_to_file(
     _check_cell(cell)
     conversations = load_conversations(asked.data)
     folder = out.parent / f".{out.name}.calibration"
-    full = IntactKVLM(**full_arguments(cell), **loading)
+    full = IntactKVLM(**full_arguments(cell), **{"batch_size": "auto", **loading})
     ranks = Ranks(full.rank, full.world_size)
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
     longest = min(asked.tokens, full.max_length)
     examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant)
+    assert full.pivoted_model.pivot is not None
+    held_out = [examples[place] for place in split(len(examples), settings)[1]]
+    nats = mean_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
     targets = _targets(full, examples, cell, asked, folder, ranks)
     del full
     gc.collect()
     lm = IntactKVLM(**arguments, **loading)
-    return _train(lm, conversations, examples, targets, asked, settings, folder, out, ranks)
+    return _train(lm, conversations, examples, targets, nats, asked, settings, folder, out, ranks)
 
 
 def _train(
@@ -100,6 +104,7 @@ def _train(
     conversations: Conversations,
     examples: Sequence[Example],
     targets: TargetsOf,
+    full_nats: float,
     asked: Asked,
     settings: Settings,
     folder: Path,
@@ -120,8 +125,9 @@ def _train(
     before, after = Trainer(student, examples, targets, settings, state, ranks).run()
     measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}
     made = Calibrated(
-        quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured
-    )
+        quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured,
+        full_nats=full_nats,
+    )  # fmt: skip
     pivot = rows.as_pivot()
     pivot = replace(pivot, fingerprint=pivot.fingerprint.model_copy(update={"calibrated": made}))
     log = out.with_suffix(".csv")
@@ -129,7 +135,7 @@ def _train(
         pivot.save(out)
         shutil.copyfile(state.log_path, log)
         shutil.rmtree(folder)
-    return Result(pivot, before, after, log, state.best_epoch, len(examples))
+    return Result(pivot, before, after, full_nats, log, state.best_epoch, len(examples))
 
 
 def _check_cell(cell: CellSpec) -> None:

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
 from tqdm import tqdm
 
-from intactkv_eval.calibrate.conversations import Conversation, Message, filled, open_question
+from intactkv_eval.calibrate.conversations import Conversation, Message, filled, open_question, waits
 from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.batching import kv_bytes_per_token
@@ -91,13 +91,21 @@ class PivotedTalks(PivotedGeneration):
         return found
 
     def _converse(self, talks: Sequence[Talk], done: Any) -> None:
-        rows = min(self._rows_for(None)(self.max_length), max(len(talks), 1))
+        longest = min(max(map(self._tokens, talks), default=1), int(self.max_length))
+        rows = min(self._rows_for(None)(longest), max(len(talks), 1))
         if self._starts is None:
             converse(self.pivoted_model, talks, self, rows, None, done)
             return
-        whole = rows * int(self.max_length) * kv_bytes_per_token(self.model)
+        whole = rows * longest * kv_bytes_per_token(self.model)
         with self._starts.turns_kept(max(BUDGET, whole)):
             converse(self.pivoted_model, talks, self, rows, self._starts, done)
+
+    def _tokens(self, talk: Talk) -> int:
+        """Of the whole conversation, where each answer is as long as it may be."""
+        said, answers = talk.messages, 0
+        while waits(said):
+            said, answers = filled(said, [""]), answers + 1
+        return len(self.tok_encode(rendered(said, self.tokenizer))) + answers * talk.most
 
     def _rows_for(self, override: int | None) -> Any:
         raise NotImplementedError

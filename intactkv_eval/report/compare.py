@@ -39,7 +39,7 @@ class Comparison:
     """One score beside its baseline and full precision, as far as those were run.
 
     recovered_interval: 95%, None where the three runs share no documents. plain: of the checkpoint that was calibrated
-    like this one's but not behind a pivot.
+    like this one's but not behind a pivot. bos: of the same cell behind the intact [BOS], where this one has another.
     """
 
     score: Score
@@ -49,6 +49,8 @@ class Comparison:
     recovered_interval: tuple[float, float] | None = None
     plain: Score | None = None
     to_plain: Delta | None = None
+    bos: Score | None = None
+    to_bos: Delta | None = None
 
 
 def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
@@ -58,6 +60,7 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     baseline = _score_of(baseline_of(run.identity), run, task, runs) if intact else None
     full = None if run.identity.is_full_precision else _score_of(full_precision_of(run.identity), run, task, runs)
     plain = _plain_score(run, task, runs) if run.identity.behind else None
+    bos = _bos_score(run, task, runs) if intact and run.identity.cell.pivot.source != _ANY else None
     recovered = _recovered(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
@@ -67,6 +70,8 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
         recovered_interval=_interval(score, baseline, full) if recovered is not None and baseline and full else None,
         plain=plain,
         to_plain=difference(score, plain) if plain else None,
+        bos=bos,
+        to_bos=difference(score, bos) if bos else None,
     )
 
 
@@ -124,16 +129,31 @@ def _plain_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     return _newest(lambda identity: identity.behind is None and _by_job(identity) == wanted, run, task, runs)
 
 
+def _bos_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    """Of the same cell but for its tokens in front."""
+    wanted = baseline_of(run.identity)
+
+    def fits(identity: Identity) -> bool:
+        pivot = identity.cell.pivot
+        return pivot.intact and pivot.source == _ANY and comparable(baseline_of(identity), wanted) == wanted
+
+    return _newest(fits, run, task, runs, same_tokens=False)
+
+
 def _by_job(identity: Identity) -> Identity:
     model = identity.cell.model.model_copy(update={"pretrained": ""})
     cell = identity.cell.model_copy(update={"model": model})
     return replace(identity, cell=cell, source_hash=None, checkpoint=None, behind=None)
 
 
-def _newest(fits: Callable[[Identity], bool], run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+def _newest(
+    fits: Callable[[Identity], bool], run: Run, task: str, runs: Sequence[Run], same_tokens: bool = True
+) -> Score | None:
     """The newest score of a model on the same task, behind the same tokens, under the same settings."""
     for other in reversed(runs):
-        if not fits(other.identity) or other.pivot_tokens != run.pivot_tokens or task not in other.scores:
+        if same_tokens and other.pivot_tokens != run.pivot_tokens:
+            continue
+        if not fits(other.identity) or task not in other.scores:
             continue
         if not unlike(run.scores[task], other.scores[task]):
             return other.scores[task]

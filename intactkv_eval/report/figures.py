@@ -111,6 +111,7 @@ def _loss(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any
         _steps(axes, numbers[name], colour)
         axes.set(xlabel="pivot rows that are intact (tokens)", ylabel="mean squared error / 2", title=label)
         _marks(axes, numbers[name].mean(axis=1), said["pivot_words"])
+        axes.margins(y=0.16)
     figure.suptitle("Distance to the full-precision model's outputs, by the size of the intact pivot")
     return figure
 
@@ -172,16 +173,18 @@ def _error(values: Array) -> Array:
 
 
 def _marks(axes: Any, middle: Array, words: list[str]) -> None:
-    """Names the tokens behind the three largest falls."""
+    """Numbers and names the tokens behind the three largest falls, below the curve."""
     falls = middle[:-1] - middle[1:]
     for place in np.argsort(falls)[::-1][:3]:
         if falls[place] > 0.02 * middle[0]:
             axes.annotate(
-                repr(words[place]),
+                f"{place + 1}: {words[place]!r}",
                 (place + 1, middle[place + 1]),
-                xytext=(4, 10),
+                xytext=(0, -28),
                 textcoords="offset points",
+                ha="right" if place > len(falls) / 2 else "left",
                 fontsize=8,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.6},
             )
 
 

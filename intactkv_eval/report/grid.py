@@ -27,6 +27,7 @@ class Entry:
     """A figure of one cell. p: of its difference to the baseline, corrected over the whole table; None if untested.
 
     p_plain: of its difference to the checkpoint that was calibrated plainly, corrected over all such differences.
+    p_bos: the same of its difference to the intact [BOS] alone.
     unpaired: why there is no baseline to compare it with, empty where there is one or none is wanted.
     """
 
@@ -34,6 +35,7 @@ class Entry:
     found: Comparison
     p: float | None = None
     p_plain: float | None = None
+    p_bos: float | None = None
     unpaired: str = ""
 
     @property
@@ -147,14 +149,13 @@ def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
 
 
 def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Holm's correction over every difference to a baseline in the table, and over every one to a plain checkpoint."""
-    base = _holm({(n, c): e.found.to_baseline for n, row in enumerate(rows) for c, e in row.entries.items()})
-    plain = _holm({(n, c): e.found.to_plain for n, row in enumerate(rows) for c, e in row.entries.items()})
-    return tuple(
-        replace(row, entries={c: replace(e, p=base.get((n, c)), p_plain=plain.get((n, c)))
-                              for c, e in row.entries.items()})
-        for n, row in enumerate(rows)
-    )  # fmt: skip
+    """Holm's correction over all differences of one kind: to a baseline, to a plain checkpoint, to [BOS] alone."""
+    entries = {(n, c): e for n, row in enumerate(rows) for c, e in row.entries.items()}
+    base = _holm({at: e.found.to_baseline for at, e in entries.items()})
+    plain = _holm({at: e.found.to_plain for at, e in entries.items()})
+    bos = _holm({at: e.found.to_bos for at, e in entries.items()})
+    tested = {at: replace(e, p=base.get(at), p_plain=plain.get(at), p_bos=bos.get(at)) for at, e in entries.items()}
+    return tuple(replace(row, entries={c: tested[n, c] for c in row.entries}) for n, row in enumerate(rows))
 
 
 def _holm(found: Mapping[_Place, Delta | None]) -> Mapping[_Place, float]:

@@ -20,6 +20,11 @@ from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.tables import NOTES, records
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
+_MORE = {
+    "delta_plain": "Δ plain: to the same calibration without the pivot in front.",
+    "delta_bos": "Δ bos: to the same cell behind the intact [BOS] alone.",
+}
+"""What the columns are that few tables have."""
 TITLE = "IntactKV: what the intact pivot gives back"
 
 
@@ -30,6 +35,7 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
     """
     grid = grid_of(runs, absent)
     found = records(grid)
+    more = [text for key, text in _MORE.items() if any(one[key] is not None for one in found)]
     cells = len({json.dumps(one["cell"], sort_keys=True) for one in found})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -42,7 +48,7 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
         summary=f"{cells} cells, {len(found)} figures, {len(runs)} runs",
         columns=list(dict.fromkeys(str(one["column"]) for one in found)),
         pivots=sorted({str(one["pivot"]) for one in found}),
-        notes=NOTES.replace("\\*", "*").replace("`", ""),
+        notes=" ".join([NOTES.replace("\\*", "*").replace("`", ""), *more]),
         refusals=grid.refusals,
         gaps=grid.gaps,
         published=published_rows(beside(grid)),

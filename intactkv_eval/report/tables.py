@@ -12,6 +12,7 @@ from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
+from intactkv_eval.report.score import Score
 
 HEAD = ("model", "weights", "kv", "pivot")
 _PARTS = ("Δ base", "Δ fp", "recovered")
@@ -36,22 +37,40 @@ def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     rows = [markdown_row(row) for row in published_rows(beside(grid))]
     rule = markdown_row(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
     printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
-    return "\n".join([*lines, "", NOTES, *_aware(grid), *said, *(printed if rows else []), ""])
+    return "\n".join([*lines, "", NOTES, *_aware(grid), *_longer(grid), *said, *(printed if rows else []), ""])
 
 
 def _aware(grid: Grid) -> list[str]:
     """Checkpoints that were calibrated behind the pivot against plain ones."""
-    rows = [
-        markdown_row([*row.labels, grid.titles[column], f"{found.score.value:.4f}", f"{found.plain.value:.4f}",
-                      _delta(found.to_plain), "" if entry.p_plain is None else f"{entry.p_plain:.4f}"])
-        for row in grid.rows for column, entry in row.entries.items() if (found := entry.found).plain
-    ]  # fmt: skip
+    said = "Calibrated behind the pivot, against the same calibration without it; both measured behind that pivot:"
+    return _pairs(
+        grid, said, ("behind the pivot", "plain"), lambda one: (one.found.plain, one.found.to_plain, one.p_plain)
+    )
+
+
+def _longer(grid: Grid) -> list[str]:
+    """Pivots against [BOS] alone."""
+    said = "Other pivots against [BOS] alone, both intact; what the tokens themselves do is in the difference:"
+    return _pairs(grid, said, ("this pivot", "bos"), lambda one: (one.found.bos, one.found.to_bos, one.p_bos))
+
+
+_Pair = tuple[Score | None, Delta | None, float | None]
+
+
+def _pairs(grid: Grid, said: str, names: tuple[str, str], of: Callable[[Entry], _Pair]) -> list[str]:
+    """A table of the figures that have a partner of one kind: score, difference, corrected p."""
+    rows = []
+    for row in grid.rows:
+        for column, entry in row.entries.items():
+            other, delta, p = of(entry)
+            if other is not None:
+                values = [f"{entry.found.score.value:.4f}", f"{other.value:.4f}", _delta(delta)]
+                rows.append([*row.labels, grid.titles[column], *values, "" if p is None else f"{p:.4f}"])
     if not rows:
         return []
-    header = [*HEAD, "measured", "behind the pivot", "plain", "difference", "p (Holm)"]
+    header = [*HEAD, "measured", *names, "difference", "p (Holm)"]
     rule = markdown_row(["---"] * 5 + ["---:"] * 4)
-    said = "Calibrated behind the pivot, against the same calibration without it; both measured behind that pivot:"
-    return ["", said, "", markdown_row(header), rule, *rows]
+    return ["", said, "", markdown_row(header), rule, *map(markdown_row, rows)]
 
 
 def latex(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -158,6 +177,8 @@ def _figures(title: str, entry: Entry) -> dict[str, object]:
         **_delta_numbers("delta_fp", found.to_full_precision),
         **_delta_numbers("delta_plain", found.to_plain),
         "delta_plain_p_holm": entry.p_plain,
+        **_delta_numbers("delta_bos", found.to_bos),
+        "delta_bos_p_holm": entry.p_bos,
         "recovered": found.recovered,
         "recovered_low": low,
         "recovered_high": high,

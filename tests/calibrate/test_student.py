@@ -7,7 +7,7 @@ from tiny import BOS, FAMILIES, build_model
 from intactkv_eval.calibrate.examples import Example
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import KeptTargets, layer_outputs
+from intactkv_eval.calibrate.teacher import KeptTargets, layer_outputs, mean_nats
 from intactkv_eval.config import WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -48,6 +48,18 @@ def outputs_by_hand(model, body):
     for hook in hooks:
         hook.remove()
     return [one[len(PIVOT) :] for one in seen]
+
+
+def test_nats_are_those_of_the_counted_tokens_behind_the_pivots_text():
+    full, pivot, *_ = pair("llama")
+    talks, expected = [example(0), example(1, length=20)], []
+    for one in talks:
+        ids = torch.cat([torch.tensor(PIVOT), one.body])
+        with torch.no_grad():
+            lost = torch.nn.functional.cross_entropy(full(ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        expected.append(lost[len(PIVOT) - 1 :][one.counted])
+    assert not talks[0].counted[0], "whose first token is foretold by the pivot alone, and so is not counted"
+    assert mean_nats(full, pivot, talks) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -41,6 +41,8 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
     before, after = said.held_out["blocks"]
     assert after < before
     assert f"{after:.4g}" in result.output
+    assert f"(full precision {said.full_nats:.4g})" in result.output
+    assert said.full_nats == pytest.approx(said.held_out["nats"][0], abs=0.2), "a model that was never trained"
     assert (tmp_path / "p.csv").read_text().startswith("epoch,step,loss")
     assert not list(tmp_path.glob(".p*"))
     captured = IntactKVLM(str(saved_llama), dtype="float32", pivot=pivot, device="cpu").pivoted_model.pivot
@@ -113,14 +115,17 @@ def test_outputs_recomputed_for_want_of_room_are_the_same(saved_llama, talks, tm
     assert all(torch.equal(a, b) for a, b in zip(kept.keys + kept.values, again.keys + again.values, strict=True))
 
 
-def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path):
+def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monkeypatch):
     lines = [json.dumps({"turns": [f"what is {n}?", "and then?"]}) for n in range(4)]
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     cell, out = f"pretrained={saved_llama},{CELL},pivot=prompt", tmp_path / "p.safetensors"
     refused = calibrate(cell, tmp_path / "q.jsonl", out)
     assert refused.exit_code != 0
     assert "--answer" in str(refused.exception)
+    lengths = []
+    monkeypatch.setattr(IntactKVLM, "_rows_that_fit", lambda lm, tokens: lengths.append(tokens) or 2)
     result = calibrate(cell, tmp_path / "q.jsonl", out, "--answer", 8)
+    assert lengths, "as many at a time as fit"
     assert result.exit_code == 0, result.output
     rows = [json.loads(line)["messages"] for line in (tmp_path / "p.answers.jsonl").read_text().splitlines()]
     assert [[message["role"] for message in row] for row in rows] == [["user", "assistant"] * 2] * 4

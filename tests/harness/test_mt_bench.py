@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tiny import EOS
 
@@ -12,6 +13,7 @@ from intactkv_eval.bench import talks
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.lm_talks import REQUEST
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
@@ -85,6 +87,22 @@ def test_answers_depend_on_seed_and_choice_alone(saved_llama, bench, cell):
     greedy = answers(run(saved_llama, bench, {"num_choices": 2}, "max_gen_toks=6,temperature=0", cell=cell))
     assert greedy[81][0] == greedy[81][1]
     assert greedy == answers(run(saved_llama, bench, {"num_choices": 2}, "max_gen_toks=6,do_sample=False", cell=cell))
+
+
+def test_rows_are_counted_by_what_a_conversation_may_come_to(saved_llama, monkeypatch, tokenizer):
+    """batch_size=auto: many short conversations fit where few of the model's full length do."""
+    lm = IntactKVLM(
+        str(saved_llama), tokenizer=tokenizer, dtype="float32", pivot="prompt", device="cpu", batch_size="auto"
+    )
+    asked = []
+    monkeypatch.setattr(lm, "_rows_that_fit", lambda tokens: asked.append(tokens) or 2)
+    said = [{"role": "user", "content": "One."}, {"role": "user", "content": "Two and three."}]
+    options = [{"messages": said[:many], "max_gen_toks": 4} for many in (1, 2)]
+    turns = lm.generate_turns([Instance(REQUEST, {}, ("One.", one), 0) for one in options])
+    nothing = {"role": "assistant", "content": ""}
+    longest = tokenizer.apply_chat_template([said[0], nothing, said[1], nothing], tokenize=False)
+    assert [len(found) for found in turns] == [1, 2]
+    assert asked == [len(lm.tok_encode(longest)) + 2 * 4]
 
 
 def test_an_intact_prompt_in_full_precision_is_the_plain_model(llama, tokenizer, saved_llama, bench):

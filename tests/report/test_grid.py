@@ -83,6 +83,26 @@ def test_calibrated_behind_the_pivot_against_plainly(folder):
     assert record["delta_plain_low"] < record["delta_plain"] < record["delta_plain_high"]
 
 
+def test_another_pivot_against_bos_alone(folder):
+    """Both intact, the same cell but for the tokens; its own baseline is another matter."""
+    longer = {"pivot": "tokens:1+5"}
+    write(folder, {**BOS, **longer}, list(LOST - 0.1 + RNG.normal(0, 0.02, 40)), 5, record={"pivot_tokens": [1, 5]})
+    write(folder, {**BOS, **longer, "bits": 3}, list(LOST), 6, record={"pivot_tokens": [1, 5]})
+    write(folder, {**BOS, **longer, "intact": False}, list(LOST), 7, record={"pivot_tokens": [1, 5]})
+    runs, _ = collect([folder])
+    compared = {run.date: compare(run, "ppl_x", runs) for run in runs}
+    found = compared.pop(5)
+    assert found.bos is next(run for run in runs if run.date == 3).scores["ppl_x"]
+    assert found.to_bos.value == found.score.value - found.bos.value < 0
+    assert all(other.bos is None for other in compared.values()), "neither [BOS] itself nor 3 bits nor a baseline"
+    line = markdown(runs).partition("Other pivots against [BOS] alone")[2].splitlines()[4]
+    assert f"| {found.score.value:.4f} | {found.bos.value:.4f} | {found.to_bos.value:+.4f}" in line
+    [record] = [one for one in json.loads(as_json(runs)) if one["delta_bos"] is not None]
+    assert record["delta_bos_p_holm"] < 0.01
+    assert "Δ bos: to the same cell" in page(runs)
+    assert "Δ plain: to" not in page(runs)
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "named"),
     [
