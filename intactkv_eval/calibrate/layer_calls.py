@@ -27,13 +27,17 @@ class LayerCall(NamedTuple):
 
     def run(self, layer: nn.Module, hidden: Tensor, cache: Cache | None, device: torch.device) -> Tensor:
         """What `layer`, which is on `device`, makes of `hidden` [1, T, C] with `cache` in the place of its own."""
+        placed = [_placed(value, cache, device, hidden.dtype) for value in self.args]
+        named = {key: _placed(value, cache, device, hidden.dtype) for key, value in self.kwargs.items()}
+        return hidden_of(layer(hidden.to(device), *placed, **named))
 
-        def given(value: Any) -> Any:
-            if isinstance(value, Cache):
-                return cache
-            if isinstance(value, Tensor):
-                return value.to(device, hidden.dtype) if value.is_floating_point() else value.to(device)
-            return type(value)(given(part) for part in value) if type(value) in {tuple, list} else value
 
-        arguments = {key: given(value) for key, value in self.kwargs.items()}
-        return hidden_of(layer(hidden.to(device), *map(given, self.args), **arguments))
+def _placed(value: Any, cache: Cache | None, device: torch.device, dtype: torch.dtype) -> Any:
+    """`value` on `device` with `cache` for any cache in it. (A closure that calls itself would live until gc runs.)"""
+    if isinstance(value, Cache):
+        return cache
+    if isinstance(value, Tensor):
+        return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+    if type(value) in {tuple, list}:
+        return type(value)(_placed(part, cache, device, dtype) for part in value)
+    return value

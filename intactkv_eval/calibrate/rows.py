@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.cache.writer import Writer
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -42,7 +42,7 @@ def run_behind(
     writer: what quantizes the cache's later rows, None for nothing.
     """
     ids = body[None].to(model.get_input_embeddings().weight.device)
-    cache = PivotCache(model.config, 1, writer, rows, list(devices))
+    cache = OnceCache(model.config, 1, writer, rows, list(devices))
     return module(input_ids=ids, past_key_values=cache, use_cache=True)
 
 
