@@ -76,6 +76,7 @@ matrix:
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md
 	$(BIN)/intactkv report results/quantizers results/gptqmodel --out results/quantizers.md
+	$(BIN)/intactkv report results/pivots --out results/pivots.md
 	$(BIN)/python results/trained.py table results/calibrated results/calibrated.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
