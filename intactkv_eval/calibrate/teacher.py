@@ -38,11 +38,12 @@ def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> l
 
 
 @torch.no_grad()
-def mean_nats(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
+def full_nats(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
     """Of the counted tokens of all examples, each: what a quantized model may come to."""
     rows, devices = Rows(pivot.keys, pivot.values), layer_devices(model)
     runs = (run_behind(model, model, rows, devices, one.body).logits[0] for one in examples)
-    return float(torch.cat([counted_nats(logits, one) for logits, one in zip(runs, examples, strict=True)]).mean())
+    nats = torch.cat([counted_nats(logits, one) for logits, one in zip(runs, examples, strict=True)])
+    return float(nats.sum()) / max(len(nats), 1)
 
 
 def bytes_of(model: PreTrainedModel, examples: Sequence[Example]) -> int:

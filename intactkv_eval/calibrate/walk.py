@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
@@ -20,7 +20,7 @@ from intactkv_eval.quantize.method import Block
 
 
 class _Rows(NamedTuple):
-    """Rows of the pivot, as PivotCache takes them."""
+    """Rows of the pivot, as OnceCache takes them."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -108,12 +108,12 @@ class BlockWalk:
         call = self._calls[hidden.shape[1]][index]
         return call.run(self._layers[index], hidden, self._cache(hidden.dtype), self._device or self._devices[index])
 
-    def _cache(self, dtype: torch.dtype) -> PivotCache | None:
+    def _cache(self, dtype: torch.dtype) -> OnceCache | None:
         if self._pivot is None:
             return None
         rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
         devices = self._devices if self._device is None else [self._device] * len(self._devices)
-        return PivotCache(self._model.config, 1, None, rows, devices)
+        return OnceCache(self._model.config, 1, None, rows, devices)
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:

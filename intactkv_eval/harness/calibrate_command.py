@@ -22,7 +22,7 @@ from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
 from intactkv_eval.calibrate.student import Quality, Student
-from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, layer_outputs, mean_nats
+from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config import CellSpec
@@ -91,7 +91,7 @@ def calibrate_to_file(
     examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant)
     assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
-    nats = mean_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
+    nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
     targets = _targets(full, examples, cell, asked, folder, ranks)
     del full
     gc.collect()

@@ -7,7 +7,7 @@ from tiny import BOS, FAMILIES, build_model
 from intactkv_eval.calibrate.examples import Example
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import KeptTargets, layer_outputs, mean_nats
+from intactkv_eval.calibrate.teacher import KeptTargets, full_nats, layer_outputs
 from intactkv_eval.config import WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -59,7 +59,7 @@ def test_nats_are_those_of_the_counted_tokens_behind_the_pivots_text():
             lost = torch.nn.functional.cross_entropy(full(ids[None]).logits[0, :-1], ids[1:], reduction="none")
         expected.append(lost[len(PIVOT) - 1 :][one.counted])
     assert not talks[0].counted[0], "whose first token is foretold by the pivot alone, and so is not counted"
-    assert mean_nats(full, pivot, talks) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
+    assert full_nats(full, pivot, talks) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
