@@ -4,8 +4,10 @@
     q_j = round(w_j),  e = (w_j - q_j) / U[j, j],  w_k -= e U[j, k] for all k > j
 
 Act-order takes columns by falling H[j, j]; groups then are of columns in that order, or with static groups of the
-columns as they lie, with scales fixed beforehand. Scales are min/max of a group as RTN's, taken when its first column's
-turn comes. Source: Frantar et al. 2023, algorithm 1; act-order and static groups as GPTQ's released code has them.
+columns as they lie, with scales fixed beforehand. Otherwise scales are min/max of a group, taken when its first
+column's turn comes: when the errors of all columns before it are put in, which widens the ranges of those that come
+last. Static groups are the default, since in 3 bits they are far better (docs/quantizers.md). Source: Frantar et al.
+2023, algorithm 1; act-order and static groups as GPTQ's released code has them, whose own defaults the presets keep.
 """
 
 import logging
@@ -41,8 +43,8 @@ class GPTQ:
     group_size: int
     symmetric: bool = False
     act_order: bool = True
-    static_groups: bool = False
-    damp: float = 0.01
+    static_groups: bool = True
+    damp: float = 0.05
     sequential: bool = True
     shrink: bool = False
     wants_full_inputs: ClassVar[bool] = False

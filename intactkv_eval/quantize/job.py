@@ -64,17 +64,17 @@ _DATA: dict[str, dict[str, Any]] = {
 }
 _FOLDING = {"awq", "omniquant"}  # methods that scale channels, V's among them
 _PAPER = {"bits": 3, "group_size": 128}
+_RELEASED = {"method": "gptq", "act_order": True, "static_groups": False, "damp": 0.01}  # as AutoGPTQ and QuaRot run it
 PRESETS: dict[str, dict[str, Any]] = {
     "intactkv-rtn-w3g128": {"method": "rtn", **_PAPER},
-    "intactkv-gptq-w3g128": {"method": "gptq", **_PAPER, "act_order": True, "data": "c4"},
+    "intactkv-gptq-w3g128": {**_RELEASED, **_PAPER, "data": "c4"},
     "intactkv-awq-w3g128": {"method": "awq", **_PAPER, "data": "pile", "samples": 128, "length": 512},
     "omniquant-w3g128": {"method": "omniquant", **_PAPER, "let": False, "data": "wikitext2"},
     "quarot-w4a4": {
-        "method": "gptq",
+        **_RELEASED,
         "bits": 4,
         "group_size": -1,
         "symmetric": True,
-        "act_order": True,
         "shrink": True,
         "data": "wikitext2",
         "rotate": True,

@@ -46,13 +46,14 @@ class Quantize:
 
     @property
     def label(self) -> str:
-        """For people: preset or method, bits, and behind which pivot it is calibrated."""
+        """For people: preset or method, bits, the options that are given, and behind which pivot it is calibrated."""
         job = self.job()
         rotated = " rotated" if job.rotate and not self.asked.preset else ""
         act = "" if job.activations.bits == 16 else f" a{job.activations.bits}"
         pivot = job.calibration.pivot if job.calibration is not None else None
         behind = "" if pivot is None else f" behind {pivot.source}"
-        return f"{self.asked.preset or job.method}{rotated} w{job.bits}{_group(job)}{act}{behind}"
+        own = "".join(f" {key}={value}" for key, value in self.asked.options.items())
+        return f"{self.asked.preset or job.method}{rotated} w{job.bits}{_group(job)}{act}{own}{behind}"
 
     @property
     def _dtype(self) -> str:

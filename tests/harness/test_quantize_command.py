@@ -51,14 +51,17 @@ def test_gptq_is_calibrated_and_says_on_what(saved_llama, text, tmp_path):
     assert len(said["pivot_tokens"]) == 1
     assert record(tmp_path / "plain")["samples"] == said["samples"] != record(tmp_path / "seed")["samples"]
     assert len(said["samples"]["sha256"]) == 64
-    assert json.loads((tmp_path / "plain/config.json").read_text())["quantization_config"]["desc_act"] is True
+    quantize(saved_llama, tmp_path / "ordered", text, "--method", "gptq", "-o", "static_groups=false")
+    for folder, ordered in (("plain", False), ("ordered", True)):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["quantization_config"]["desc_act"] is ordered
     lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), device="cpu", backend="dense")
     assert lm.cell_record()["quantization"]["made"]["job"]["method"] == "gptq"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_a_killed_command_goes_on_to_the_same_bytes(saved_llama, text, tmp_path, monkeypatch):
-    arguments = (text, "--method", "gptq", "-o", "static_groups=true", "--format", "compressed-tensors")
+    arguments = (text, "--method", "gptq", "--format", "compressed-tensors")
     quantize(saved_llama, tmp_path / "whole", *arguments)
     keep, kept = BlockStore.keep, []
 
@@ -132,6 +135,12 @@ def test_presets_are_whole(preset):
     assert job_from({"bits": 4, "method": job.method}, [], preset).bits == 4
 
 
+@pytest.mark.parametrize("preset", [name for name, said in PRESETS.items() if said["method"] == "gptq"])
+def test_presets_keep_what_the_papers_ran_gptq_with(preset):
+    options = job_from({}, [], preset).options
+    assert (options["act_order"], options["static_groups"], options["damp"]) == (True, False, 0.01)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_options_are_named_with_their_defaults(method):
     for key, value in options_of(method).items():
@@ -166,7 +175,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(saved_llama, tex
         (("--length", 4000), "4000"),
         (("--device", "cuda:77"), "--device cuda:77"),
         (("--format", "awq"), "AWQ holds weights of 4 bits"),
-        (("--format", "compressed-tensors"), "act-order is not written"),
+        (("--format", "compressed-tensors", "-o", "static_groups=false"), "act-order is not written"),
         (("--data", "nowhere.txt"), "nowhere.txt"),
     ):
         result = run(saved_llama, "--out", tmp_path / "out", "--method", "gptq", "--bits", 3, "--group-size", 32,

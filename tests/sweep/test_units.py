@@ -16,7 +16,7 @@ SWEEPS = sorted(shipped_folder("sweeps").glob("*.yaml"))
 CELLS = {
     "kv": 192,
     "pivots": 12,
-    "quantizers": 50,
+    "quantizers": 54,
     "smollm2": 28,
     "table1": 70,
     "table2": 50,
