@@ -48,9 +48,10 @@ class PreRope:
 
 
 def _round_to_levels(rows: Tensor, low: Tensor, high: Tensor, levels: Tensor) -> Tensor:
-    """`rows` at the nearest level of the range [low, high] that [-1, 1] stands for."""
+    """`rows` at the nearest level of the range [low, high] that [-1, 1] stands for; NaN where a row is not finite."""
     low, high, levels = low.to(rows.dtype), high.to(rows.dtype), levels.to(rows.dtype)
     spread = high - low
     scaled = 2 * (rows - low) / spread.clamp(min=torch.finfo(torch.float32).tiny) - 1
     nearest = levels[torch.bucketize(scaled.contiguous(), (levels[1:] + levels[:-1]) / 2)]
-    return (nearest + 1) / 2 * spread + low
+    broken = rows - rows  # 0, or NaN: a level is found for NaN too, and must not hide it
+    return (nearest + 1) / 2 * spread + low + broken

@@ -6,6 +6,7 @@
 
 Both ends of the range are multiplied by `clip` first. The range is each token's own (scheme `token`, dynamic) or one
 that was calibrated for the layer (`tensor`, static). All is computed in floating point: nothing is saved or faster.
+Numbers that are not finite come out as NaN: a static range must not hide them.
 `InputStage` is what stands in front of a layer's product, a value that is handed to the layer; no hooks.
 Source: QuaRot, quant_utils.py of its code (ActQuantizer).
 """
@@ -40,6 +41,7 @@ def quantize_activations(
     found = (values.amin(dim=-1, keepdim=True), values.amax(dim=-1, keepdim=True)) if range is None else range
     low, high = (torch.as_tensor(end, dtype=torch.float32, device=x.device) * spec.clip for end in found)
     smallest = torch.finfo(torch.float32).tiny  # a row of zeros has no spread
+    values = values + (values - values)  # 0, or NaN where a number is not finite
     if spec.symmetric:
         top = 2 ** (spec.bits - 1) - 1
         step = (torch.maximum(-low, high).clamp(min=0) / top).clamp(min=smallest)

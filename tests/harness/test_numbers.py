@@ -3,7 +3,8 @@
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from tiny import build_model
+from kv_cells import levels_of
+from tiny import BOS, build_model
 
 from intactkv_eval.errors import IntactKVError, NumericsError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
@@ -67,11 +68,27 @@ def test_numbers_that_break_inside_attention_are_placed_there(tokenizer):
 
 def test_every_cell_refuses(tokenizer):
     """Weights are looked at before they are rounded; the cache's rounding carries what is broken on."""
-    for cell in ({"weights": "rtn", "bits": 4, "group_size": 32}, {"kv_bits": 4}, {"act_bits": 8}, {"pivot": "bos"}):
+    for cell in ({"weights": "rtn", "bits": 4, "group_size": 32}, {"act_bits": 8}, {"pivot": "bos"}):
         model = build_model("llama")
         poison(model, "model.layers.0.self_attn.k_proj.weight", float("nan"))
         with pytest.raises(IntactKVError, match=r"k_proj|hold NaN"):
             lm_of(model, tokenizer, **cell).loglikelihood(requests("loglikelihood"))
+
+
+@pytest.mark.parametrize("scheme", ["token_head", "channel_key", "pre_rope"])
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_scheme_of_the_cache_hides_them(tokenizer, tmp_path, scheme, name, value):
+    """A level is found for NaN too; where it is hidden, the answer is a number like any other."""
+    model, cell = build_model("llama"), {"kv_bits": 4, "kv_scheme": scheme}
+    if scheme == "pre_rope":
+        levels = levels_of(model, (BOS,), 0, 4)
+        levels.save(tmp_path / "levels.safetensors")
+        cell |= {"kv_levels": str(tmp_path / "levels.safetensors")}
+    lm = lm_of(model, tokenizer, **cell)
+    poison(model, f"model.layers.1.self_attn.{name}.weight", value)
+    with pytest.raises(NumericsError, match=rf"in model\.layers\.1\.self_attn\.{name}\.weight"):
+        lm.loglikelihood(requests("loglikelihood"))
 
 
 def test_whole_numbers_are_left_alone(tokenizer):

@@ -41,6 +41,18 @@ def by_the_paper(row, bits, symmetric, clip, ends=None):
     return np.array(out, np.float32)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("scheme", ["token", "tensor"])
+def test_what_is_not_finite_stays_so(symmetric, value, scheme):
+    x = torch.ones(2, 8)
+    x[1, 3] = value
+    spec = ActivationSpec(bits=8, scheme=scheme, symmetric=symmetric)
+    found = quantize_activations(x, spec, (-1.0, 2.0) if scheme == "tensor" else None)
+    assert torch.isfinite(found[0]).all()
+    assert not torch.isfinite(found[1, 3])
+
+
 @pytest.mark.parametrize("bits", [4, 6, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("clip", [1.0, 0.9])
