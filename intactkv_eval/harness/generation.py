@@ -19,7 +19,7 @@ from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import FiniteLogits, RowSampler, warped
+from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler, warped
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
 from intactkv_eval.pivot.watch import where_not_finite
@@ -78,19 +78,18 @@ def generate(
             logits_processor=LogitsProcessorList([FiniteLogits(), *([sampler] if sampler else [])]),
             **options,
         )
-    except NumericsError as error:
-        raise NumericsError(f"{error}: {_where(pivoted, rows)}") from None
+    except BrokenLogits as error:
+        broken = [*rows[error.place // beams], *error.tokens[ids.shape[1] :].tolist()]
+        raise NumericsError(f"{error}: {_where(pivoted, broken)}") from None
     if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
         turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
 
 
-def _where(pivoted: PivotedModel, rows: list[list[int]]) -> str:
-    """Where the rows' prompts, alone, have NaN or infinite numbers."""
-    inputs = (torch.tensor([row], device=pivoted.device) for row in rows)
+def _where(pivoted: PivotedModel, row: list[int]) -> str:
+    """Where a row, alone, has NaN or infinite numbers."""
     with torch.no_grad():
-        found = [where_not_finite(pivoted.model, partial(pivoted.logits, row)) for row in inputs]
-    return found[0]
+        return where_not_finite(pivoted.model, partial(pivoted.logits, torch.tensor([row], device=pivoted.device)))
 
 
 def _behind_front(

@@ -62,13 +62,23 @@ def warped(scores: Tensor, temperature: float | None, top_k: int | None, top_p: 
     return found
 
 
+class BrokenLogits(NumericsError):
+    """place: of the first row without a next token. tokens [T]: what stands in it, padding in front and new ones."""
+
+    def __init__(self, place: int, tokens: Tensor) -> None:
+        super().__init__("the logits of a new token are NaN or infinite")
+        self.place, self.tokens = place, tokens
+
+
 class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
-    """Raises NumericsError for logits that hold NaN or +inf, from which argmax would make tokens like any other."""
+    """Raises BrokenLogits for logits that hold NaN or +inf, from which argmax would make tokens like any other."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Logits [B, V] -> the same."""
-        if scores.isnan().any() or scores.isposinf().any() or scores.isneginf().all(-1).any():
-            raise NumericsError("the logits of a new token are NaN or infinite")
+        broken = scores.isnan().any(-1) | scores.isposinf().any(-1) | scores.isneginf().all(-1)
+        if broken.any():
+            place = int(broken.int().argmax())
+            raise BrokenLogits(place, input_ids[place])
         return scores
 
 

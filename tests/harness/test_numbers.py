@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from kv_cells import levels_of
+from lm_eval.api.instance import Instance
 from tiny import BOS, build_model
 
 from intactkv_eval.errors import IntactKVError, NumericsError, PivotError
@@ -40,6 +40,22 @@ def test_a_broken_tensor_is_named(tokenizer, kind, value, name):
     with pytest.raises(NumericsError, match=wanted):
         getattr(lm, kind)(requests(kind))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_row_that_breaks_is_the_one_that_is_looked_at(tokenizer):
+    """Not the first of its batch; and what it generated before it broke counts too."""
+    model = build_model("llama")
+    lm = lm_of(model, tokenizer)
+    options = {"max_gen_toks": 4, "until": []}
+    first = int(lm.pivoted_model.logits(torch.tensor([lm.tok_encode("aa b")]))[0, -1].argmax())
+    for token, texts in ((lm.tok_encode("z")[0], ("aa b", "z z")), (first, ("aa b",))):
+        held = model.model.embed_tokens.weight.detach().clone()
+        with torch.no_grad():
+            model.model.embed_tokens.weight[token] = float("nan")
+        with pytest.raises(NumericsError, match=r"in model\.embed_tokens\.weight"):
+            lm.generate_until([Instance("generate_until", {}, (text, options), 0) for text in texts])
+        with torch.no_grad():
+            model.model.embed_tokens.weight.copy_(held)
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
