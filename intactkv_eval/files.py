@@ -6,11 +6,12 @@ Knows paths and bytes only.
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from intactkv_eval.errors import ConfigError, DataError
 
@@ -56,20 +57,63 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def flush(path: Path) -> None:
+    """What was written to a file, or the names in a folder, is on disk when this returns."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def place_folder(folder: Path, target: Path) -> None:
+    """The finished `folder` becomes `target`, which is free: its files are on disk first, then by one rename."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            flush(file)
+    os.replace(folder, target)
+    flush(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Take a folder away at once, its lock too: who comes then makes it anew, and meets no half of it."""
+    gone = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with suppress(FileNotFoundError):
+        folder.replace(gone)
+    shutil.rmtree(gone)
+
+
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[bool]:
     """While it lasts, no other process of this machine holds `path`; False where one does and there is no waiting.
 
     The lock ends with its process, however that ends. Raises OSError as the file system does.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+    while True:
+        with _opened(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            if _is_at(file, path):
+                yield True
+                return
+
+
+def _opened(path: Path) -> IO[str]:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the folder was removed between the two
+            return path.open("w")
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether the file that was opened is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ dropped when a run goes on. With TensorBoard installed and asked for, the log's 
 """
 
 import csv
+import io
 import json
 import pickle
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,9 @@ class RunState:
             "log": self._rows,
         }  # fmt: skip
         if self.writes:
-            write_atomic(self.folder / "state.pt", lambda partial: torch.save(content, partial))
+            whole = io.BytesIO()  # a full disk is an OSError when bytes are written, not when torch writes
+            torch.save(content, whole)
+            write_atomic(self.folder / "state.pt", lambda partial: partial.write_bytes(whole.getbuffer()))
             write_atomic(self.log_path, self._write_log)
 
     def due(self) -> bool:

@@ -1,7 +1,6 @@
 """What `intactkv quantize` does: a full-precision model in, a quantized checkpoint out; killed, it goes on."""
 
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.files import locked
+from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -72,6 +71,7 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     with locked(folder / "lock"):
         if not _is_there(out, record):
             _quantize(model, tokenizer, out, layout, job, samples, pivot, record, folder, _device(source.device))
+        remove_folder(folder)
     return len(linear_layers(model)), layout
 
 
@@ -117,7 +117,6 @@ def _quantize(
         ranges = calibrate_ranges(model, partial(_run_all, walk, tokens))
     scheme = _scheme(job, model, layers, rotation)
     _export(out, layout, scheme, model, tokenizer, layers, range_tensors(ranges), record)
-    shutil.rmtree(folder)
 
 
 def _run_all(walk: BlockWalk, samples: Sequence[Tensor]) -> None:

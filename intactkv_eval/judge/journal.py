@@ -6,6 +6,7 @@
 A line that a kill has cut off is left out and written over. verdict: null where the reply holds none.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -58,7 +59,9 @@ class Journal:
         with self._turn:
             end = os.fstat(self._handle.fileno()).st_size
             try:
-                self._handle.write(written)
+                kept = self._handle.write(written)
+                if kept != len(written):  # as on a disk that fills up
+                    raise OSError(errno.ENOSPC, f"{kept} of {len(written)} bytes")
                 os.fsync(self._handle.fileno())
             except OSError as error:
                 os.ftruncate(self._handle.fileno(), end)  # half a line would spoil those behind it

@@ -7,6 +7,7 @@ Source: LightLLM, server/router/model_infer/mode_backend/base_backend.py (preloa
 manager (load_index_kv_buffer).
 """
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
         own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
         buffer = torch.cat((keys[:, :, own], values[:, :, own]), dim=2).contiguous()
         names[f"rank_{rank}"] = name = f"prompt_cache_rank_{rank}.pt"
-        write_atomic(folder / name, lambda partial, buffer=buffer: torch.save({"kv_buffer": buffer}, partial))  # type: ignore[misc]
+        whole = io.BytesIO()
+        torch.save({"kv_buffer": buffer}, whole)
+        write_atomic(folder / name, lambda partial, made=whole: partial.write_bytes(made.getbuffer()))  # type: ignore[misc]
     config |= {"prompt_cache_token_ids": list(pivot.token_ids), "prompt_cache_kv_buffer": names}
     write_atomic(file, lambda partial: partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))

@@ -4,9 +4,7 @@ Knows no model: names and tensors in, a folder out. config.json says what was do
 """
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.files import place_folder
 from intactkv_eval.tensor_file import save_tensors
 from intactkv_eval.weights.checkpoint import INDEX
 from intactkv_eval.weights.formats import FORMATS, intactkv
@@ -55,20 +54,22 @@ def export(
         except CheckpointError as error:
             raise CheckpointError(f"{name}: {error}") from None
         tensors.update({f"{name}.{key}": value.contiguous() for key, value in held.items()})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as partial:
-        _save(Path(partial), tensors)
+    partial = out.parent / f".{out.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
+    partial.mkdir(parents=True)
+    try:
+        _save(partial, tensors)
         said = {**config, "quantization_config": FORMATS[layout].describe(scheme)}
-        (Path(partial) / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        (partial / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if beside is not None:
-            _copy(beside, Path(partial))
-        for file in Path(partial).iterdir():
+            _copy(beside, partial)
+        for file in partial.iterdir():
             file.chmod(0o644)
         if out.exists():
             out.rmdir()
-        os.replace(partial, out)
-        Path(partial).mkdir()  # for TemporaryDirectory to remove
-    out.chmod(0o755)
+        place_folder(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new(out: Path) -> None:

@@ -9,7 +9,6 @@ One sweep at a time works on a folder.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import locked, write_atomic
+from intactkv_eval.files import locked, place_folder, write_atomic
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
 _RECORD = "record.json"
@@ -82,13 +81,9 @@ class SweepFolder:
         """Its partial folder becomes its result: on disk first, then by one rename."""
         folder, target = self.partial(key), self.cell(key)
         _write(folder / _RECORD, record)
-        for file in folder.rglob("*"):
-            if file.is_file():
-                _flush(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)  # never whole: `is_done` said so
-        os.replace(folder, target)
-        _flush(target.parent)
+        place_folder(folder, target)
         (self.path / FAILED / f"{key}.json").unlink(missing_ok=True)
         for left in self.path.glob(f"responses/{key}*"):
             left.unlink()
@@ -102,11 +97,3 @@ class SweepFolder:
 def _write(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,7 @@
 """What was answered once is kept: through kills, full disks and re-runs; nothing is asked that is known."""
 
 import os
+import resource
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from judging import command, judged, rows
 from server import rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.judge.journal import NAME
+from intactkv_eval.judge.journal import NAME, Line, opened
 
 
 def test_a_changed_answer_is_judged_anew(server, answer_file, bench, tmp_path):
@@ -83,6 +84,27 @@ def test_two_models_judged_one_after_another_stand_in_one_file(server, answer_fi
     judged(server, [answer_file], bench, tmp_path / "out")
     judged(server, [lines(tmp_path / "two.jsonl", answers_of("two"))], bench, tmp_path / "out")
     assert [row["model"] for row in rows(tmp_path / "out")] == ["one"] * 10 + ["two"] * 10
+
+
+def test_half_a_reply_is_taken_back(tmp_path):
+    """A disk that fills up, and a limit on a file's size, take a part of what is written and raise nothing."""
+    line = Line(key="a", judge="j", server=None, prompt="p", kind="single", models=("m",), question_id=1, turn=1,
+                choice=0, user_prompt="u", reply="r" * 500, finish=None, tokens=None, verdict=7.0, attempt=1, tstamp=0)  # fmt: skip
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with opened(tmp_path) as journal:
+        journal.add(line)
+        size = (tmp_path / NAME).stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, limits[1]))
+        try:
+            with pytest.raises(ConfigError, match="a reply cannot be written"):
+                journal.add(line.model_copy(update={"key": "b"}))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / NAME).stat().st_size == size
+        assert list(journal.lines) == ["a"]
+        journal.add(line.model_copy(update={"key": "c"}))
+    with opened(tmp_path) as journal:
+        assert list(journal.lines) == ["a", "c"]
 
 
 def test_a_disk_that_is_full_ends_the_run_at_once(server, bench, tmp_path, monkeypatch):

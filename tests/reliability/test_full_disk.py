@@ -23,7 +23,7 @@ def state(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", ["capture", "quantize", "eval"])
+@pytest.mark.parametrize("name", ["capture", "quantize", "calibrate", "eval"])
 def test_a_full_disk(staged, tmp_path, name):
     """The folder holds an earlier result and room for almost nothing."""
     with mounted(tmp_path / "disk", "-o", "size=64k") as disk:
@@ -42,7 +42,7 @@ def test_a_full_disk(staged, tmp_path, name):
         (disk / "filler").unlink()
 
 
-@pytest.mark.parametrize("name", ["capture", "quantize", "eval", "sweep"])
+@pytest.mark.parametrize("name", ["capture", "quantize", "calibrate", "eval", "sweep"])
 def test_a_folder_that_cannot_be_written(staged, tmp_path, name):
     with mounted(tmp_path / "disk", "-o", "size=1m") as disk:
         arguments = staged[name].arguments(disk)
