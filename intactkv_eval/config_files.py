@@ -4,8 +4,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
 
@@ -20,9 +19,9 @@ def load_config(name: str) -> dict[str, Any]:
             near = get_close_matches(name, known, n=3) or known
             raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config {path}: cannot be read as YAML: {error}") from None
+        loaded = parse_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config {path}: {error}") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
     if "config" in loaded:

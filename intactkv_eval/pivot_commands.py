@@ -71,13 +71,14 @@ def calibrate(
     data: Annotated[str, typer.Option(help="Conversations: .json (ShareGPT), .jsonl, .txt, or a data set ORG/NAME.")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write; a .csv log is put beside it.")],
     answer: Annotated[int, typer.Option(min=0, help="Let the full model answer questions, in so many tokens.")] = 0,
+    conversations: Annotated[int | None, typer.Option(min=2, help="So many, drawn by --seed; all if none.")] = None,
     rate: Annotated[float, typer.Option(help="AdamW's learning rate, constant.")] = 2e-4,
     batch: Annotated[int, typer.Option(help="Conversations a step.")] = 16,
     epochs: Annotated[int, typer.Option(help="At most.")] = 20,
     clip: Annotated[float, typer.Option(help="Greatest norm of a step's gradient; 0 for none.")] = 0.3,
     held_out: Annotated[float, typer.Option(help="Share of the conversations that is never trained on.")] = 0.2,
     patience: Annotated[int, typer.Option(help="Epochs without a better held-out loss before it ends.")] = 3,
-    seed: Annotated[int, typer.Option(help="Which are held out, and their order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which are drawn and held out, and their order.")] = 0,
     tokens: Annotated[int, typer.Option(min=2, help="Of a conversation, at most; more are cut off.")] = 1024,
     assistant: Annotated[int, typer.Option(min=0, help="Leave out those without more assistant tokens.")] = 50,
     budget: Annotated[float, typer.Option(min=0, help="GB on disk for full-precision outputs; more: recomputed.")] = 32,
@@ -85,18 +86,21 @@ def calibrate(
         bool, typer.Option("--recompute/--no-recompute", help="One layer's activations in memory; or all, faster.")
     ] = True,
     master: Annotated[str, typer.Option(help="Of the trained copy: float32 or bfloat16.")] = "float32",
-    tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard too.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard too, in OUT.tensorboard.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
 ) -> None:
     """Train the pivot's KV for one quantized model: later runs take pivot=FILE.safetensors.
 
-    The defaults are the paper's. A run that was killed goes on when the same command is given again. On several GPUs:
+    The defaults are the paper's, which takes 128 conversations. A run that was killed goes on when the same command
+    is given again. On several GPUs:
     accelerate launch -m intactkv_eval.cli calibrate ...
     """
     command = import_module("intactkv_eval.harness.calibrate_command")
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
-    asked = command.Asked(data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard)
+    asked = command.Asked(
+        data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard, conversations
+    )
     settings: Any = command.Settings(rate, batch, epochs, clip, held_out, patience, seed)
     found = command.calibrate_to_file(arguments, loading, asked, settings, out)
     rows = zip(("all layers", "last layer", "nats a token"), found.before, found.after, strict=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
@@ -13,16 +14,25 @@ from torch import Tensor
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.files import write_atomic
 
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
-def read_tensor_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors, by name. Raises CheckpointError, with the reason alone, where it cannot be read."""
+def read_tensor_file(path: Path, floats: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, by name. floats: all must be numbers of 16, 32 or 64 bits.
+
+    Raises CheckpointError, with the reason alone, where it cannot be read.
+    """
     try:
         with safe_open(str(path), framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(str(error)) from None
+    for name, tensor in tensors.items():
+        if floats and tensor.dtype not in _FLOATS:
+            raise CheckpointError(f"{name} is of {tensor.dtype}, expected floating point of 16, 32 or 64 bits")
+    return metadata, tensors
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

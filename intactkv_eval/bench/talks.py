@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 
-from intactkv_eval.calibrate.conversations import Conversation, Message, filled, open_question
 from intactkv_eval.calibrate.examples import rendered
+from intactkv_eval.calibrate.messages import Conversation, Message, filled, open_question
 from intactkv_eval.demo import prepare_model
 from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.lm import IntactKVLM

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.pivot.kv import Fingerprint
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
@@ -52,6 +53,10 @@ class KVLevels:
     calibration: Calibration
 
     def __post_init__(self) -> None:
+        if self.bits not in range(2, 9) or not self.low:
+            raise ConfigError(
+                f"levels for {self.bits} bits of {len(self.low)} layers; expected 2 to 8 bits and a layer"
+            )
         expected = (len(self.low), 2**self.bits)
         for name in ("key_levels", "value_levels"):
             found = getattr(self, name)
@@ -59,7 +64,7 @@ class KVLevels:
                 raise ConfigError(f"{name} {tuple(found.shape)} should be {expected}: layers, 2**bits")
             if not (found.diff(dim=1) >= 0).all() or found.abs().max() > 1:
                 raise ConfigError(f"{name} should be sorted numbers from -1 to 1")
-        if not self.low or len(self.low) != len(self.high):
+        if len(self.low) != len(self.high):
             raise ConfigError(f"{len(self.low)} lower and {len(self.high)} upper ends of key channels")
         for layer, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
             if (
@@ -122,7 +127,7 @@ class KVLevels:
         if not path.is_file():
             raise ConfigError(f"kv_levels={path}: no such file; intactkv kv-levels writes it")
         try:
-            metadata, tensors = read_tensor_file(path)
+            metadata, tensors = read_tensor_file(path, floats=True)
         except CheckpointError as error:
             raise ConfigError(f"kv_levels={path}: cannot be read ({error}); calibrate anew") from None
         if metadata.get("format") != FORMAT:
@@ -130,7 +135,7 @@ class KVLevels:
             raise ConfigError(f"kv_levels={path}: no file of levels (format {found!r}, expected {FORMAT!r})")
         try:
             layers = sum(key.startswith("low.") for key in tensors)
-            done = json.loads(metadata["calibration"])
+            done = parse_json(metadata["calibration"])
             return cls(
                 bits=int(metadata["bits"]),
                 key_levels=tensors["key_levels"],

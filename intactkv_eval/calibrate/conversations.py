@@ -1,6 +1,6 @@
 """Conversations to calibrate on: ShareGPT JSON, messages, questions with turns, or plain text.
 
-    .json    a list of {"conversations": [{"from": "human", "value": ...}, ...]}, or as below
+    .json    a list of {"conversations": [{"from": "human", "value": ...}, ...]} (sharegpt.py), or as below
     .jsonl   lines: {"messages": [{"role": "user", "content": ...}, ...]}, {"turns": [...]} or {"text": ...}
     .txt     one text; texts have no roles, all of their tokens count
     NAME     a data set of the hub with one of these columns, NAME:SPLIT for another split than train
@@ -9,26 +9,21 @@ A conversation whose user has the last word waits for an answer (harness/answers
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from intactkv_eval.calibrate.messages import ROLES, Conversation, Message, message_of, waits
+from intactkv_eval.calibrate.sharegpt import is_sharegpt, of_sharegpt
 from intactkv_eval.data import digest_of_text, load_dataset
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import read_jsonl
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-          "system": "system"}  # fmt: skip
-
-
-class Message(NamedTuple):
-    """role: system, user or assistant."""
-
-    role: str
-    content: str
-
-
-Conversation = tuple[Message, ...]
+_FILES = {".json", ".jsonl", ".txt"}
+_HUB = re.compile(r"[\w.-]+/[\w.-]+(:\w+)?")
 
 
 class Conversations(NamedTuple):
@@ -44,9 +39,17 @@ class Conversations(NamedTuple):
         kept = tuple(texts)
         return cls(kept, source, digest_of_text(json.dumps(kept, ensure_ascii=False)))
 
+    def drawn(self, count: int | None, seed: int) -> "Conversations":
+        """In an order drawn by `seed`; where questions wait for answers, so many. As they are without a count."""
+        if count is None:
+            return self
+        order = list(self.texts)
+        random.Random(f"drawn {seed}").shuffle(order)
+        return Conversations.of(order[:count] if any(map(waits, order)) else order, self.source)
+
 
 def load_conversations(source: str) -> Conversations:
-    """All conversations of a file or a data set.
+    """All conversations of a file or a data set; of ShareGPT's layout the usable ones.
 
     Raises ConfigError for an unknown kind of source, DataError for a row that is no conversation, naming it.
     """
@@ -56,15 +59,18 @@ def load_conversations(source: str) -> Conversations:
     if path.suffix in {".json", ".jsonl"}:
         rows = read_jsonl(path) if path.suffix == ".jsonl" else _read_json(path)
         place = str(path)
-    elif "/" in source and not path.suffix:
+    elif _HUB.fullmatch(source) and not path.exists():
         name, _, split = source.partition(":")
         rows, place = load_dataset(name, split=split or "train"), source
     else:
         raise ConfigError(f"conversations {source!r}: use a .json, .jsonl or .txt file, or a data set ORG/NAME")
-    texts = [conversation_of(row, f"{place}, row {number}") for number, row in enumerate(rows, start=1)]
-    if not texts:
+    if not len(rows):
         raise DataError(f"{place}: holds no conversation")
-    return Conversations.of(texts, path.name if path.suffix else source)
+    if all(map(is_sharegpt, rows)):
+        texts = of_sharegpt(rows, place)
+    else:
+        texts = [conversation_of(row, f"{place}, row {number}") for number, row in enumerate(rows, start=1)]
+    return Conversations.of(texts, path.name if path.suffix in _FILES else source)
 
 
 def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
@@ -75,60 +81,36 @@ def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
             return tuple(Message("user", turn) for turn in turns)
     if isinstance(row, Mapping) and isinstance(row.get("text"), str):
         return (Message("assistant", row["text"]),)
-    listed = next((row[key] for key in ("messages", "conversations") if row.get(key)), None) if row else None
+    listed = row.get("messages") or row.get("conversations") if isinstance(row, Mapping) else None
     if not isinstance(listed, list):
-        raise DataError(
-            f"{place}: expected messages, conversations, turns or text, found {', '.join(map(str, row or ()))}"
-        )
-    found = []
-    for message in listed:
-        role = _ROLES.get(str(message.get("role", message.get("from"))))
-        content = message.get("content", message.get("value"))
-        if role is None or not isinstance(content, str):
+        keys = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(f"{place}: expected messages, conversations, turns or text, found {keys}")
+    found = [message_of(message) for message in listed]
+    for message, one in zip(listed, found, strict=True):
+        if one is None:
             raise DataError(
-                f"{place}: a message needs a role ({', '.join(sorted(set(_ROLES)))}) and a text, found {message!r:.80}"
+                f"{place}: a message needs a role ({', '.join(sorted(set(ROLES)))}) and a text, found {message!r:.80}"
             )
-        found.append(Message(role, content))
-    return tuple(found)
-
-
-def open_question(conversation: Conversation) -> int | None:
-    """The number of messages up to the first question that has no answer, with it; None where all have theirs."""
-    pairs = zip(conversation, (*conversation[1:], None), strict=True)
-    for place, (message, after) in enumerate(pairs, start=1):
-        if message.role == "user" and (after is None or after.role == "user"):
-            return place
-    return None
-
-
-def waits(conversation: Conversation) -> bool:
-    """Whether a user's message in it has no answer."""
-    return open_question(conversation) is not None
-
-
-def filled(conversation: Conversation, answers: Sequence[str]) -> Conversation:
-    """The conversation with its first open questions answered."""
-    for answer in answers:
-        end = open_question(conversation)
-        conversation = (*conversation[:end], Message("assistant", answer), *conversation[end:])
-    return conversation
-
-
-def is_plain(conversation: Conversation) -> bool:
-    """Whether it is a text without roles."""
-    return [message.role for message in conversation] == ["assistant"]
+    whole = tuple(one for one in found if one is not None)
+    spoken = [message for message in whole if message.role != "system"]
+    if len(whole) > 1 and spoken and spoken[0].role == "assistant":
+        raise DataError(f"{place}: begins with an answer; the first message but the system's is a user's")
+    return whole
 
 
 def _read(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"conversations {str(path)!r}: no such file")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
 
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        rows = json.loads(_read(path))
-    except json.JSONDecodeError as error:
+        rows = parse_json(_read(path))
+    except ValueError as error:
         raise DataError(f"{path}: damaged JSON ({error})") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a list of conversations")

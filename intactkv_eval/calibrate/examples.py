@@ -12,7 +12,9 @@ import jinja2
 import torch
 from torch import Tensor
 
-from intactkv_eval.calibrate.conversations import Conversation, Conversations, is_plain
+from intactkv_eval.calibrate.conversations import Conversations
+from intactkv_eval.calibrate.messages import Conversation, is_plain
+from intactkv_eval.data import digest_of
 from intactkv_eval.errors import DataError
 from intactkv_eval.pivot.choose import nats_of
 
@@ -29,26 +31,41 @@ class Example:
 
 
 def examples_of(
-    conversations: Conversations, tokenizer: Any, body: Body, most_tokens: int = 1024, least_counted: int = 50
+    conversations: Conversations,
+    tokenizer: Any,
+    body: Body,
+    most_tokens: int = 1024,
+    least_counted: int = 50,
+    count: int | None = None,
 ) -> list[Example]:
     """Examples of at most `most_tokens`, cut at the end, of more than `least_counted` assistant tokens; others go.
 
-    Raises DataError where none is left, or where the chat template cannot tell whose a token is.
+    count: the first so many of them. Raises DataError where none, or fewer, are left, or where the chat template cannot
+    tell whose a token is.
     """
-    found: list[Example] = []
+    kept: list[Example] = []
+    looked = 0
     for one in conversations.texts:
         if is_plain(one):
-            found += _windows(one[0].content, tokenizer, most_tokens)
+            found = _windows(one[0].content, tokenizer, most_tokens)
         else:
             tokens, mine = _marked(one, tokenizer)
-            found.append(_example(tokens[:most_tokens], mine[:most_tokens], body))
-    kept = [one for one in found if int(one.counted.sum()) > least_counted]
-    if not kept:
+            found = [_example(tokens[:most_tokens], mine[:most_tokens], body)]
+        looked += len(found)
+        kept += [example for example in found if int(example.counted.sum()) > least_counted]
+        if count is not None and len(kept) >= count:
+            return kept[:count]
+    if not kept or count is not None:
         raise DataError(
-            f"{conversations.source}: none of {len(found)} conversations has more than {least_counted} assistant "
-            f"tokens among its first {most_tokens}; questions without answers need --answer"
+            f"{conversations.source}: {len(kept)} of {looked} conversations have more than {least_counted} assistant "
+            f"tokens among the first {most_tokens}, {count or 2} are needed; questions without answers need --answer"
         )
     return kept
+
+
+def digest_of_examples(examples: Sequence[Example]) -> str:
+    """SHA-256 over tokens and what counts of them: what a chat template, too, has a part in."""
+    return digest_of(part for example in examples for part in (example.body.numpy(), example.counted.numpy()))
 
 
 def counted_nats(logits: Tensor, example: Example) -> Tensor:

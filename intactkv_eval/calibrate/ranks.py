@@ -22,6 +22,20 @@ class Ranks:
         """The examples of a batch that are this process's."""
         return batch[self.rank :: self.world]
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            torch.distributed.barrier()
+
+    def firsts(self, numbers: Sequence[float], device: torch.device) -> list[float]:
+        """The numbers of the first process: what is decided by them is then decided alike, to the last bit."""
+        if self.world == 1:
+            return list(numbers)
+        held = torch.tensor(numbers, dtype=torch.float64).to(device)
+        torch.distributed.broadcast(held, 0)
+        found: list[float] = held.tolist()
+        return found
+
     def summed(self, parameters: Sequence[Tensor], losses: Sequence[Tensor]) -> float:
         """Add up the gradients of all processes, in place; the sum of all losses."""
         total = torch.stack(list(losses)).double().sum().cpu() if losses else torch.zeros((), dtype=torch.float64)

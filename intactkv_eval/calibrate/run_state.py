@@ -25,19 +25,23 @@ _COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_o
 
 class RunState:
     """The state of one run in `folder`. job: all that its result depends on. writes: this process saves and logs.
+    tensorboard: a folder for its event files.
 
     Raises ConfigError where the folder holds a run of another job.
     """
 
-    def __init__(self, folder: Path, job: Mapping[str, Any], writes: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self, folder: Path, job: Mapping[str, Any], writes: bool = True, tensorboard: Path | None = None
+    ) -> None:
         self.folder, self.writes, self._job = folder, writes, json.dumps(job, sort_keys=True)
         self.epoch = self.batch = self.step = self.epochs_without_gain = self.best_epoch = 0
         self.first: Quality | None = None
         self.best: Quality | None = None
         self.best_rows: list[Tensor] = []
         self._rows: list[dict[str, Any]] = []
-        self._board = _board(folder) if tensorboard and writes else None
         self._saved = self._read()
+        done = 0 if self._saved is None else int(self._saved["step"])
+        self._board = _board(tensorboard, done) if tensorboard is not None and writes else None
 
     @property
     def log_path(self) -> Path:
@@ -107,6 +111,11 @@ class RunState:
                 if name not in {"epoch", "step"}:
                     self._board.add_scalar(name, value, row["step"])
 
+    def close(self) -> None:
+        """What TensorBoard was told is on disk."""
+        if self._board is not None:
+            self._board.close()
+
     def _write_log(self, path: Path) -> None:
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, _COLUMNS)
@@ -132,9 +141,10 @@ class RunState:
         return saved
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, done: int) -> Any:
+    """purge_step: what a killed process had logged behind its last save is logged again."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
     except ImportError:
         raise ConfigError("--tensorboard: needs the package tensorboard (pip install tensorboard)") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder), purge_step=done + 1 if done else None)

@@ -103,7 +103,8 @@ class Trainer:
     def held_out_quality(self) -> Quality:
         """Of the rows as they are now."""
         chosen = self._held_out
-        return self._student.quality([self._examples[i] for i in chosen], (self._targets(i) for i in chosen))
+        found = self._student.quality([self._examples[i] for i in chosen], (self._targets(i) for i in chosen))
+        return Quality(*self._ranks.firsts(found, self._parameters[0].device))
 
     def _epoch(self, epoch: int) -> None:
         settings, state = self._settings, self._state

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lm_eval.api.instance import Instance
 
-from intactkv_eval.calibrate.conversations import Conversation, Conversations, filled, waits
+from intactkv_eval.calibrate.conversations import Conversations
+from intactkv_eval.calibrate.messages import Conversation, filled, waits
 from intactkv_eval.files import write_jsonl
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST

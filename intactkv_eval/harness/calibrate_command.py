@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed
 
-from intactkv_eval.calibrate.conversations import Conversations, load_conversations, waits
-from intactkv_eval.calibrate.examples import Example, examples_of
+from intactkv_eval.calibrate.conversations import Conversations, load_conversations
+from intactkv_eval.calibrate.examples import Example, digest_of_examples, examples_of
+from intactkv_eval.calibrate.messages import waits
 from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
@@ -40,8 +40,8 @@ from intactkv_eval.pivot.kv import Calibrated, PivotKV
 class Asked(NamedTuple):
     """data: conversations. answer: the full-precision model answers those that wait, in so many tokens; 0 is no.
 
-    tokens: of a conversation at most; assistant: more than so many of them. budget: bytes on disk for full-precision
-    outputs. recompute: see student.py. master: dtype of the trained copy.
+    conversations: so many, drawn by the seed; all if None. tokens: of one at most; assistant: more than so many.
+    budget: bytes on disk for full-precision outputs. recompute: see student.py. master: dtype of the trained copy.
     """
 
     data: str
@@ -52,6 +52,7 @@ class Asked(NamedTuple):
     recompute: bool = True
     master: str = "float32"
     tensorboard: bool = False
+    conversations: int | None = None
 
 
 class Result(NamedTuple):
@@ -81,14 +82,14 @@ def calibrate_to_file(
     check_writable(out.parent)
     cell = cell_from_args(arguments)
     _check_cell(cell)
-    conversations = load_conversations(asked.data)
+    conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell), **{"batch_size": "auto", **loading})
     ranks = Ranks(full.rank, full.world_size)
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
     longest = min(asked.tokens, full.max_length)
-    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant)
+    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant, asked.conversations)
     assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
@@ -116,11 +117,14 @@ def _train(
     rows = TrainedRows(pivoted.pivot, getattr(torch, asked.master), pivoted.devices)
     record: dict[str, str | int | float | bool] = {**asdict(settings), "tokens": asked.tokens, "master": asked.master}
     record |= {"assistant": asked.assistant, "recompute": asked.recompute, "processes": ranks.world}
+    if asked.conversations is not None:
+        record["conversations"] = asked.conversations
     digest = quantized_digest(pivoted.model)
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
-    job = {"settings": record, "data": conversations.digest, "quantized": digest, "pivot": first,
-           "dtype": str(pivoted.model.dtype)}  # fmt: skip
-    state = RunState(folder, job, ranks.rank == 0, asked.tensorboard)
+    job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),
+           "quantized": digest, "pivot": first, "dtype": str(pivoted.model.dtype)}  # fmt: skip
+    board = out.with_suffix(".tensorboard") if asked.tensorboard else None
+    state = RunState(folder, job, ranks.rank == 0, board)
     student = Student(pivoted.model, rows, asked.recompute)
     before, after = Trainer(student, examples, targets, settings, state, ranks).run()
     measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}
@@ -128,9 +132,11 @@ def _train(
         quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured,
         full_nats=full_nats,
     )  # fmt: skip
+    state.close()
     pivot = rows.as_pivot()
     pivot = replace(pivot, fingerprint=pivot.fingerprint.model_copy(update={"calibrated": made}))
     log = out.with_suffix(".csv")
+    ranks.wait()  # the others may still be reading what lies in the folder
     if ranks.rank == 0:
         pivot.save(out)
         shutil.copyfile(state.log_path, log)
@@ -171,8 +177,7 @@ def _targets(
     kept = KeptTargets(folder / f"full-{tokens.hexdigest()[:16]}")
     if ranks.rank == 0:
         kept.fill(model, pivot, examples)
-    if ranks.world > 1:
-        torch.distributed.barrier()
+    ranks.wait()
     return kept
 
 

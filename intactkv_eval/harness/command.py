@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lm_eval._cli import HarnessCLI
 from lm_eval.utils import setup_logging, simple_parse_args_string
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import check_hf_arguments
@@ -95,9 +95,9 @@ def _read_config(parsed: Namespace) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path}: cannot be read as YAML: {error}") from None
+        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
     return loaded

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import DataError
 from intactkv_eval.files import read_jsonl
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
@@ -70,7 +71,7 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     run = read_run(path)
     if run is None:
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_bytes())
     metadata = content.get("configs", {}).get(bench, {}).get("metadata") or {}
     if bench not in content["results"] or metadata.get("protocol") != bench:
         return None  # of another task, or a judge's own figures

@@ -8,7 +8,6 @@ A line that a kill has cut off is left out and written over. verdict: null where
 
 import errno
 import fcntl
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -16,8 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
 
 NAME = "replies.jsonl"
@@ -98,9 +98,9 @@ def read_lines(path: Path, content: bytes) -> dict[str, Line]:
     found = {}
     for number, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            row: Any = json.loads(text)
+            row: Any = parse_json(text)
             line = Line.model_validate(row)
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+        except ValueError as error:  # pydantic's among them
             raise DataError(f"{path}, line {number}: no reply of a judge ({type(error).__name__})") from None
         found[line.key] = line
     return found

@@ -140,7 +140,13 @@ def _fields(question: Question, choices: Sequence[Choice]) -> dict[str, str]:
 def _filled(prompt: Prompt, fields: Mapping[str, str]) -> str:
     """Plain names alone are filled in: an answer with braces stays what it is, a template cannot reach attributes."""
     made = []
-    for text, name, specification, conversion in string.Formatter().parse(prompt.prompt_template):
+    try:
+        parsed = list(string.Formatter().parse(prompt.prompt_template))
+    except ValueError as error:
+        raise DataError(
+            f"the judge's prompt {prompt.name!r} is no template ({error}): write {{{{ for a brace"
+        ) from None
+    for text, name, specification, conversion in parsed:
         made.append(text)
         if name is None:
             continue

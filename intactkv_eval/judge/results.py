@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.files import write_atomic, write_jsonl
 from intactkv_eval.judge.entries import Entry
 from intactkv_eval.judge.fastchat import Judged
@@ -21,7 +22,7 @@ def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judge
     figures, questions = score_figures(judged), by_question(judged)
     if entry.results is None or not questions:
         return None
-    content = json.loads(entry.results.read_text(encoding="utf-8"))
+    content = parse_json(entry.results.read_bytes())
     row: dict[str, object] = {"alias": bench, "sample_len": len(questions)}
     for part, figure in figures.items():
         name = "score" if part == ALL else part.replace(" ", "_")

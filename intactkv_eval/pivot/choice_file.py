@@ -1,11 +1,11 @@
 """A chosen prefix with its evidence, as JSON: what `intactkv pivots --out` writes and pivot=FILE.json reads."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.choose import Choice
@@ -49,8 +49,8 @@ class ChoiceFile(BaseModel):
         if not path.is_file():
             raise PivotError(f"pivot file {path} does not exist")
         try:
-            found = cls.model_validate(json.loads(path.read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+            found = cls.model_validate(parse_json(path.read_bytes()))
+        except ValueError as error:  # pydantic's among them
             raise PivotError(f"{path} is no prefix that `intactkv pivots --out` wrote ({error})") from None
         if found.format != FORMAT or not found.tokens:
             raise PivotError(f"{path}: format {found.format!r}, expected {FORMAT!r}; search anew: intactkv pivots")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
@@ -148,7 +149,7 @@ class PivotKV:
         if not path.is_file():
             raise PivotError(f"pivot file {path} does not exist")
         try:
-            metadata, tensors = read_tensor_file(path)
+            metadata, tensors = read_tensor_file(path, floats=True)
         except CheckpointError as error:
             raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
         if metadata.get("format") != FORMAT:
@@ -156,11 +157,11 @@ class PivotKV:
         try:
             layers = sum(key.startswith("keys.") for key in tensors)
             return cls(
-                token_ids=tuple(int(token) for token in json.loads(metadata["token_ids"])),
+                token_ids=tuple(int(token) for token in parse_json(metadata["token_ids"])),
                 keys=tuple(tensors[f"keys.{layer}"] for layer in range(layers)),
                 values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
                 logits=tensors["logits"],
                 fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
             )
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
             raise PivotError(f"pivot file {path} is damaged ({error}): capture it anew") from None

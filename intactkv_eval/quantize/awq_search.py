@@ -9,7 +9,6 @@ Source: llm-awq, quantize/auto_scale.py (apply_scale) and auto_clip.py (apply_cl
 """
 
 import hashlib
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +33,12 @@ def load_search(path: Path) -> AWQSearch:
     try:
         content = path.read_bytes()
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # noqa: BLE001  a damaged pickle fails in torch's reader with whatever it meets first
         raise CheckpointError(f"awq_search={path}: cannot be read as llm-awq's search result ({error})") from None
     try:
         scales = tuple((str(before), tuple(map(str, names)), _finite(scale)) for before, names, scale in found["scale"])
         clips = {str(name): _finite(largest).squeeze(-1) for name, largest in found["clip"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"awq_search={path}: expected the lists `scale` and `clip` of llm-awq ({error})"
         ) from None

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
@@ -113,7 +114,7 @@ def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
 def read_run(path: Path, leaves: bool = False) -> Run | None:
     """The run of a results file; None where another model class made it. Raises ConfigError for a damaged file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         record = content["config"].get("intactkv")
         if record is None:
             return None

@@ -5,7 +5,6 @@ unit, and the settings stand below each figure.
 Source: IntactKV, figures 1 to 3 (activations, attention, loss by the size of the pivot).
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import wrap
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 
 Array = NDArray[Any]
@@ -31,7 +31,7 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     try:
         with np.load(folder / "figures.npz") as held:
             numbers = {name: held[name] for name in held.files}
-        said = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+        said = parse_json((folder / "figures.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: holds no numbers of figures ({error}); run intactkv figures") from None
     written = []

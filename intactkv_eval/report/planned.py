@@ -5,13 +5,13 @@ FOLDER/cells/KEY/         its results
 FOLDER/failed/KEY.json    why there are none
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 
 PLAN, CELLS, FAILED = "sweep.json", "cells", "failed"
@@ -64,7 +64,7 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
         return [{**unit, "key": _key(unit["key"]), "task": str(unit["task"])} for unit in found]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: not a sweep's plan ({error}); `intactkv sweep` writes it anew") from None
@@ -82,6 +82,6 @@ def _why(folder: Path, key: str) -> str:
     if not path.is_file():
         return MISSING
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
+        return str(parse_json(path.read_bytes())["error"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: damaged ({error}); remove it, and run the sweep again") from None

@@ -123,7 +123,15 @@ def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], lea
 
 
 def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
-    return {name for child in children.get(task, []) for name in ({child} | _below(child, children))}
+    """What a group holds, and what those hold; a file may name a group inside of itself."""
+    found: set[str] = set()
+    left = list(children.get(task, []))
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += children.get(name, [])
+    return found
 
 
 def samples_of(results: Path, task: str) -> Path:
@@ -151,8 +159,7 @@ def _values(
 
 
 def _leaves(task: str, children: Mapping[str, list[str]]) -> list[str]:
-    below = children.get(task)
-    return sorted({leaf for child in below for leaf in _leaves(child, children)}) if below else [task]
+    return sorted(name for name in _below(task, children) if not children.get(name)) or [task]
 
 
 def _documents(content: Mapping[str, Any], task: str, children: Mapping[str, list[str]]) -> str | None:

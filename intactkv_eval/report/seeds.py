@@ -6,11 +6,13 @@ Paired with a baseline of the same seeds; against one of other seeds nothing is 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from math import nan
 from statistics import fmean, stdev
 
 from intactkv_eval.report.collect import Identity, Run
 from intactkv_eval.report.score import Score
 
+_LARGEST = 1e150  # of a figure whose square is a number
 Key = tuple[Identity, tuple[int, ...], tuple[str, str, str]]
 
 
@@ -42,16 +44,25 @@ def _merged(found: dict[str, tuple[Run, Score]]) -> Run:
     runs, scores = zip(*(found[seed] for seed in seeds), strict=True)
     newest, first = max(runs, key=lambda run: run.date), scores[0]
     alike = all(score.values.keys() == first.values.keys() and score.documents == first.documents for score in scores)
-    values = {place: fmean(score.values[place] for score in scores) for place in first.values} if alike else {}
+    values = {place: _mean([score.values[place] for score in scores]) for place in first.values} if alike else {}
     figures = [score.value for score in scores]
-    scale = fmean(figures) if first.of_nll else 1.0  # of an nll's error, for the perplexity that it makes
+    scale = _mean(figures) if first.of_nll else 1.0  # of an nll's error, for the perplexity that it makes
     one: Score = replace(
         first,
-        value=fmean(figures),
-        stderr=scale * stdev(values.values()) / len(values) ** 0.5 if len(values) > 1 else None,
+        value=_mean(figures),
+        stderr=scale * _deviation(list(values.values())) / len(values) ** 0.5 if len(values) > 1 else None,
         settings={**first.settings, "seed": ", ".join(seeds)},
         values=values,
-        spread=stdev(figures),
+        spread=_deviation(figures),
     )
     merged: Run = replace(newest, scores={first.task: one})
     return merged
+
+
+def _mean(figures: list[float]) -> float:
+    return fmean(figures) if all(abs(one) < _LARGEST for one in figures) else nan
+
+
+def _deviation(figures: list[float]) -> float:
+    """NaN where the figures of a file are none, or too large to be added up."""
+    return stdev(figures) if all(abs(one) < _LARGEST for one in figures) else nan

@@ -10,10 +10,10 @@ product is `grids`, a list of mappings: each a grid of its own, with the lists b
 
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from intactkv_eval.config import Spec
+from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError
 
 Entry = dict[str, Any]
@@ -65,6 +65,7 @@ class CalibrateSpec(Spec):
     seed: int | None = None
     tokens: int | None = Field(default=None, ge=2)
     assistant: int | None = Field(default=None, ge=0)
+    conversations: int | None = Field(default=None, ge=2)
     recompute: bool | None = None
     master: str | None = None
 
@@ -145,13 +146,13 @@ def read_sweep(text: str, name: str) -> SweepSpec:
     """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
     given: Any = None
     try:
-        given = yaml.safe_load(text)
+        given = parse_yaml(text)
         return SweepSpec.model_validate(given)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: cannot be read as YAML: {error}") from None
     except ValidationError as error:
         several = isinstance(given, dict) and "grids" in given
         raise ConfigError(f"{name}: {readable(error, several)}") from None
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def readable(error: ValidationError, several: bool = False) -> str:

@@ -3,7 +3,6 @@
 Nothing is held: a tensor is read when it is asked for and is the caller's. Pickles are refused unread. Knows no model.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -72,7 +72,7 @@ def checkpoint_folder(pretrained: str, revision: str, **hub: Any) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file holds none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):

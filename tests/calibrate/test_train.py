@@ -22,7 +22,7 @@ from intactkv_eval.model.structure import layer_devices
 EXAMPLES = [
     example(seed, 8 + seed % 3, words=9) for seed in range(12)
 ]  # of few words, so that they have much in common
-SETTINGS = Settings(rate=1e-2, batch=4, epochs=4, held_out=0.3)
+SETTINGS = Settings(rate=1e-2, batch=3, epochs=4, held_out=0.4)  # 7 are trained on: steps of 3, 3 and 1
 
 
 class Killed(Exception):
@@ -51,13 +51,13 @@ def test_held_out_loss_falls_and_the_best_rows_are_kept(models, tmp_path):
     assert state.best_epoch > 0
     log = list(csv.DictReader((tmp_path / "log.csv").open()))
     losses = [float(line["loss"]) for line in log if line["loss"]]
-    assert len(losses) == state.step == 2 * state.epoch
+    assert len(losses) == state.step == 3 * state.epoch
     assert float(log[0]["held_out_blocks"]) == before.blocks
     assert min(float(line["held_out_blocks"]) for line in log if line["held_out_blocks"]) == after.blocks
     assert all(torch.equal(a, b) for a, b in zip(rows.parameters(), state.best_rows, strict=True))
 
 
-@pytest.mark.parametrize("after", [1, 3, 4, 8, 13])
+@pytest.mark.parametrize("after", [1, 3, 4, 8, 14])
 def test_killed_anywhere_it_ends_with_the_same_rows(models, tmp_path, monkeypatch, after):
     """After so many gradients: before the first step is saved, in the middle of an epoch, in a later one."""
     monkeypatch.setattr("intactkv_eval.calibrate.run_state._EVERY", 1)
@@ -81,7 +81,8 @@ def test_killed_anywhere_it_ends_with_the_same_rows(models, tmp_path, monkeypatc
         patch.setattr(Student, "add_gradient", lambda self, *a: steps.append(1) or real(self, *a))
         assert resumed.run() == quality
     assert all(torch.equal(a, b) for a, b in zip(rows.parameters(), other.parameters(), strict=True))
-    assert len(steps) == 4 * 8 - (after - 1) // 4 * 4
+    saved = [7 * epoch + step for epoch in range(4) for step in (0, 3, 6) if 7 * epoch + step < after]
+    assert len(steps) == 4 * 7 - saved[-1]
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "killed")]
     assert logs[0] == logs[1]
 
@@ -116,6 +117,45 @@ def test_gradients_are_clipped_as_one(models, tmp_path):
     torch.testing.assert_close(steps[1e-3] / 1e-3, steps[0.0] / steps[0.0].norm())
 
 
+def test_a_steps_gradient_is_the_mean_of_its_examples(models, tmp_path):
+    """Of the two that the last batch of an epoch has too, not of as many as a full one."""
+    found = {}
+    for places in ((0, 1), (0,), (1,)):
+        settings = Settings(rate=1e-2, batch=4, epochs=1, clip=0.0, held_out=0.3)
+        made, rows, _ = trainer(models, tmp_path / str(places), settings)
+        made._step(list(places), type("Bar", (), {"update": lambda self, n: None})())
+        found[places] = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
+    torch.testing.assert_close(found[0, 1], (found[0,] + found[1,]) / 2)
+
+
+def test_tensorboard_is_told_each_step_once(models, tmp_path, monkeypatch):
+    """Its files lie beside the output, and what a killed process had told behind its last save is taken back."""
+    told = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            told.append(("opened", folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            told.append((name, step))
+
+        def close(self):
+            told.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("tensorboard"))
+    monkeypatch.setattr(sys.modules["torch.utils.tensorboard"], "SummaryWriter", Writer, raising=False)
+    for _ in range(2):
+        pivot, quantized, kept = models
+        rows = TrainedRows(pivot, torch.float32, layer_devices(quantized))
+        state = RunState(tmp_path / "state", {"a": 1}, tensorboard=tmp_path / "board")
+        Trainer(Student(quantized, rows), EXAMPLES, kept.__getitem__, SETTINGS, state).run()
+        state.close()
+    assert told[0] == ("opened", str(tmp_path / "board"), None)
+    assert told[-3:] == ["closed", ("opened", str(tmp_path / "board"), state.step + 1), "closed"]
+    losses = [step for name, step in told[1:-3] if name == "loss"]
+    assert losses == list(range(1, state.step + 1))
+
+
 def test_a_gradient_that_is_no_number_ends_it(models, tmp_path):
     bad = [[layer * float("nan") for layer in one] for one in models[2]]
     made, *_ = trainer(models, tmp_path, targets=bad.__getitem__)
@@ -145,7 +185,9 @@ def test_split_and_settings():
 
 
 def test_two_processes_take_the_steps_of_one(models, tmp_path):
-    """Over gloo, with a batch that does not divide: the sum of gradients differs by its order alone."""
+    """Over gloo, with batches that do not divide and one that leaves a process nothing: gradients differ by the order
+    of their sum alone, and the last batch's is no smaller for that.
+    """
     made, rows, _ = trainer(models, tmp_path / "one")
     made.run()
     torch.save([parameter.detach() for parameter in rows.parameters()], tmp_path / "one.pt")

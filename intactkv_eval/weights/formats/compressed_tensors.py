@@ -96,7 +96,7 @@ class CompressedTensorsFormat:
         for name, group in self._groups().items():
             weights = group.get("weights") or {}
             check_config_bits(weights.get("num_bits"), f"quantization_config: config_groups.{name}.weights.num_bits")
-            if weights.get("type", "int") != "int" or weights.get("strategy") not in {"group", "channel"}:
+            if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
                 raise CheckpointError(
                     f"quantization_config: config_groups.{name}: weights of type {weights.get('type')!r}, strategy "
                     f"{weights.get('strategy')!r}; read are type int, strategies group and channel"

@@ -8,6 +8,7 @@
 Its name is no other library's, so that none loads a checkpoint and computes without its stages.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.formats.layer import LayerTensors
 from intactkv_eval.weights.formats.scheme import Scheme
-from intactkv_eval.weights.hadamard import block_digest
+from intactkv_eval.weights.hadamard import block_digest, has_hadamard
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Range, Rotation, StageSpec
 
@@ -72,6 +73,8 @@ class IntactKVFormat:
             raise CheckpointError(f"quantization_config: group_size is {size!r}; expected a positive number, or -1")
         self.summary()  # reads all of it
         for order, digest in (self.rotation.digests if self.rotation else {}).items():
+            if not re.fullmatch("[0-9]{1,9}", order) or not has_hadamard(int(order)):
+                raise CheckpointError(f"quantization_config: rotation.digests: {order!r:.40} is no order of a row")
             if block_digest(int(order)) != digest:
                 raise CheckpointError(
                     f"the Hadamard matrix of order {order} is not the one that this checkpoint was rotated with: "
@@ -101,7 +104,7 @@ class IntactKVFormat:
             online = {str(name): int(width) for name, width in said["online"].items()}
             digests = {str(order): str(digest) for order, digest in said["digests"].items()}
             return Rotation(int(said["seed"]), int(said["head_dim"]), online, digests)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise CheckpointError(
                 f"quantization_config: rotation cannot be read ({type(error).__name__}: {error}); expected seed, "
                 "head_dim, online and digests"

@@ -1,0 +1,75 @@
+"""JSON and YAML from strangers: a document of plain values, or a ValueError that says why not. Knows no key."""
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+DEEPEST = 100  # levels; what walks through a document later may recurse
+_MOST = 10_000_000  # values of a YAML once its aliases are written out
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character outside of the first 65,536
+_BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, IndexError, TypeError)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The document. Half characters become U+FFFD, so that every text can be written again.
+
+    Raises ValueError for what is no JSON, no UTF-8, nested deeper than 100 levels, or a number that is too long.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError(_too_deep()) from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _measured(found, 1, {})
+    return _whole(found) if _HALF.search(text) else found
+
+
+def parse_yaml(text: str) -> Any:
+    """The document: mappings, lists, texts, numbers, true, false and null.
+
+    Raises ValueError for what is no YAML, refers to itself, or holds other values, as dates are.
+    """
+    try:
+        found = yaml.safe_load(text)
+    except _BROKEN_YAML as error:  # PyYAML's own converters let all of these through
+        raise ValueError(f"cannot be read as YAML: {error}") from None
+    _measured(found, 1, {})
+    return _whole(found)
+
+
+def _too_deep() -> str:
+    return f"nested more than {DEEPEST} levels deep, or refers to itself"
+
+
+def _measured(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values it holds, and how many levels; each object once. Raises ValueError."""
+    if not isinstance(value, dict | list):
+        if value is not None and not isinstance(value, str | int | float):
+            raise ValueError(f"{value!r:.80} is a {type(value).__name__}: put it in quotes")
+        return 1, 0
+    size, height = known.get(id(value), (0, 0))
+    if depth + height > DEEPEST:
+        raise ValueError(_too_deep())
+    if size:
+        return size, height
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    found = [_measured(part, depth + 1, known) for part in parts]
+    made = 1 + sum(size for size, _ in found), 1 + max((height for _, height in found), default=0)
+    if made[0] > _MOST:
+        raise ValueError(f"holds more than {_MOST} values once its aliases are written out")
+    known[id(value)] = made
+    return made
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_whole(part) for part in value]
+    if isinstance(value, dict):
+        return {_whole(key): _whole(part) for key, part in value.items()}
+    return value
