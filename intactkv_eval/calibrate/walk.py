@@ -96,7 +96,7 @@ class BlockWalk:
     @torch.no_grad()
     def run_model(self, sample: Tensor) -> None:
         """The whole model, as it is now, on a sample [T] behind the pivot's rows; never on the pivot's own tokens."""
-        cache = self._cache(self._model.dtype)
+        cache = self._cache(self._model.dtype, self._devices)
         ids = sample[None].to(self._model.get_input_embeddings().weight.device)
         self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
 
@@ -106,13 +106,13 @@ class BlockWalk:
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
         call = self._calls[hidden.shape[1]][index]
-        return call.run(self._layers[index], hidden, self._cache(hidden.dtype), self._device or self._devices[index])
+        devices = self._devices if self._device is None else [self._device] * len(self._devices)
+        return call.run(self._layers[index], hidden, self._cache(hidden.dtype, devices), devices[index])
 
-    def _cache(self, dtype: torch.dtype) -> OnceCache | None:
+    def _cache(self, dtype: torch.dtype, devices: list[torch.device]) -> OnceCache | None:
         if self._pivot is None:
             return None
         rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
-        devices = self._devices if self._device is None else [self._device] * len(self._devices)
         return OnceCache(self._model.config, 1, None, rows, devices)
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class BlockWalk:
                 layer.register_forward_pre_hook(self._noting(calls, known), with_kwargs=True) for layer in self._layers
             ]
             ids = sample[None].to(self._model.get_input_embeddings().weight.device)
-            cache = self._cache(self._model.dtype)
+            cache = self._cache(self._model.dtype, self._devices)
             try:
                 self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
             except _Enough:

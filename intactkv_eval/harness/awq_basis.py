@@ -26,8 +26,8 @@ class _Names(NamedTuple):
     output: str
 
 
-# GPTQ leaves the weights where they are; AWQ, also inside of compressed-tensors or of our own format, may not.
-_MAY_BE_SCALED = {"awq", "compressed-tensors", "intactkv"}
+# RTN and GPTQ leave the weights where they are; AWQ and OmniQuant may not, in whatever format they are written.
+_MAY_BE_SCALED = {"awq", "omniquant", "compressed-tensors", "intactkv"}
 _LAYERS = (
     _Names("input_layernorm", "self_attn.v_proj", "self_attn.o_proj"),  # Llama, Mistral, Qwen, Gemma
     _Names("self_attn_layer_norm", "self_attn.v_proj", "self_attn.out_proj"),  # OPT
@@ -38,6 +38,8 @@ def in_basis_of(
     pivot: PivotKV, model: PreTrainedModel, method: str, checkpoint: str, reference: str | None
 ) -> tuple[PivotKV, float | None]:
     """`pivot`, captured from `reference`, in the basis of the packed `model`; and the worst residual.
+
+    method: the checkpoint's format; of our own format what made it.
 
     Raises PivotError where it cannot be told (no reference, an architecture that is not known) though the format may
     hold scaled values, or where the residual says that the checkpoint is of another model.

@@ -49,6 +49,7 @@ from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.formats import intactkv
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Rotation, StageSpec
 
@@ -141,8 +142,15 @@ def _in_basis(
     if rotation is not None:
         return in_rotated_basis(pivot, model, rotation, checkpoint, reference)
     if quantization is not None and "bits" in quantization:
-        return in_basis_of(pivot, model, quantization["method"], checkpoint, reference)
+        return in_basis_of(pivot, model, _writer_of(quantization), checkpoint, reference)
     return pivot, None
+
+
+def _writer_of(quantization: Mapping[str, Any]) -> str:
+    """What may have scaled V: the format's writer; of our own format, which none else writes, the method."""
+    made = (quantization.get("made") or {}).get("job") or {}
+    own = quantization["method"] == intactkv.NAME
+    return str(made["method"] if own and "method" in made else quantization["method"])
 
 
 def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:

@@ -30,7 +30,7 @@ from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.framing import Framing
-from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike
+from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import weight_hash
@@ -80,11 +80,12 @@ def calibrate_to_file(
     if asked.master not in {"float32", "bfloat16"}:
         raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
     check_writable(out.parent)
+    arguments, reference = without_reference(arguments)
     cell = cell_from_args(arguments)
     _check_cell(cell)
     conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"
-    full = IntactKVLM(**full_arguments(cell), **{"batch_size": "auto", **loading})
+    full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
     ranks = Ranks(full.rank, full.world_size)
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body

@@ -51,7 +51,7 @@ def outliers(model: PreTrainedModel, ids: Sequence[int], layer: int | None) -> d
 
 
 def attention_maps(model: PreTrainedModel, ids: Sequence[int], layers: Sequence[int], head: int | None) -> Array:
-    """[N, T, T] of the chosen layers: one head's, or the mean of all."""
+    """[N, T, T] of the chosen layers, in the order in which they run: one head's, or the mean of all."""
     chosen = [decoder_layers(model)[1][index] for index in layers]
     found: list[Array] = []
 

@@ -21,7 +21,7 @@ from intactkv_eval.harness.figure_data import (
     expected_outputs,
     outliers,
 )
-from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike
+from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
 from intactkv_eval.harness.lm import IntactKVLM
 
 
@@ -43,16 +43,20 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     Raises ConfigError, DataError, PivotError, CheckpointError or UnsupportedModelError.
     """
     check_writable(out)
+    asked, (arguments, reference) = arguments, without_reference(arguments)
     cell = cell_from_args(arguments)
     if not cell.pivot.intact:
         raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
     if cell.kv.scheme == "channel_key" or not cell.kv.exempt:
         raise ConfigError("figures: intact rows are counted one by one; drop kv_scheme=channel_key and kv_exempt=false")
-    full = IntactKVLM(**full_arguments(cell), **loading)
+    full = IntactKVLM(**full_arguments(cell, reference), **loading)
     model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
     assert pivot is not None
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    layers = shown.layers or tuple(sorted({0, count // 3, 2 * count // 3, count - 1}))
+    layers = tuple(sorted(set(shown.layers or (0, count // 3, 2 * count // 3, count - 1))))  # as they are computed
+    heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
+    if shown.head is not None and shown.head >= heads:
+        raise ConfigError(f"--head {shown.head}: this model has {heads}, 0 to {heads - 1}")
     _check_layers((*layers, *([] if shown.layer is None else [shown.layer])), count)
     samples = load_samples(shown.text, full.tokenizer, shown.samples, shown.length, shown.seed)
     ids = [*pivot.token_ids, *samples.tokens[0].tolist()][: max(SHOWN, len(pivot) + 8)]
@@ -65,13 +69,13 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     lm = IntactKVLM(**arguments, **loading)
     pivoted, tokenizer = lm.pivoted_model, lm.tokenizer
     assert pivoted.pivot is not None
-    if _changes_outputs(cell):
+    if reference or _changes_outputs(cell):
         numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected, pivoted.writer)
     layer = count // 2 if shown.layer is None else shown.layer
     if pivoted.writer is not None:
         numbers |= cache_rows(pivoted, samples.tokens[0][:SHOWN].tolist(), layer)
     said = {
-        "settings": _settings(arguments, shown, samples.digest),
+        "settings": _settings(asked, shown, samples.digest),
         "words": [tokenizer.decode([token]) for token in ids],
         "pivot_words": [tokenizer.decode([token]) for token in pivoted.token_ids],
         "layers": list(layers),

@@ -14,13 +14,24 @@ from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.weights.formats import rotation_of
 
 
-def full_arguments(cell: CellSpec) -> dict[str, Any]:
-    """The arguments of IntactKVLM for it; a file's tokens are captured anew, since its rows may be trained ones."""
-    source = cell.pivot.source
+def without_reference(arguments: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """A cell whose pivot comes from a file has no use for `reference`; what stands beside that cell has."""
+    if str(arguments.get("pivot")).endswith(".safetensors"):
+        rest = {key: value for key, value in arguments.items() if key != "reference"}
+        return rest, arguments.get("reference")
+    return arguments, None
+
+
+def full_arguments(cell: CellSpec, reference: str | None = None) -> dict[str, Any]:
+    """The arguments of IntactKVLM for it; a file's tokens are captured anew, since its rows may be trained ones.
+
+    reference: the full-precision model, where the cell itself names none.
+    """
+    source, reference = cell.pivot.source, cell.model.reference or reference
     if source.endswith(".safetensors"):
         source = f"tokens:{'+'.join(map(str, PivotKV.load(Path(source)).token_ids))}"
-    chosen = {"pretrained": cell.model.reference or cell.model.pretrained, "dtype": cell.model.dtype}
-    revision = "main" if cell.model.reference else cell.model.revision
+    chosen = {"pretrained": reference or cell.model.pretrained, "dtype": cell.model.dtype}
+    revision = "main" if reference else cell.model.revision
     return {**chosen, "revision": revision, "pivot": source, "chat_template": cell.pivot.chat_template}
 
 

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.data import Samples, load_samples
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.prefix_search import Search, control, search_prefix
@@ -25,6 +26,9 @@ def pivots_of(
     if out is not None:
         check_writable(out.parent)
     lm = IntactKVLM(**arguments, pivot="none", **loading)
+    assert lm.built is not None
+    if lm.built.quantization is not None:
+        raise ConfigError(f"{arguments['pretrained']} is quantized: pivots are found in the full-precision model")
     samples = load_samples(search.text, lm.tokenizer, search.samples, search.length, search.seed)
     model, first = lm.pivoted_model.model, lm.pivoted_model.token_ids
     found = found_in(model, first, samples, search, attention)

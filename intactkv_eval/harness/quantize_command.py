@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from intactkv_eval import __version__
 from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
+from intactkv_eval.harness.prefix_search import automatic_tokens
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -65,7 +66,7 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     check_new(out)
     model, tokenizer = _load(source)
     _check_layout(model, layout, job)
-    samples, pivot = _calibration(job.calibration, model, tokenizer)
+    samples, pivot = _calibration(job.calibration, model, tokenizer, source)
     record = _record(job, source, model, samples, pivot)
     folder = out.parent / f".{out.name}.blocks"
     with locked(folder / "lock"):
@@ -188,15 +189,14 @@ def _record(
 
 
 def _calibration(
-    asked: CalibrationSpec | None, model: PreTrainedModel, tokenizer: Any
+    asked: CalibrationSpec | None, model: PreTrainedModel, tokenizer: Any, source: Source
 ) -> tuple[Samples | None, PivotKV | None]:
     if asked is None:
         return None, None
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     token_ids: tuple[int, ...] = ()
     if asked.pivot is not None:
-        vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        token_ids = resolve_tokens(asked.pivot, tokenizer, vocabulary)
+        token_ids = _pivot_tokens(asked.pivot, model, tokenizer, source)
     if limit is not None and asked.length + len(token_ids) > limit:
         raise ConfigError(
             f"--length {asked.length}: with {len(token_ids)} pivot tokens more than the model's {limit} positions"
@@ -204,6 +204,19 @@ def _calibration(
     samples = load_samples(asked.data, tokenizer, asked.samples, asked.length, asked.seed)
     pivot = capture(model, token_ids, fingerprint_of(model, "main")) if token_ids else None
     return samples, pivot
+
+
+def _pivot_tokens(asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, source: Source) -> tuple[int, ...]:
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if asked.source.endswith(".safetensors"):
+        listed = "+".join(map(str, PivotKV.load(Path(asked.source)).token_ids))
+        raise ConfigError(
+            f"--pivot {asked.source}: the KV is this model's own; name the tokens: --pivot tokens:{listed}"
+        )
+    if asked.source != "auto":
+        return resolve_tokens(asked, tokenizer, vocabulary)
+    first = resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary)
+    return automatic_tokens(source.pretrained, source.revision, source.dtype, first, tokenizer, lambda: model)
 
 
 def _device(name: str) -> torch.device | None:

@@ -17,8 +17,11 @@ _PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesi
 def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     """The pivot tokens of `spec` with this tokenizer. Empty for an intact=false `bos` on a model that has no BOS.
 
-    Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary.
+    Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary; and for
+    `auto` and PivotKV files, whose tokens no tokenizer tells.
     """
+    if spec.source == "auto" or spec.source.endswith(".safetensors"):
+        raise PivotError(f"pivot={spec.source}: cannot be told here; name its tokens with tokens:ID+ID+...")
     if spec.token_ids is not None:
         _check_vocabulary(spec.token_ids, vocab_size)
         return spec.token_ids

@@ -120,6 +120,18 @@ def test_pivot_rows_change_what_a_layer_is_calibrated_on():
     assert (outs[0] - outs[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("with_pivot", [False, True])
+def test_the_whole_model_runs_where_it_is(with_pivot):
+    """A worker device is for one layer at a time; the pivot's rows go with the layer, not with the model."""
+    model = build_model("llama")
+    pivot = capture(model, (BOS, 7), fingerprint_of(model, "main")) if with_pivot else None
+    there, here = (BlockWalk(model, SAMPLES, pivot, device=device) for device in (torch.device("meta"), None))
+    assert all(torch.equal(one, other) for one, other in zip(there.inputs, here.inputs, strict=True))
+    there.run_model(SAMPLES[0])
+    out = there.block(0).run(there.inputs[0].to("meta"), 0)
+    assert (out.device.type, out.shape) == ("meta", there.inputs[0].shape)
+
+
 @pytest.mark.parametrize("method", [AWQ(3, 32), OmniQuant(3, 32, epochs=2)], ids=["awq", "omniquant"])
 def test_a_resumed_run_divides_the_pivots_values_again(method, tmp_path):
     """With as many kv heads as heads V is scaled, and the pivot's values with it, also where a block is read back."""

@@ -105,6 +105,27 @@ def test_packed_checkpoints(saved_llama, talks, tmp_path, method):
     assert after < before < 5
     lm = IntactKVLM(str(packed), pivot=str(out), dtype="float32", device="cpu")
     assert lm.pivoted_model.pivot.fingerprint.calibrated is not None
+    on = f"pretrained={packed},reference={saved_llama},dtype=float32,pivot={out}"
+    result = calibrate(on, talks, tmp_path / "on.safetensors")
+    assert result.exit_code == 0, result.output
+    again = PivotKV.load(tmp_path / "on.safetensors").fingerprint.calibrated.held_out["blocks"]
+    assert again[0] == pytest.approx(after, rel=1e-4)
+    drawn = [
+        "--model_args",
+        on,
+        "--text",
+        tmp_path / "text.txt",
+        "--samples",
+        2,
+        "--length",
+        24,
+        "--out",
+        tmp_path / "f",
+    ]
+    result = CliRunner().invoke(app, ["figures", *map(str, drawn)])
+    assert result.exit_code == 0, result.output
+    with pytest.raises(ConfigError, match="drop one of the two"):
+        IntactKVLM(str(packed), reference=str(saved_llama), pivot=str(out), dtype="float32", device="cpu")
 
 
 def test_outputs_recomputed_for_want_of_room_are_the_same(saved_llama, talks, tmp_path):

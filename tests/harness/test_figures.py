@@ -108,6 +108,21 @@ def test_the_command_draws_every_figure_and_they_are_drawn_again_from_the_number
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_maps_are_of_the_layers_that_they_are_called(saved_llama, tmp_path):
+    """Typed in any order; they are computed in their own."""
+    (tmp_path / "prose.txt").write_text("a few words that are here to be read, and then some more. " * 20)
+    options = ["--text", tmp_path / "prose.txt", "--samples", 2, "--length", 24]
+    cell = f"pretrained={saved_llama},dtype=float32,pivot=bos,kv_bits=4"
+    maps = {}
+    for layers in ("2,0,2", "0", "2"):
+        out = tmp_path / layers.replace(",", "-")
+        result = run("--model_args", cell, *options, "--out", out, "--layers", layers)
+        assert result.exit_code == 0, result.output
+        maps[layers] = np.load(out / "figures.npz")["attention"]
+    assert json.loads((tmp_path / "2-0-2/figures.json").read_text())["layers"] == [0, 2]
+    assert np.array_equal(maps["2,0,2"], np.concatenate([maps["0"], maps["2"]]))
+
+
 @pytest.mark.parametrize(
     ("cell", "more", "said"),
     [
@@ -115,6 +130,7 @@ def test_the_command_draws_every_figure_and_they_are_drawn_again_from_the_number
         ("pivot=bos", ["--layers", "0,9"], r"layers \[9\]"),
         ("pivot=bos,kv_bits=4,kv_scheme=channel_key", [], "drop kv_scheme"),
         ("pivot=bos", ["--layers", "x"], "write numbers"),
+        ("pivot=bos", ["--head", "4"], "--head 4: this model has 4, 0 to 3"),
         ("pivot=bos", ["--formats", "gif"], "png, pdf, svg"),
     ],
 )

@@ -6,11 +6,16 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import build_model
 from typer.testing import CliRunner
 
+from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.cli import app
+from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.activations import activations_off
 from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, layout_of, options_of
 from intactkv_eval.quantize.layerwise import BlockStore
 
@@ -58,6 +63,24 @@ def test_gptq_is_calibrated_and_says_on_what(saved_llama, text, tmp_path):
     lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), device="cpu", backend="dense")
     assert lm.cell_record()["quantization"]["made"]["job"]["method"] == "gptq"
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_pivot_of_a_calibration_is_the_one_that_was_asked(saved_llama, text, tmp_path, monkeypatch):
+    """`auto` is searched as a cell's is; a file is refused, since the KV in front is this model's own."""
+    monkeypatch.setattr(
+        "intactkv_eval.harness.quantize_command.automatic_tokens", lambda *given: (*given[3], 7) if given[5]() else ()
+    )
+    made = quantize(saved_llama, tmp_path / "auto", text, "--method", "gptq", "--pivot", "auto")
+    assert record(tmp_path / "auto")["pivot_tokens"] == [256, 7]
+    other = quantize(saved_llama, tmp_path / "ids", text, "--method", "gptq", "--pivot", "tokens:256+7")
+    assert all(torch.equal(part, other[key]) for key, part in made.items())
+    lm = IntactKVLM(str(saved_llama), dtype="float32", pivot="tokens:256+7+8", device="cpu")
+    lm.pivoted_model.pivot.save(tmp_path / "p.safetensors")
+    options = ["--method", "gptq", "--data", text, "--samples", 2, "--length", 16, "--group-size", 32]
+    result = run(saved_llama, "--out", tmp_path / "file", *options, "--pivot", tmp_path / "p.safetensors")
+    with pytest.raises(ConfigError, match=r"--pivot tokens:256\+7\+8"):
+        raise result.exception
+    assert not (tmp_path / "file").exists()
 
 
 def test_a_killed_command_goes_on_to_the_same_bytes(saved_llama, text, tmp_path, monkeypatch):
@@ -119,13 +142,50 @@ def test_quarot_is_written_and_loaded(saved_llama, text, tmp_path):
 def test_static_ranges_leave_the_pivots_activations_out(saved_llama, text, tmp_path):
     options = ("--act-bits", 8, "--act-scheme", "tensor", "--data", text, "--samples", 3, "--length", 24)
     plain = quantize(saved_llama, tmp_path / "plain", text, *options, bits=8)
-    aware = quantize(saved_llama, tmp_path / "aware", text, *options, "--pivot", "bos", bits=8)
+    tokens = "tokens:256+" + "+".join(map(str, range(120, 160)))  # of which some have what no word of the text has
+    aware = quantize(saved_llama, tmp_path / "aware", text, *options, "--pivot", tokens, bits=8)
     ranges = [key for key in plain if key.endswith("input_range")]
     assert len(ranges) == 3 * 7
     assert any(not torch.equal(plain[key], aware[key]) for key in ranges)
     assert torch.equal(plain["model.layers.0.mlp.up_proj.qweight"], aware["model.layers.0.mlp.up_proj.qweight"])
-    lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense")
+    where = {"device": "cpu", "dtype": "float32", "backend": "dense"}
+    lm = IntactKVLM(str(tmp_path / "aware"), reference=str(saved_llama), pivot=tokens, **where)
     assert lm.cell_record()["quantization"]["activations"]["scheme"] == "tensor"
+    lm.pivoted_model.pivot.save(tmp_path / "p.safetensors")
+    shipped = IntactKVLM(str(tmp_path / "aware"), pivot=str(tmp_path / "p.safetensors"), **where)
+    assert torch.equal(shipped.pivoted_model.pivot.values[1], lm.pivoted_model.pivot.values[1]), "RTN scales nothing"
+    assert_ranges_of(lm, aware, load_samples(str(text), lm.tokenizer, 3, 24).tokens)
+
+
+def assert_ranges_of(lm, made, windows):
+    """They are the ends of what the layers of the checkpoint, its activations whole, get on the windows alone, behind
+    the pivot; with its tokens run as text some are wider.
+    """
+    model, wider = lm.pivoted_model.model, 0
+    for key in [key for key in made if key.endswith("input_range")]:
+        ends = {}
+        for pivot in (lm.pivoted_model.pivot, None):
+            front, seen = PivotedModel(model, lm.pivoted_model.token_ids, pivot, KVSpec()), []
+            layer = model.get_submodule(key.removesuffix(".input_range"))
+            hook = layer.register_forward_pre_hook(lambda _, x, to=seen: to.append(x[0]))
+            with activations_off(model):
+                for window in windows:
+                    front.logits(window[None])
+            hook.remove()
+            ends[pivot is not None] = torch.stack([torch.cat([x.flatten() for x in seen]).aminmax()[i] for i in (0, 1)])
+        torch.testing.assert_close(made[key], ends[True], rtol=1e-3, atol=1e-4)
+        wider += bool((ends[False].abs() > 1.01 * ends[True].abs()).any())
+    assert wider
+
+
+def test_a_static_checkpoint_takes_a_pivot_where_awq_is_not_known(text, tokenizer, tmp_path):
+    model = build_model("phi3")
+    model.save_pretrained(tmp_path / "phi3")
+    tokenizer.save_pretrained(tmp_path / "phi3")
+    options = ("--act-bits", 8, "--act-scheme", "tensor", "--data", text, "--samples", 3, "--length", 24)
+    quantize(tmp_path / "phi3", tmp_path / "out", text, *options, bits=8)
+    lm = IntactKVLM(str(tmp_path / "out"), reference=str(tmp_path / "phi3"), device="cpu", dtype="float32")
+    assert torch.isfinite(lm.pivoted_model.logits(torch.arange(9)[None])).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

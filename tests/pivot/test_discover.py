@@ -241,6 +241,9 @@ def test_auto_needs_the_full_model(tmp_path, saved_llama):
     packed = tmp_path / "packed"
     options = ["--bits", "4", "--group-size", "32", "--dtype", "float32", "--out", str(packed)]
     assert CliRunner().invoke(app, ["quantize", str(saved_llama), *options]).exit_code == 0
+    result = CliRunner().invoke(app, ["pivots", str(packed)])
+    assert isinstance(result.exception, ConfigError)
+    assert "pivots are found in the full-precision model" in str(result.exception)
     with pytest.raises(PivotError, match="searched in the full-precision model"):
         IntactKVLM(str(packed), pivot="auto", dtype="float32", device="cpu")
     with pytest.raises(ConfigError, match="did you mean 'auto'"):
