@@ -96,7 +96,7 @@ def capture(
 def quantize(
     model: Annotated[str, typer.Argument(help="The full-precision model: a folder or a hub id.")],
     out: Annotated[Path, typer.Option(help="The new folder to write.")],
-    method: Annotated[str | None, typer.Option(help="rtn (default), gptq, awq or omniquant.")] = None,
+    method: Annotated[str | None, typer.Option(help="rtn (default), gptq, awq, omniquant or quarot.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Inputs that share a scale (128); -1 per channel.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Zero in the middle?")] = None,
@@ -105,7 +105,7 @@ def quantize(
     samples: Annotated[int | None, typer.Option(help="Calibration windows (128).")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each (2048).")] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn (0).")] = None,
-    pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV: bos, tokens:ID+ID.")] = None,
+    pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV, as bos or tokens:1+2.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The method's own, KEY=VALUE.")] = None,
     rotate: Annotated[bool | None, typer.Option("--rotate/--no-rotate", help="QuaRot: rotate the model first.")] = None,
     act_bits: Annotated[int | None, typer.Option(help="Of activations: 8, 6 or 4.")] = None,

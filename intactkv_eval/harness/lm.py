@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
@@ -26,6 +25,7 @@ from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.lm_talks import PivotedTalks
+from intactkv_eval.harness.loading import loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -72,12 +72,8 @@ class IntactKVLM(PivotedTalks):
         self._quantization = quantization_in_memory(loaded) if loaded is not None else None
         self._layout: Format | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
-        try:
+        with loading(f"pretrained={self.cell.model.pretrained!r}"):
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.cell.model.pretrained}: a weight file is damaged ({error})") from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"pretrained={self.cell.model.pretrained!r} cannot be loaded: {error}") from error
         if self.built is None:
             self._build(lambda name, revision: self._model)
         self._set_ranks()

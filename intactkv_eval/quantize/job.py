@@ -90,14 +90,19 @@ _OF_CALIBRATION = ("data", "samples", "length", "seed", "pivot")
 def job_from(given: Mapping[str, Any], options: list[str], preset: str | None = None) -> Job:
     """A job of flat values (None: not given) and `KEY=VALUE` options, laid over a preset's.
 
+    Method `quarot` is the preset quarot-w4a4, or GPTQ on a rotated model with another one's settings.
+
     Raises ConfigError for an unknown name, a value out of range, or a value that would do nothing.
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"--preset {preset}: use one of {', '.join(PRESETS)}")
-    flat = {**PRESETS.get(preset or "", {}), **{key: value for key, value in given.items() if value is not None}}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given.get("method") == "quarot":  # no rounding of its own: GPTQ on a rotated model
+        preset, given = preset or "quarot-w4a4", {**given, "method": "gptq", "rotate": given.get("rotate", True)}
+    flat = {**PRESETS.get(preset or "", {}), **given}
     method = flat.pop("method", "rtn")
     if method not in METHODS:
-        raise ConfigError(f"--method {method}: use one of {', '.join(METHODS)}")
+        raise ConfigError(f"--method {method}: use one of {', '.join(METHODS)}, quarot")
     common = {"bits": DEFAULT_BITS, **{key: flat.pop(key) for key in _COMMON if key in flat}}
     calibration = {key: flat.pop(key) for key in _OF_CALIBRATION if key in flat}
     activations = {field: flat.pop(key) for key, field in _ACTIVATIONS.items() if key in flat}

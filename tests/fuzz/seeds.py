@@ -8,15 +8,17 @@ from tiny import build_model
 
 from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
 from intactkv_eval.pivot.choose import Choice, Evidence
+from intactkv_eval.quantize.job import job_from
 
 _MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")
 
 
 def make_seeds(folder: Path, tokenizer) -> None:
-    """folder/seeds: pivot.safetensors, levels.safetensors, choice.json, results/."""
+    """folder/seeds: pivot.safetensors, levels.safetensors, choice.json, model/, checkpoints/, results/."""
     folder = folder / "seeds"
     folder.mkdir(parents=True)
     model = build_model("llama")
@@ -28,12 +30,15 @@ def make_seeds(folder: Path, tokenizer) -> None:
     choice = Choice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
     searched = Searched(model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, most=4, least=0.2)
     ChoiceFile(tokens=(256, 7), text=("<s>", "a"), searched=searched, choice=choice).save(folder / "choice.json")
-    _run(folder, model, tokenizer)
-
-
-def _run(folder: Path, model, tokenizer) -> None:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    for layout, asked in (("compressed-tensors", {}), ("intactkv", {"rotate": True, "act_bits": 8})):
+        job = job_from({"method": "rtn", "bits": 4, "group_size": 32, "symmetric": True, **asked}, [])
+        quantize_to_folder(Source(str(folder / "model")), folder / "checkpoints" / layout, layout, job)
+    _run(folder)
+
+
+def _run(folder: Path) -> None:
     arguments = {"pretrained": str(folder / "model"), "weights": "rtn", "bits": 3, "group_size": 32, "pivot": "bos"}
     settings = {"device": "cpu", "limit": 8, "batch_size": 1}
     evaluate_task(arguments, "intactkv_demo_ppl", folder / "out", None, {"ppl_window": 32}, **settings)

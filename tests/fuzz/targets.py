@@ -1,5 +1,7 @@
 """What is fuzzed: every reader of files from strangers. A target makes inputs of a seed, and reads one."""
 
+import copy
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -15,14 +17,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.calibrate.conversations import load_conversations
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config_files import load_config
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.judge.entries import load_entries
 from intactkv_eval.judge.verdict import verdict_of
 from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.awq_search import load_search
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of
@@ -52,6 +57,7 @@ class Target:
 def targets(folder: Path) -> dict[str, Target]:
     """All of them; `folder` holds what they read and its seeds are made there."""
     made = {**_checkpoints(folder), **_tensor_files(folder), **_texts(folder), **_results(folder), **_judge(folder)}
+    made |= {**_models(folder), **_calibrations(folder)}
     return dict(sorted(made.items()))
 
 
@@ -89,7 +95,8 @@ def _read_layers(folder: Path, config, features: dict[str, tuple[int, int]]) -> 
 
 
 def _checkpoints(folder: Path) -> dict[str, Target]:
-    sources = [path for path in sorted(CHECKPOINTS.iterdir()) if (path / "model.safetensors").is_file()]
+    places = [*sorted(CHECKPOINTS.iterdir()), *sorted((folder / "seeds" / "checkpoints").iterdir())]
+    sources = [path for path in places if (path / "model.safetensors").is_file()]
     found = {}
     for source in sources:
         place = folder / "checkpoint" / source.name
@@ -128,6 +135,40 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
             ),
         }
     return found
+
+
+def _models(folder: Path) -> dict[str, Target]:
+    """Whole folders of a small model, of which one file is damaged, as the model class loads them."""
+    found = {}
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        place = folder / "models" / name
+        shutil.copytree(folder / "seeds" / "model", place)
+        content = json.loads((place / name).read_text())
+
+        def read(path: Path) -> None:
+            IntactKVLM(str(path.parent), device="cpu", pivot="none")
+
+        found[f"model-{name.partition('.')[0]}"] = Target(
+            lambda draw, value=content: mutate.of_json(value, draw), _file(place, name, read), content
+        )
+    return found
+
+
+def _calibrations(folder: Path) -> dict[str, Target]:
+    talks = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+             {"turns": ["a", "b"]}, {"text": "prose"}]  # fmt: skip
+    search = {"scale": [("norm", ["a", "b"], torch.ones(4))], "clip": [("a", torch.ones(4, 2, 1))]}
+    held = io.BytesIO()
+    torch.save(search, held)
+    return {
+        "conversations": Target(
+            lambda draw: mutate.of_json(draw.choice([talks, talks[:1] * 3]), draw),
+            _file(folder, "talks.json", lambda path: load_conversations(str(path))),
+            talks,
+        ),
+        "search": Target(lambda draw: mutate.of_bytes(held.getvalue(), draw), _file(folder, "search.pt", load_search)),
+    }
 
 
 def _map_of(place: Path) -> dict[str, str]:
@@ -185,15 +226,18 @@ def _results(folder: Path) -> dict[str, Target]:
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     plan = [{"key": "a", "task": "ppl_x", "seed": None, "cell": results["config"]["intactkv"]["cell"], "hf_arguments": {},
              "quantization": None}]  # fmt: skip
-    for name in ("one", "two", "three"):
+    for name in ("one", "two", "three", "four"):
         shutil.copytree(seeds, folder / name)
+    other = copy.deepcopy(results)  # the same measurement with another seed: the two are merged
+    for task in other["configs"].values():
+        task["metadata"] = {**task["metadata"], "seed": 2}
 
     def report(path: Path) -> None:
         runs, _ = collect([path.parent])
         absent = absent_of([path.parent])
         for make in FORMATS.values():
-            make(runs, absent)
-        page(runs, (), absent)
+            make(runs, absent).encode()
+        page(runs, (), absent).encode()
 
     def jsonl(changed: object) -> bytes:
         listed = changed if isinstance(changed, list) else [changed]
@@ -208,6 +252,11 @@ def _results(folder: Path) -> dict[str, Target]:
             lambda draw: mutate.of_json(results, draw),
             _file(folder / "one", next(seeds.glob("results_*")).name, report),
             results,
+        ),
+        "seeds": Target(
+            lambda draw: mutate.of_json(other, draw),
+            _file(folder / "four", "results_2026-01-01T00-00-00.json", report),
+            other,
         ),
         "samples": Target(lines, _file(folder / "two", samples.name, report), rows, jsonl),
         "plan": Target(lambda draw: mutate.of_json(plan, draw), _file(folder / "three", "sweep.json", report), plan),

@@ -188,6 +188,14 @@ def test_a_static_checkpoint_takes_a_pivot_where_awq_is_not_known(text, tokenize
     assert torch.isfinite(lm.pivoted_model.logits(torch.arange(9)[None])).all()
 
 
+def test_quarot_is_a_method_by_name():
+    """The preset, in other bits where they are given; or another one's settings on a rotated model."""
+    assert job_from({"method": "quarot"}, []) == job_from({}, [], "quarot-w4a4")
+    assert job_from({"method": "quarot", "bits": 3}, []).bits == 3
+    other = job_from({"method": "quarot"}, [], "intactkv-gptq-w3g128")
+    assert (other.rotate, other.method, other.group_size) == (True, "gptq", 128)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_whole(preset):
     job = job_from({}, [], preset)
@@ -210,7 +218,7 @@ def test_options_are_named_with_their_defaults(method):
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"method": "gpt", "bits": 4}, [], "use one of rtn, gptq, awq, omniquant"),
+        ({"method": "gpt", "bits": 4}, [], "use one of rtn, gptq, awq, omniquant, quarot"),
         ({"method": "gptq", "bits": 5}, [], "bits=5"),
         ({"method": "rtn", "bits": 4, "data": "c4"}, [], "--data: does nothing with --method rtn"),
         ({"method": "rtn", "bits": 4}, ["act_order=true"], "rtn has no options"),
