@@ -66,12 +66,12 @@ load: $(VENV)/.test
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13
 matrix:
-	for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
-	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; \
+	@found=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
+	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
 	    $$python -m venv $$venv && $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
 	      $$(test $$set = newest || echo $(OLDEST)) && $$venv/bin/python -m pip check && \
 	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || exit 1; \
-	  done; done
+	  done; done; test -n "$$found" || { echo "none of $(PYTHONS) is here"; exit 1; }
 
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md

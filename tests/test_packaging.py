@@ -1,6 +1,7 @@
 """The wheel: what it holds, and that it works without the checkout."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -9,6 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+OTHERS = {
+    "", "dequantize.c", "planes.c", "planes.h", "planes_tiles.c", "published/figures.csv", "report/page.html.jinja",
+    "model_configs/chat_templates/vicuna_v1.1.jinja", "tasks/mmlu/_template", "tasks/mt_bench/_bench",
+    "tasks/ppl/_rolling", "tasks/ppl/_window",
+    *(f"tasks/intactkv_demo/data/{name}" for name in ("README.md", "dialogues.jsonl", "prose.jsonl", "questions.jsonl")),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +34,11 @@ def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"intactkv_eval", "intactkv_kernels", "intactkv_eval_hook.pth", "intactkv_eval-0.1.0.dist-info"}
-    assert not [name for name in names if "test" in Path(name).name or "__pycache__" in name]
+    assert not [name for name in names if re.search(r"(^|/)(tests?|__pycache__)/|/(test_|conftest)", name)]
+    others = {
+        name.partition("/")[2] for name in names if "dist-info/" not in name and not name.endswith((".py", ".yaml"))
+    }
+    assert others == OTHERS, "what is no code and no settings is listed, so that no data of others comes in"
     for needed in ("tasks/ppl/ppl_wikitext2.yaml", "tasks/intactkv_demo/data/prose.jsonl", "sweeps/table1.yaml", "published/figures.csv", "model_configs/llama-2-7b-w3g128.yaml",
                    "model_configs/chat_templates/vicuna_v1.1.jinja", "harness/lm.py"):  # fmt: skip
         assert f"intactkv_eval/{needed}" in names

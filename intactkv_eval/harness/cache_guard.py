@@ -1,11 +1,16 @@
 """lm_eval's --use_cache keeps answers by request text, not by model: two cells on one file would share their answers.
 
-The first cell writes its own identity into the file; another cell is refused.
+The first cell writes its own identity into the file; another cell is refused. Answers lie there as pickles, which
+lm_eval will load: all of them are read first without letting any name a class or a function, as answers never do.
 """
 
 import hashlib
+import io
 import json
+import pickle
+import sqlite3
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 from intactkv_eval.errors import ConfigError
@@ -18,6 +23,7 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
     answers = getattr(cache_hook, "dbdict", None)
     if answers is None:
         return
+    _check_plain(answers.filename, answers.tablename)
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     owner = answers.get(_KEY)
     if owner is None and len(answers):
@@ -26,3 +32,20 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
         raise ConfigError("--use_cache: this file holds the answers of another cell; name one file for each cell")
     answers[_KEY] = identity
     answers.commit()
+
+
+class _Plain(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _check_plain(path: str, table: str) -> None:
+    try:
+        with closing(sqlite3.connect(path)) as file:
+            for (value,) in file.execute(f'SELECT value FROM "{table}"'):
+                _Plain(io.BytesIO(value)).load()
+    except Exception as error:  # noqa: BLE001  a damaged pickle fails with whatever it meets first
+        raise ConfigError(
+            f"--use_cache {path}: holds something that is no answer ({type(error).__name__}: {error}); loading it "
+            "could run a stranger's code. Remove the file"
+        ) from None

@@ -185,6 +185,7 @@ def _record(
         "samples": samples.record() if samples else None,
         "pivot_tokens": list(pivot.token_ids) if pivot else None,
         "device": source.device,
+        **({"trust_remote_code": True} if source.trust_remote_code else {}),
         "versions": {name: found[name] for name in ("intactkv_eval", "torch", "transformers") if name in found},
     }
 

@@ -100,8 +100,11 @@ class RayPool:
         log.write_text(found.log, encoding="utf-8")
         if found.results is None:
             return Ended(slot, found.error, seconds)
-        with tarfile.open(fileobj=io.BytesIO(found.results)) as packed:
-            packed.extractall(self._folder.start(unit.key), filter="data")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(found.results)) as packed:
+                packed.extractall(self._folder.start(unit.key), filter="data")
+        except tarfile.TarError as error:  # damaged, or a name that leads out of the folder
+            return Ended(slot, f"{found.node} sent back no results of a run ({error})", seconds)
         self._folder.place(unit.key, {"unit": unit.label, "seconds": seconds, "device": found.node})
         return Ended(slot, None, seconds)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from safetensors.torch import load_file, save_file
+from sqlitedict import SqliteDict
 from tiny import BOS, build_model
 
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError
@@ -151,6 +153,26 @@ def test_a_response_cache_belongs_to_one_cell(saved_llama, tmp_path):
     assert CachingLM(make(saved_llama, **RTN), database).loglikelihood(requests("loglikelihood", PAIRS)) == answers
     with pytest.raises(ConfigError, match="another cell"):
         CachingLM(make(saved_llama, **{**RTN, "bits": 2}), database)
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "a stranger's code ran")
+
+
+@pytest.mark.parametrize("key", ["intactkv_cell", "any request"])
+def test_a_strangers_response_cache_runs_nothing(saved_llama, tmp_path, key):
+    """lm_eval unpickles what it finds there."""
+    database, trace = str(tmp_path / "cache.db"), tmp_path / "trace.txt"
+    CachingLM(make(saved_llama, **RTN), database).loglikelihood(requests("loglikelihood", PAIRS))
+    with SqliteDict(database, autocommit=True) as held:
+        held[key] = Runs(trace)
+    with pytest.raises(ConfigError, match="something that is no answer"):
+        CachingLM(make(saved_llama, **RTN), database)
+    assert not trace.exists()
 
 
 def test_long_contexts_keep_the_pivot(saved_llama):

@@ -1,0 +1,17 @@
+"""What we use of others and is on its way out is an error in the tests, wherever in our code it is used."""
+
+import warnings
+
+import pytest
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
+@pytest.mark.parametrize("module", ["intactkv_eval.harness.lm", "intactkv_kernels.native"])
+def test_a_deprecation_in_our_code_is_an_error(module, kind):
+    with pytest.raises(kind):
+        warnings.warn_explicit("soon gone", kind, "file.py", 1, module)
+
+
+def test_others_may_warn():
+    with pytest.warns(DeprecationWarning, match="soon gone"):
+        warnings.warn_explicit("soon gone", DeprecationWarning, "file.py", 1, "lm_eval.tasks")
