@@ -124,7 +124,10 @@ def _text_of(path: Path) -> str:
     if path.suffix not in {".txt", ".jsonl"} or not path.is_file():
         raise ConfigError(f"calibration data {str(path)!r}: use {', '.join(SOURCES)}, or a .txt or .jsonl file")
     if path.suffix == ".txt":
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-8 ({error})") from None
     rows = read_jsonl(path)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), None)
     if bad is not None:

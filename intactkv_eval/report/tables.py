@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
-from typing import Any
+from typing import Any, TypeGuard
 
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
@@ -15,6 +15,7 @@ from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.score import Score
 
 HEAD = ("model", "weights", "kv", "pivot")
+NO_NUMBER = "no number"  # where a file says NaN, infinity, or what cannot be added up
 _PARTS = ("Δ base", "Δ fp", "recovered")
 NOTES = """\
 `pivot` none: the pivot's tokens stand in front but are computed by the evaluated model (the baseline); otherwise their
@@ -208,8 +209,10 @@ def _texts(grid: Grid, mark: str) -> list[list[str]]:
 def figures(entry: Entry, mark: str) -> list[str]:
     """A figure, its differences to baseline and full precision, and the share recovered."""
     found = entry.found
-    error = f" ± {found.score.stderr:.4f}" if found.score.stderr is not None else ""
-    error += f" (spread {found.score.spread:.4f})" if found.score.spread is not None else ""
+    if not isfinite(found.score.value):
+        return [NO_NUMBER, "", "", ""]
+    error = f" ± {found.score.stderr:.4f}" if _is_number(found.score.stderr) else ""
+    error += f" (spread {found.score.spread:.4f})" if _is_number(found.score.spread) else ""
     recovered = "" if found.recovered is None else f"{100 * found.recovered:.0f}%"
     if found.recovered_interval:
         recovered += " [{:.0f}, {:.0f}]".format(*(100 * end for end in found.recovered_interval))
@@ -218,9 +221,13 @@ def figures(entry: Entry, mark: str) -> list[str]:
 
 
 def _delta(delta: Delta | None) -> str:
-    if delta is None:
+    if delta is None or not isfinite(delta.value):
         return ""
-    return f"{delta.value:+.4f}" + (f" ± {delta.stderr:.4f}" if delta.stderr is not None else "")
+    return f"{delta.value:+.4f}" + (f" ± {delta.stderr:.4f}" if _is_number(delta.stderr) else "")
+
+
+def _is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and isfinite(value)
 
 
 def markdown_row(values: Sequence[str]) -> str:

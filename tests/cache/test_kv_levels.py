@@ -128,6 +128,13 @@ def test_the_file(llama, tmp_path):
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ConfigError, match=r"key_levels \(3, 5\) should be \(3, 8\)"):
         KVLevels.load(file)
+    save_file(tensors, file, metadata={**metadata, "bits": "100000000000"})  # whose power of two is 12 GB of digits
+    with pytest.raises(ConfigError, match="expected 2 to 8 bits"):
+        KVLevels.load(file)
+    tensors["low.0"] = tensors["low.0"].to(torch.float8_e4m3fn)
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(ConfigError, match=r"low\.0 is of torch\.float8_e4m3fn"):
+        KVLevels.load(file)
 
 
 def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):

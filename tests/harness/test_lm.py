@@ -155,6 +155,34 @@ def test_a_response_cache_belongs_to_one_cell(saved_llama, tmp_path):
         CachingLM(make(saved_llama, **{**RTN, "bits": 2}), database)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "num_attention_heads", 0),
+        ("config.json", "hidden_size", "64"),
+        ("config.json", "vocab_size", -5),
+        ("config.json", "hidden_act", "foo"),
+        ("config.json", "quantization_config", "gptq"),
+        ("tokenizer.json", "model", {"type": "Other"}),
+        ("tokenizer_config.json", "tokenizer_class", 5),
+    ],
+)
+def test_a_damaged_folder_ends_in_one_message(saved_llama, name, key, value):
+    content = json.loads((saved_llama / name).read_text())
+    (saved_llama / name).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(IntactKVError, match="llama"):
+        make(saved_llama)
+
+
+def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
+    def breaks(*_arguments, **_named):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("intactkv_eval.harness.lm.build", breaks)
+    with pytest.raises(KeyError, match="ours"):
+        make(saved_llama)
+
+
 class Runs:
     def __init__(self, path):
         self.path = path

@@ -4,7 +4,8 @@ import multiprocessing
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
@@ -35,6 +36,19 @@ def test_a_truncated_file_is_refused(pivot, tmp_path, size):
     pivot.save(file)
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(PivotError, match="capture it anew"):
+        PivotKV.load(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bool, torch.int64, torch.complex64])
+def test_rows_are_floating_point(pivot, tmp_path, dtype):
+    file = tmp_path / "p.safetensors"
+    pivot.save(file)
+    with safe_open(file, framework="pt") as held:
+        metadata = held.metadata()
+    tensors = load_file(file)
+    tensors["keys.0"] = tensors["keys.0"].to(dtype)
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(PivotError, match=r"keys\.0 is of torch"):
         PivotKV.load(file)
 
 

@@ -208,6 +208,28 @@ def test_groups_or_their_leaves(tmp_path):
     assert list(read_run(path, leaves=True).scores) == ["ppl_x"]
 
 
+def test_a_group_that_names_itself(tmp_path):
+    path = write(tmp_path, BOS, [3.0, 3.2], 1)
+    content = json.loads(path.read_text())
+    content["group_subtasks"] = {"ppl_x": ["ppl_x"], "a": ["b"], "b": ["a", "ppl_x"]}
+    path.write_text(json.dumps(content))
+    assert list(read_run(path).scores) == ["ppl_x"]
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), 1e308])
+def test_seeds_of_which_one_is_no_number(tmp_path, figure):
+    """No mean and no spread are made of it, and the table is still written."""
+    for seed in (1, 2):
+        path = write(tmp_path, BOS, [3.0, 3.2], seed, samples=False)
+        content = json.loads(path.read_text())
+        content["configs"]["ppl_x"]["metadata"]["seed"] = seed
+        content["results"]["ppl_x"] = {"acc,none": 0.5 if seed == 1 else figure, "acc_stderr,none": 0.1}
+        path.write_text(json.dumps(content))
+    runs, _ = collect([tmp_path])
+    assert "nan" not in markdown(runs).lower()
+    assert "inf" not in markdown(runs).lower()
+
+
 def test_the_newest_run_of_a_cell_counts(folder):
     write(folder, BOS, [3.0, 3.2, 3.1, 2.9], 9)
     runs, _ = collect([folder])

@@ -119,6 +119,8 @@ def change(said, place, value):
         (("rotation",), "online", None, "rotation cannot be read .*online"),
         (("rotation",), "online", {"model.layers.7.mlp.down_proj": 1}, r"rotates the input of model\.layers\.7"),
         (("rotation",), "digests", {"96": "0"}, "Hadamard matrix of order 96 is not the one"),
+        *[(("rotation",), "digests", {order: "0"}, "is no order of a row") for order in ("1000004", "0", "6", "abc")],
+        (("rotation",), "seed", float("inf"), "rotation cannot be read"),
     ],
 )
 def test_a_config_that_is_not_the_checkpoints_is_refused(written, tmp_path, part, place, value, said):
