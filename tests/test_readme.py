@@ -101,6 +101,9 @@ def test_the_generated_tables_are_the_records(tmp_path):
     said = (ROOT / "docs/pivots.md").read_text()
     shown = tables["results/calibrated.md"] + tables["results/pivots.md"].partition("Other pivots")[2]
     assert all(line in said for line in shown.splitlines() if line.startswith("|"))
+    quoted = [line for line in (ROOT / "docs/quantizers.md").read_text().splitlines() if line.startswith("|")]
+    assert len(quoted) > 50
+    assert set(quoted) <= set(tables["results/quantizers.md"].splitlines())
     for line in tables["results/README.md"].splitlines():
         if line.startswith("|"):
             assert line in README

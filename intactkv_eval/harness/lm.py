@@ -25,7 +25,7 @@ from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import loading
+from intactkv_eval.harness.loading import check_layers, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -73,6 +73,8 @@ class IntactKVLM(PivotedTalks):
         self._layout: Format | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         with loading(f"pretrained={self.cell.model.pretrained!r}"):
+            if loaded is None:
+                check_layers(self.cell.model.pretrained, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if self.built is None:
             self._build(lambda name, revision: self._model)

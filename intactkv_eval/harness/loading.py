@@ -1,16 +1,21 @@
 """What transformers makes of a folder that it cannot load, as one message."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers import PretrainedConfig
 
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
+
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST = 10_000
 
 
 @contextmanager
@@ -32,6 +37,22 @@ def loading(what: str) -> Iterator[None]:
         if _innermost(error.__traceback__) == _OURS:
             raise
         raise CheckpointError(f"{what}: its files cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def check_layers(pretrained: str, revision: str) -> None:
+    """Raise CheckpointError for a config with more layers than any model has, which transformers would begin to build.
+
+    What has no config.json is left to transformers.
+    """
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        found, _ = PretrainedConfig.get_config_dict(pretrained, revision=revision)
+    for part in (found, *found.values()):
+        for key in _LAYERS if isinstance(part, dict) else ():
+            if isinstance(part.get(key), int | float) and part[key] > _MOST:
+                raise CheckpointError(
+                    f"{pretrained}: config.json says {key}={str(part[key])[:20]}; expected at most {_MOST}"
+                )
 
 
 def _innermost(trace: TracebackType | None) -> str:

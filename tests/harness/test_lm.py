@@ -159,6 +159,8 @@ def test_a_response_cache_belongs_to_one_cell(saved_llama, tmp_path):
     ("name", "key", "value"),
     [
         ("config.json", "num_attention_heads", 0),
+        ("config.json", "num_hidden_layers", 10**300),
+        ("config.json", "num_hidden_layers", 2**40),
         ("config.json", "hidden_size", "64"),
         ("config.json", "vocab_size", -5),
         ("config.json", "hidden_act", "foo"),
