@@ -21,7 +21,7 @@ def load_config(name: str) -> dict[str, Any]:
     try:
         loaded = parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"config {path}: {error}") from None
+        raise ConfigError(f"config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
     if "config" in loaded:

@@ -36,7 +36,7 @@ def parse_yaml(text: str) -> Any:
     try:
         found = yaml.safe_load(text)
     except _BROKEN_YAML as error:  # PyYAML's own converters let all of these through
-        raise ValueError(f"cannot be read as YAML: {error}") from None
+        raise ValueError(f"no YAML: {error}") from None
     _measured(found, 1, {})
     return _whole(found)
 

@@ -97,7 +97,7 @@ def _read_config(parsed: Namespace) -> dict[str, Any]:
     try:
         loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
     return loaded

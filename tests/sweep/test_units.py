@@ -123,7 +123,7 @@ def test_what_is_wrong_is_named(parts, message):
 
 
 def test_damaged_yaml():
-    with pytest.raises(ConfigError, match="cannot be read as YAML"):
+    with pytest.raises(ConfigError, match="no YAML"):
         read_sweep("models: [", "grid.yaml")
     with pytest.raises(ConfigError, match=r"grid\.yaml: the whole"):
         read_sweep("- 1", "grid.yaml")
