@@ -1,12 +1,20 @@
-"""JSON and YAML from strangers: a document of plain values, or a ValueError that says why not. Knows no key."""
+"""JSON and YAML from strangers: a document of plain values, or a ValueError that says why not. Knows no key.
+
+Of pickles, which are read elsewhere, what a damaged one may raise.
+"""
 
 import json
+import pickle
 import re
+import struct
 from typing import Any
 
 import yaml
 
 DEEPEST = 100  # levels; what walks through a document later may recurse
+# A pickle is a program: a damaged one fails with whatever it comes to (the pickle module's own documentation says so).
+BROKEN_PICKLE = (pickle.PickleError, EOFError, AttributeError, ImportError, LookupError, ValueError, TypeError,
+                 AssertionError, ArithmeticError, RuntimeError, struct.error, OSError)  # fmt: skip
 _MOST = 10_000_000  # values of a YAML once its aliases are written out
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character outside of the first 65,536
 _BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, IndexError, TypeError)

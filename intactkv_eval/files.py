@@ -104,9 +104,14 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 
 def _opened(path: Path) -> IO[str]:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # the folder was removed between the two
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("w")
+        except FileNotFoundError:  # the folder was removed between the two
+            continue
+        except FileExistsError:  # or while mkdir looked what was there
+            if path.parent.exists() and not path.parent.is_dir():
+                raise
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
@@ -117,17 +122,21 @@ def _is_at(file: IO[str], path: Path) -> bool:
         return False
 
 
+def read_text(path: Path) -> str:
+    """The text of a file. Raises DataError where it is not UTF-8, OSError as the file system does."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error})") from None
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Raises DataError that names the line where one is damaged.
 
     Lines end at newlines alone: a text may hold other characters that `splitlines` takes for ends.
     """
     rows = []
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -1,5 +1,6 @@
-"""Our own safetensors files: all tensors of one, with its metadata. Knows no format."""
+"""Our own files of tensors: of a safetensors all tensors, with its metadata. Knows no format."""
 
+import io
 import json
 import os
 import re
@@ -45,6 +46,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def write_pickle(path: Path, content: object) -> None:
+    """torch.save, whole or not at all. Raises OSError: torch itself fails otherwise where a disk is full."""
+    whole = io.BytesIO()
+    torch.save(content, whole)
+    write_atomic(path, lambda partial: partial.write_bytes(whole.getbuffer()))
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -20,7 +20,7 @@ from intactkv_eval.calibrate.sharegpt import is_sharegpt, of_sharegpt
 from intactkv_eval.data import digest_of_text, load_dataset
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import read_jsonl
+from intactkv_eval.files import read_jsonl, read_text
 
 _FILES = {".json", ".jsonl", ".txt"}
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:\w+)?")
@@ -101,10 +101,7 @@ def conversation_of(row: Mapping[str, Any], place: str) -> Conversation:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise ConfigError(f"conversations {str(path)!r}: no such file")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
+    return read_text(path)
 
 
 def _read_json(path: Path) -> list[Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.data import digest_of, load_dataset, mirror, origin
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import read_jsonl
+from intactkv_eval.files import read_jsonl, read_text
 
 SOURCES = ("wikitext2", "c4", "pile")
 _C4_FILE = "en/c4-train.00000-of-01024.json.gz"
@@ -124,10 +124,7 @@ def _text_of(path: Path) -> str:
     if path.suffix not in {".txt", ".jsonl"} or not path.is_file():
         raise ConfigError(f"calibration data {str(path)!r}: use {', '.join(SOURCES)}, or a .txt or .jsonl file")
     if path.suffix == ".txt":
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error})") from None
+        return read_text(path)
     rows = read_jsonl(path)
     bad = next((number for number, row in enumerate(rows, 1) if not isinstance(row.get("text"), str)), None)
     if bad is not None:

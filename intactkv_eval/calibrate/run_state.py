@@ -5,9 +5,7 @@ dropped when a run goes on. With TensorBoard installed and asked for, the log's 
 """
 
 import csv
-import io
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.calibrate.student import Quality
+from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.tensor_file import write_pickle
 
 _EVERY = 10  # steps between two saves inside of an epoch
 _COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_out_nats")
@@ -74,9 +74,7 @@ class RunState:
             "log": self._rows,
         }  # fmt: skip
         if self.writes:
-            whole = io.BytesIO()  # a full disk is an OSError when bytes are written, not when torch writes
-            torch.save(content, whole)
-            write_atomic(self.folder / "state.pt", lambda partial: partial.write_bytes(whole.getbuffer()))
+            write_pickle(self.folder / "state.pt", content)
             write_atomic(self.log_path, self._write_log)
 
     def due(self) -> bool:
@@ -129,7 +127,7 @@ class RunState:
         try:
             saved: dict[str, Any] = torch.load(path, weights_only=True)
             other = saved["job"]
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        except BROKEN_PICKLE as error:
             raise CheckpointError(f"{path}: damaged ({error}); remove {self.folder} to start anew") from None
         if other != self._job:
             ours, theirs = json.loads(self._job), json.loads(other)

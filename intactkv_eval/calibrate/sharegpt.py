@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intactkv_eval.calibrate.messages import Conversation, Message, message_of, waits
+from intactkv_eval.calibrate.messages import Conversation, message_of, waits
 from intactkv_eval.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -50,9 +50,6 @@ def _tidied(listed: list[Any]) -> Conversation:
     if any(message.role == "assistant" for message in spoken):
         while spoken[-1].role == "user":
             spoken.pop()
-        return () if waits(tuple(spoken)) else _joined(systems, spoken)
-    return _joined(systems, spoken) if spoken else ()
-
-
-def _joined(systems: list[Message], spoken: list[Message]) -> Conversation:
-    return (*systems, *spoken)
+        if waits(tuple(spoken)):
+            return ()
+    return (*systems, *spoken) if spoken else ()

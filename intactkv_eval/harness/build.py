@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.config import CellSpec, PivotSpec, WeightSpec
+from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.cell_checks import (
@@ -29,7 +29,7 @@ from intactkv_eval.harness.cell_checks import (
     check_origin,
 )
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.prefix_search import automatic_tokens
+from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.model.linear import backends_of, quantized_layers
@@ -45,7 +45,6 @@ from intactkv_eval.pivot.capture import (
     weight_hash,
 )
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
@@ -161,22 +160,15 @@ def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:
 def _tokens(
     cell: CellSpec, tokenizer: Any, vocabulary: int, load: Loader, quantization: dict[str, Any] | None
 ) -> tuple[int, ...]:
-    if cell.pivot.source != "auto":
-        return resolve_tokens(cell.pivot, tokenizer, vocabulary)
-    if quantization is not None and cell.model.reference is None:
+    if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
         raise PivotError(
             f"pivot=auto is searched in the full-precision model, and {cell.model.pretrained} is quantized: name it "
             "with reference=..., or search first: intactkv pivots MODEL --out FILE.json, then pivot=FILE.json"
         )
-    first = resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary)
     source = cell.model.reference or cell.model.pretrained
     revision = "main" if cell.model.reference else cell.model.revision
-    found = automatic_tokens(
-        source, revision, cell.model.dtype, first, tokenizer, lambda: _full_precision(source, revision, load)
-    )
-    if not found:
-        raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")
-    return found
+    known = source, revision, cell.model.dtype
+    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load))
 
 
 def _source_hash(model: PreTrainedModel) -> str:

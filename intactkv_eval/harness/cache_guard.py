@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
+from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import ConfigError
 
 _KEY = "intactkv_cell"
@@ -44,7 +45,7 @@ def _check_plain(path: str, table: str) -> None:
         with closing(sqlite3.connect(path)) as file:
             for (value,) in file.execute(f'SELECT value FROM "{table}"'):
                 _Plain(io.BytesIO(value)).load()
-    except Exception as error:  # noqa: BLE001  a damaged pickle fails with whatever it meets first
+    except (*BROKEN_PICKLE, sqlite3.Error) as error:
         raise ConfigError(
             f"--use_cache {path}: holds something that is no answer ({type(error).__name__}: {error}); loading it "
             "could run a stranger's code. Remove the file"

@@ -87,10 +87,11 @@ def calibrate_to_file(
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
     ranks = Ranks(full.rank, full.world_size)
+    wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
     longest = min(asked.tokens, full.max_length)
-    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant, asked.conversations)
+    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant, wanted)
     assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
@@ -126,6 +127,7 @@ def _train(
            "quantized": digest, "pivot": first, "dtype": str(pivoted.model.dtype)}  # fmt: skip
     board = out.with_suffix(".tensorboard") if asked.tensorboard else None
     state = RunState(folder, job, ranks.rank == 0, board)
+    ranks.wait()  # all have read where they go on before the first one writes
     student = Student(pivoted.model, rows, asked.recompute)
     before, after = Trainer(student, examples, targets, settings, state, ranks).run()
     measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}

@@ -11,13 +11,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.data import Samples, load_samples
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.config import PivotSpec
+from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import cache_folder
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported, weight_hash
 from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
 from intactkv_eval.pivot.choose import Evidence, choose
+from intactkv_eval.pivot.tokens import resolve_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,25 @@ def search_prefix(
     )
     words = tuple(tokenizer.decode([token]) for token in chosen.prefix)
     return ChoiceFile(tokens=chosen.prefix, text=words, searched=searched, choice=chosen)
+
+
+def tokens_of(
+    spec: PivotSpec,
+    tokenizer: Any,
+    vocabulary: int,
+    source: tuple[str, str, str],
+    load: Callable[[], PreTrainedModel],
+) -> tuple[int, ...]:
+    """The tokens of a pivot that is no PivotKV file; `auto` is searched in the full-precision model.
+
+    source: that model's name or folder, revision and dtype. Raises PivotError where there are none, DataError.
+    """
+    if spec.source != "auto":
+        return resolve_tokens(spec, tokenizer, vocabulary)
+    found = automatic_tokens(*source, resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary), tokenizer, load)
+    if not found:
+        raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")
+    return found
 
 
 def automatic_tokens(

@@ -20,7 +20,7 @@ from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.harness.loading import check_layers, loading
-from intactkv_eval.harness.prefix_search import automatic_tokens
+from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -29,7 +29,6 @@ from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of
 from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
@@ -215,10 +214,7 @@ def _pivot_tokens(asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, sour
         raise ConfigError(
             f"--pivot {asked.source}: the KV is this model's own; name the tokens: --pivot tokens:{listed}"
         )
-    if asked.source != "auto":
-        return resolve_tokens(asked, tokenizer, vocabulary)
-    first = resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary)
-    return automatic_tokens(source.pretrained, source.revision, source.dtype, first, tokenizer, lambda: model)
+    return tokens_of(asked, tokenizer, vocabulary, (source.pretrained, source.revision, source.dtype), lambda: model)
 
 
 def _device(name: str) -> torch.device | None:

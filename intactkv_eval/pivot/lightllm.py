@@ -7,7 +7,6 @@ Source: LightLLM, server/router/model_infer/mode_backend/base_backend.py (preloa
 manager (load_index_kv_buffer).
 """
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.basis import ROTATED
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.tensor_file import write_pickle
 
 
 def _check_fits(pivot: PivotKV, config: dict[str, Any], folder: Path) -> None:
@@ -65,8 +65,6 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
         own = slice(rank * heads // ranks, (rank + 1) * heads // ranks)
         buffer = torch.cat((keys[:, :, own], values[:, :, own]), dim=2).contiguous()
         names[f"rank_{rank}"] = name = f"prompt_cache_rank_{rank}.pt"
-        whole = io.BytesIO()
-        torch.save({"kv_buffer": buffer}, whole)
-        write_atomic(folder / name, lambda partial, made=whole: partial.write_bytes(made.getbuffer()))  # type: ignore[misc]
+        write_pickle(folder / name, {"kv_buffer": buffer})
     config |= {"prompt_cache_token_ids": list(pivot.token_ids), "prompt_cache_kv_buffer": names}
     write_atomic(file, lambda partial: partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))

@@ -7,7 +7,7 @@ import jinja2
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.files import shipped_folder
+from intactkv_eval.files import read_text, shipped_folder
 from intactkv_eval.pivot.choice_file import ChoiceFile
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.
@@ -65,7 +65,7 @@ def use_chat_template(tokenizer: Any, name: str) -> None:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.jinja")))
         raise ConfigError(f"chat_template={name!r}: no such file; shipped templates: {known}")
-    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    tokenizer.chat_template = read_text(path)
 
 
 def _encode_prompt(tokenizer: Any, message: str) -> list[int]:

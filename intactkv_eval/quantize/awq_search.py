@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.quantize.scale_groups import divide_outputs
 
@@ -33,7 +34,7 @@ def load_search(path: Path) -> AWQSearch:
     try:
         content = path.read_bytes()
         found = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # noqa: BLE001  a damaged pickle fails in torch's reader with whatever it meets first
+    except BROKEN_PICKLE as error:
         raise CheckpointError(f"awq_search={path}: cannot be read as llm-awq's search result ({error})") from None
     try:
         scales = tuple((str(before), tuple(map(str, names)), _finite(scale)) for before, names, scale in found["scale"])

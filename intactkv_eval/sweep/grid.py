@@ -84,6 +84,7 @@ class Unit:
         cell, quantize = self.cell, self.quantize
         weights = quantize.label if quantize else _weights(cell)
         kv = "kv16" if cell.kv.bits == 16 else f"kv{cell.kv.bits} {cell.kv.scheme}"
+        kv += f" keep {cell.kv.keep}" if cell.kv.keep else ""
         trained = any(isinstance(one, Calibrate) for one in self.preparations)
         named = "calibrated" if trained else PurePath(cell.pivot.source).name
         pivot = named if cell.pivot.intact else "none" if named == "bos" else f"{named} computed"

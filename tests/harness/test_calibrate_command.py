@@ -154,6 +154,10 @@ def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monke
     assert calibrate(cell, tmp_path / "p.answers.jsonl", out).exit_code == 0
     with pytest.raises(ConfigError, match="does nothing"):
         raise calibrate(cell, tmp_path / "p.answers.jsonl", out, "--answer", 8).exception
+    few = calibrate(cell, tmp_path / "q.jsonl", tmp_path / "few.safetensors", "--answer", 8, "--conversations", 3)
+    assert few.exit_code == 0, few.output
+    assert len((tmp_path / "few.answers.jsonl").read_text().splitlines()) == 3, "no more are answered than are used"
+    assert PivotKV.load(tmp_path / "few.safetensors").fingerprint.calibrated.settings["conversations"] == 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.cli import app
 from intactkv_eval.config import KVSpec
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.activations import activations_off
@@ -68,12 +68,16 @@ def test_gptq_is_calibrated_and_says_on_what(saved_llama, text, tmp_path):
 def test_the_pivot_of_a_calibration_is_the_one_that_was_asked(saved_llama, text, tmp_path, monkeypatch):
     """`auto` is searched as a cell's is; a file is refused, since the KV in front is this model's own."""
     monkeypatch.setattr(
-        "intactkv_eval.harness.quantize_command.automatic_tokens", lambda *given: (*given[3], 7) if given[5]() else ()
+        "intactkv_eval.harness.prefix_search.automatic_tokens", lambda *given: (*given[3], 7) if given[5]() else ()
     )
     made = quantize(saved_llama, tmp_path / "auto", text, "--method", "gptq", "--pivot", "auto")
     assert record(tmp_path / "auto")["pivot_tokens"] == [256, 7]
     other = quantize(saved_llama, tmp_path / "ids", text, "--method", "gptq", "--pivot", "tokens:256+7")
     assert all(torch.equal(part, other[key]) for key, part in made.items())
+    monkeypatch.setattr("intactkv_eval.harness.prefix_search.automatic_tokens", lambda *given: ())
+    with pytest.raises(PivotError, match="pivot=auto: this model has no BOS and shows no pivot tokens"):
+        raise run(saved_llama, "--out", tmp_path / "no", "--method", "gptq", "--data", text, "--pivot", "auto",
+                  "--samples", 2, "--length", 16, "--group-size", 32).exception  # fmt: skip
     lm = IntactKVLM(str(saved_llama), dtype="float32", pivot="tokens:256+7+8", device="cpu")
     lm.pivoted_model.pivot.save(tmp_path / "p.safetensors")
     options = ["--method", "gptq", "--data", text, "--samples", 2, "--length", 16, "--group-size", 32]

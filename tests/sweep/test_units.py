@@ -133,6 +133,7 @@ def test_damaged_yaml():
 def test_every_shipped_sweep_expands(file):
     found = expand_file(file)
     assert len(found) == CELLS[file.stem]
+    assert len({(unit.label, unit.seed) for unit in found}) == len(found), "each cell is told from the others"
     computed = {unit.label.split(" | ")[0] for unit in found if not unit.cell.pivot.intact}
     assert computed == {unit.label.split(" | ")[0] for unit in found}, "every model has its baselines"
 

@@ -1,0 +1,89 @@
+"""A model's folder and a response cache from elsewhere: one message, and no code of theirs runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from safetensors.torch import load_file, save_file
+from sqlitedict import SqliteDict
+
+from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
+from intactkv_eval.harness.lm import IntactKVLM
+
+
+def make(folder, **arguments):
+    return IntactKVLM(str(folder), **{"batch_size": 2, "device": "cpu", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "num_attention_heads", 0),
+        ("config.json", "num_hidden_layers", 10**300),
+        ("config.json", "num_hidden_layers", 2**40),
+        ("config.json", "hidden_size", "64"),
+        ("config.json", "vocab_size", -5),
+        ("config.json", "hidden_act", "foo"),
+        ("config.json", "quantization_config", "gptq"),
+        ("tokenizer.json", "model", {"type": "Other"}),
+        ("tokenizer_config.json", "tokenizer_class", 5),
+    ],
+)
+def test_a_damaged_folder_ends_in_one_message(saved_llama, name, key, value):
+    content = json.loads((saved_llama / name).read_text())
+    (saved_llama / name).write_text(json.dumps({**content, key: value}))
+    with pytest.raises(IntactKVError, match="llama"):
+        make(saved_llama)
+
+
+def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
+    def breaks(*_arguments, **_named):
+        raise KeyError("ours")
+
+    monkeypatch.setattr("intactkv_eval.harness.lm.build", breaks)
+    with pytest.raises(KeyError, match="ours"):
+        make(saved_llama)
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "a stranger's code ran")
+
+
+@pytest.mark.parametrize("key", ["intactkv_cell", "any request"])
+def test_a_strangers_response_cache_runs_nothing(saved_llama, tmp_path, key):
+    """lm_eval unpickles what it finds there."""
+    database, trace = str(tmp_path / "cache.db"), tmp_path / "trace.txt"
+    CachingLM(make(saved_llama), database).loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+    with SqliteDict(database, autocommit=True) as held:
+        held[key] = Runs(trace)
+    with pytest.raises(ConfigError, match="something that is no answer"):
+        CachingLM(make(saved_llama), database)
+    assert not trace.exists()
+
+
+def test_a_checkpoint_with_a_missing_tensor_is_refused(saved_llama):
+    """transformers fills it with random numbers and goes on."""
+    file = saved_llama / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        make(saved_llama)
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(IntactKVError, match="shape"):
+        make(saved_llama)
+
+
+def test_a_truncated_checkpoint(saved_llama):
+    weights = saved_llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged"):
+        make(saved_llama)

@@ -1,0 +1,58 @@
+"""Results files that are damaged, or were made to be: named, or shown for what they are."""
+
+import json
+
+import pytest
+from test_report import BOS, write
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.collect import collect, read_run
+from intactkv_eval.report.tables import markdown
+
+
+def test_a_group_that_names_itself(tmp_path):
+    path = write(tmp_path, BOS, [3.0, 3.2], 1)
+    content = json.loads(path.read_text())
+    content["group_subtasks"] = {"ppl_x": ["ppl_x"], "a": ["b"], "b": ["a", "ppl_x"]}
+    path.write_text(json.dumps(content))
+    assert list(read_run(path).scores) == ["ppl_x"]
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), 1e308])
+def test_seeds_of_which_one_is_no_number(tmp_path, figure):
+    """No mean and no spread are made of it, and the table is still written."""
+    for seed in (1, 2):
+        path = write(tmp_path, BOS, [3.0, 3.2], seed, samples=False)
+        content = json.loads(path.read_text())
+        content["configs"]["ppl_x"]["metadata"]["seed"] = seed
+        content["results"]["ppl_x"] = {"acc,none": 0.5 if seed == 1 else figure, "acc_stderr,none": 0.1}
+        path.write_text(json.dumps(content))
+    runs, _ = collect([tmp_path])
+    assert "nan" not in markdown(runs).lower()
+    assert "inf" not in markdown(runs).lower()
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"config": {"intactkv": {}}}', '{"config": {}}x', "null"])
+def test_damaged_results_are_named(tmp_path, damage):
+    path = tmp_path / "results_1.json"
+    path.write_text(damage)
+    with pytest.raises(ConfigError, match="results_1"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("source_hash", ["x"]), ("awq_search", 1), ("hf_arguments", 3), ("quantization", "gptq"), ("pivot_tokens", ["x"])],
+)
+def test_a_record_of_other_types_is_damaged(tmp_path, key, value):
+    write(tmp_path, BOS, [3.0, 3.1], 1, record={key: value})
+    with pytest.raises(ConfigError, match="not a whole results file"):
+        collect([tmp_path])
+
+
+@pytest.mark.parametrize("number", ["Infinity", "1e999", "NaN", '"x"'])
+def test_a_sample_without_a_number_is_damaged(tmp_path, number):
+    write(tmp_path, BOS, [3.0, 3.1], 1)
+    (tmp_path / "samples_ppl_x_1.jsonl").write_text(f'{{"doc_id": {number}, "nll": 1.0}}')
+    with pytest.raises(ConfigError, match="not a whole results file"):
+        collect([tmp_path])
