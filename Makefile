@@ -62,16 +62,21 @@ sweeps: $(VENV)/.test $(VENV)/.demo
 load: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/load.py
 
-# The fast suite on every Python that is here, with the newest releases that install and with the oldest we support.
+# The fast suite on every Python that is here, with the newest releases that install and with the oldest we support; and
+# whether constraints.txt installs there from the package index alone, which has torch for CUDA with its own Triton.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13
 matrix:
-	@found=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
+	@found=; failed=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
 	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
-	    $$python -m venv $$venv && $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
+	    $$python -m venv $$venv && \
+	    { test $$set = oldest || $$venv/bin/python -m pip --isolated install --quiet --dry-run --constraint constraints.txt \
+	      --editable ".[demo,test]"; } && \
+	    $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
 	      $$(test $$set = newest || echo $(OLDEST)) && $$venv/bin/python -m pip check && \
-	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || exit 1; \
-	  done; done; test -n "$$found" || { echo "none of $(PYTHONS) is here"; exit 1; }
+	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || failed="$$failed $$python-$$set"; \
+	  done; done; test -n "$$found" || { echo "none of $(PYTHONS) is here"; exit 1; }; \
+	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md

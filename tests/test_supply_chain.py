@@ -36,6 +36,17 @@ def test_every_dependency_has_a_lower_bound_and_a_reason():
         assert all(">=" in requirement for requirement in listed)
 
 
+# torch for CUDA asks for one release of Triton; torch for the CPU for none, so that no install on a machine without a
+# GPU would tell that the two pins cannot go together.
+TRITON_OF_TORCH = {"2.13.0": "3.7.1"}
+
+
+def test_the_pins_of_torch_and_triton_install_together():
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = dict(line.split(" ;")[0].split("==") for line in lines)
+    assert pins["triton"] == TRITON_OF_TORCH[pins["torch"]]
+
+
 MODULES = {
     "lm_eval": "lm-eval",
     "huggingface_hub": "huggingface-hub",

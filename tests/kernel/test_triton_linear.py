@@ -99,7 +99,7 @@ def framed(tensor):
 
 @pytest.fixture(autouse=True)
 def interpreted_bf16_dot(monkeypatch):
-    """Triton's interpreter (3.9) keeps bf16 as uint16, and its tl.dot multiplies those integers: widen them first."""
+    """Triton's interpreter keeps bf16 as uint16, and its tl.dot multiplies those integers: widen them first."""
     if ON_GPU:
         return
     from triton.runtime.interpreter import InterpreterBuilder
