@@ -103,6 +103,8 @@ def calibrate(
     )
     settings: Any = command.Settings(rate, batch, epochs, clip, held_out, patience, seed)
     found = command.calibrate_to_file(arguments, loading, asked, settings, out)
+    if not found.first:
+        return
     rows = zip(("all layers", "last layer", "nats a token"), found.before, found.after, strict=True)
     typer.echo(
         f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})"

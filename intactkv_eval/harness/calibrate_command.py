@@ -56,7 +56,10 @@ class Asked(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of it: held-out quality before and after, nats of the full-precision model, and the run's log."""
+    """What came of it: held-out quality before and after, nats of the full-precision model, and the run's log.
+
+    first: whether this process, of several, is the one that writes and speaks.
+    """
 
     pivot: PivotKV
     before: Quality
@@ -65,6 +68,7 @@ class Result(NamedTuple):
     log: Path
     best_epoch: int
     examples: int
+    first: bool
 
 
 def calibrate_to_file(
@@ -144,7 +148,7 @@ def _train(
         pivot.save(out)
         shutil.copyfile(state.log_path, log)
         shutil.rmtree(folder)
-    return Result(pivot, before, after, full_nats, log, state.best_epoch, len(examples))
+    return Result(pivot, before, after, full_nats, log, state.best_epoch, len(examples), ranks.rank == 0)
 
 
 def _check_cell(cell: CellSpec) -> None:

@@ -1,7 +1,11 @@
 """`intactkv calibrate`: a cell and conversations in, a PivotKV out that belongs to that quantized model alone."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +68,25 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
     assert torch.equal(allowed.pivoted_model.pivot.values[0], made.values[0])
     with pytest.raises(ConfigError, match="pivot_transfer: does nothing"):
         IntactKVLM(str(saved_llama), pivot=str(out), pivot_transfer=True, **own)
+
+
+def test_two_processes_train_what_one_does(saved_llama, talks, tmp_path):
+    """Started as `accelerate launch` starts them on GPUs. One of them writes, and speaks."""
+    cell = f"pretrained={saved_llama},{CELL},pivot=bos"
+    assert calibrate(cell, talks, tmp_path / "one.safetensors").exit_code == 0
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "intactkv_eval.cli", "calibrate"]
+    options = ["--model_args", cell, "--data", talks, "--out", tmp_path / "two.safetensors", *FAST]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, *map(str, [*launch, *options])], check=False, capture_output=True, text=True,
+                          env=env, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("two.safetensors: for") == 1
+    one, two = (PivotKV.load(tmp_path / f"{name}.safetensors").fingerprint.calibrated for name in ("one", "two"))
+    assert (one.settings["processes"], two.settings["processes"]) == (1, 2)
+    for name, (_, after) in one.held_out.items():
+        assert two.held_out[name][1] == pytest.approx(after, rel=1e-3)
+    assert not list(tmp_path.glob(".two*"))
 
 
 def test_training_goes_on_from_calibrated_rows(saved_llama, talks, tmp_path):
