@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -88,13 +89,21 @@ def attention_watched(
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
             look(output[1][0])
 
+    def ask(_module: nn.Module, args: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**arguments, "output_attentions": True}
+
     parts = [part for layer in layers for part in layer.modules() if "Attention" in type(part).__name__]
     before = model.config._attn_implementation
     if before != "eager":
         model.set_attn_implementation("eager")
+    # In early releases of transformers 5 some families compute the weights, and drop them unless they are asked for.
+    asked = [part for part in parts if "output_attentions" in signature(part.forward).parameters]
+    held = [part.register_forward_pre_hook(ask, with_kwargs=True) for part in asked]
     try:
         with watched(parts, weights):
             yield
     finally:
+        for one in held:
+            one.remove()
         if before != "eager":
             model.set_attn_implementation(before)

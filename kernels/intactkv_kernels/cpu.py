@@ -51,7 +51,10 @@ def many_rows(x: Tensor, weight: CpuWeight) -> Tensor:
     rows = x.reshape(-1, weight.in_features)
     y = rows.new_empty(len(rows), weight.out_features)
     for start, tile in weight.tiles(rows.dtype):
-        torch.mm(rows, tile.t(), out=y[:, start : start + len(tile)])
+        if len(tile) > 1:
+            torch.mm(rows, tile.t(), out=y[:, start : start + len(tile)])
+        else:  # torch 2.10 errs at matrices of one bf16 column whose numbers lie apart, whether it reads or writes them
+            y[:, start] = torch.mv(rows, tile[0].contiguous())
     return y.view(*x.shape[:-1], weight.out_features)
 
 
