@@ -65,10 +65,11 @@ load: $(VENV)/.test
 # The fast suite on every Python that is here, with the newest releases that install and with the oldest we support; and
 # whether constraints.txt installs there from the package index alone, which has torch for CUDA with its own Triton.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+SETS ?= newest oldest
 OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13
 matrix:
 	@found=; failed=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
-	  for set in newest oldest; do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
+	  for set in $(SETS); do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
 	    $$python -m venv $$venv && \
 	    { test $$set = oldest || $$venv/bin/python -m pip --isolated install --quiet --dry-run --constraint constraints.txt \
 	      --editable ".[demo,test]"; } && \
