@@ -1,6 +1,7 @@
 """The fuzzer in short, what it found before, and that it finds what is to be found."""
 
 import json
+import time
 import warnings
 from pathlib import Path
 from random import Random
@@ -37,10 +38,10 @@ def test_what_was_found_before(targets, path):
     assert run.read_one(targets[path.parent.name], path.read_bytes()) in {"read", "refused"}
 
 
-def test_a_fault_is_seen():
+def test_a_fault_is_seen(monkeypatch):
     """Each kind of bad end, by a reader that has it."""
 
-    def sleeps(_data):
+    def hangs(_data):
         while True:
             pass
 
@@ -50,12 +51,17 @@ def test_a_fault_is_seen():
     def breaks(_data):
         raise KeyError("x")
 
+    def waits(_data):
+        time.sleep(2)
+
     ends = {name: run.read_one(fuzzed.Target(bytes, read), b"") for name, read in
-            {"sleeps": sleeps, "takes": takes, "breaks": breaks, "reads": len}.items()}  # fmt: skip
-    assert ends["sleeps"] == "took more than 5 s"
+            {"hangs": hangs, "takes": takes, "breaks": breaks, "reads": len}.items()}  # fmt: skip
+    assert ends["hangs"].startswith("took more than 5 s of work")
     assert ends["takes"].endswith("GB")
     assert ends["breaks"].startswith("KeyError")
     assert ends["reads"] == "read"
+    monkeypatch.setattr(run, "WAITING", 0.5)
+    assert run.read_one(fuzzed.Target(bytes, waits), b"").endswith("or 0.5 s")
 
 
 def test_the_same_seed_is_the_same_input(targets):
