@@ -66,8 +66,8 @@ load: $(VENV)/.test
 # whether constraints.txt installs there from the package index alone, which has torch for CUDA with its own Triton.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 SETS ?= newest oldest
-# Triton 3.6, which goes with torch 2.10, cannot be interpreted with numpy 2.5.
-OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13 "numpy<2.5"
+# Triton 3.6, which goes with torch 2.10, cannot be interpreted with numpy 2.4.
+OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13 "numpy<2.4"
 matrix:
 	@found=; failed=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
 	  for set in $(SETS); do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
