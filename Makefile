@@ -67,15 +67,14 @@ load: $(VENV)/.test
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 SETS ?= newest oldest
 # Triton 3.6, which goes with torch 2.10, cannot be interpreted with numpy 2.4.
-OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13 "numpy<2.4"
+OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13 numpy<2.4
 matrix:
 	@found=; failed=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
 	  for set in $(SETS); do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
+	    case $$set in newest) chosen=;; oldest) chosen='$(OLDEST)';; *) echo "SETS: newest or oldest"; exit 1;; esac; \
 	    $$python -m venv $$venv && \
-	    { test $$set = oldest || $$venv/bin/python -m pip --isolated install --quiet --dry-run --constraint constraints.txt \
-	      --editable ".[demo,test]"; } && \
-	    $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" \
-	      $$(test $$set = newest || echo $(OLDEST)) && $$venv/bin/python -m pip check && \
+	    $$venv/bin/python -m pip --isolated install --quiet --dry-run --constraint constraints.txt --editable ".[demo,test]" && \
+	    $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" $$chosen && $$venv/bin/python -m pip check && \
 	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || failed="$$failed $$python-$$set"; \
 	  done; done; test -n "$$found" || { echo "none of $(PYTHONS) is here"; exit 1; }; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
@@ -85,6 +84,7 @@ results: $(VENV)/.installed
 	$(BIN)/intactkv report results/quantizers results/gptqmodel --out results/quantizers.md
 	$(BIN)/intactkv report results/pivots --out results/pivots.md
 	$(BIN)/python results/trained.py table results/calibrated results/calibrated.md
+	$(BIN)/python results/trained.py table results/calibrated_awq results/calibrated_awq.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

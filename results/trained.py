@@ -17,7 +17,7 @@ HEAD = ("quantized model and pivot", "pivot tokens", "loss of all layers", "Δ",
 FOOT = """
 Held-out conversations, before and after training: the sum over layers of mean((y - t)² / 2) between quantized and
 full-precision outputs of the assistant's tokens, that of the last layer, and the mean log-loss of those tokens, in the
-full-precision model too. Rows: the records in this folder's `calibrated`, with their settings.
+full-precision model too. Rows: the records in this folder's `{}`, with their settings.
 """
 
 
@@ -47,7 +47,7 @@ def table(folder: Path) -> str:
             row += [f"{form.format(before)} → {form.format(after)}", change]
         row.append("" if record["full_nats"] is None else f"{record['full_nats']:.3f}")
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines) + "\n" + FOOT
+    return "\n".join(lines) + "\n" + FOOT.format(folder.name)
 
 
 if __name__ == "__main__":
