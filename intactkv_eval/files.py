@@ -6,6 +6,7 @@ Knows paths and bytes only.
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -41,16 +42,17 @@ def cache_folder() -> Path:
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
 
-    A reader, or a second writer, sees the old file or the whole new one. Raises OSError as the file system does.
+    A reader, or a second writer, sees the old file or the whole new one. It may be read by whom the process's umask
+    lets read it: tempfile, and safetensors, let nobody else. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    mode = partial.stat().st_mode
     try:
         write(partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
+        partial.chmod(mode)
+        flush(partial)
         partial.replace(path)
     except OSError as error:  # a full disk does not say which file it means
         raise OSError(error.errno, error.strerror, str(path)) from None

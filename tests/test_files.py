@@ -1,13 +1,18 @@
 """Writing that is never seen half done; shipped folders."""
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from intactkv_eval.files import place_folder, shipped_folder, write_atomic
+from intactkv_eval.quantize.export import export
+from intactkv_eval.tensor_file import save_tensors
+from intactkv_eval.weights.formats.scheme import Scheme
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -22,6 +27,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomic(target, fail)
     assert target.read_text() == "old"
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, expected):
+    """Results, pivots and checkpoints are shared; tempfile and safetensors would keep them to their owner."""
+    ours, theirs = tmp_path / "ours.txt", tmp_path / "theirs.safetensors"
+    before = os.umask(umask)
+    try:
+        write_atomic(ours, lambda partial: partial.write_text("x"))
+        write_atomic(theirs, lambda partial: save_tensors(partial, {"x": torch.ones(2)}))
+        export(tmp_path / "checkpoint", "gptq", Scheme(4, 32, True, "a test"), {}, {}, {"x": torch.ones(2)})
+    finally:
+        os.umask(before)
+    for path in (ours, theirs, *(tmp_path / "checkpoint").iterdir()):
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path.name
 
 
 def test_what_is_put_in_its_place_is_on_disk_before(tmp_path, monkeypatch):

@@ -63,8 +63,9 @@ def export(
         (partial / "config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
         if beside is not None:
             _copy(beside, partial)
+        mode = (partial / "config.json").stat().st_mode
         for file in partial.iterdir():
-            file.chmod(0o644)
+            file.chmod(mode)  # safetensors lets nobody else read its files
         if out.exists():
             out.rmdir()
         place_folder(partial, out)
