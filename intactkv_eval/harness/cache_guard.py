@@ -1,7 +1,7 @@
 """lm_eval's --use_cache keeps answers by request text, not by model: two cells on one file would share their answers.
 
 The first cell writes its own identity into the file; another cell is refused. Answers lie there as pickles, which
-lm_eval will load: all of them are read first without letting any name a class or a function, as answers never do.
+lm_eval will load: they are read without letting any name a class or a function, as answers never do.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
     if answers is None:
         return
     _check_plain(answers.filename, answers.tablename)
+    answers.decode = _plain  # what comes into the file later is read no otherwise
     identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     owner = answers.get(_KEY)
     if owner is None and len(answers):
@@ -40,11 +41,17 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+def _plain(value: Any) -> Any:
+    return _Plain(io.BytesIO(value)).load()
+
+
 def _check_plain(path: str, table: str) -> None:
     try:
         with closing(sqlite3.connect(path)) as file:
+            for kind, name in file.execute("SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')"):
+                raise pickle.UnpicklingError(f"the {kind} {name}, which acts when the file is used")
             for (value,) in file.execute(f'SELECT value FROM "{table}"'):
-                _Plain(io.BytesIO(value)).load()
+                _plain(value)
     except (*BROKEN_PICKLE, sqlite3.Error) as error:
         raise ConfigError(
             f"--use_cache {path}: holds something that is no answer ({type(error).__name__}: {error}); loading it "

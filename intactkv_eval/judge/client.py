@@ -18,6 +18,7 @@ from intactkv_eval.errors import ConfigError
 
 KEY = "OPENAI_API_KEY"
 _NO_KEY = "none"  # what a local server without keys is sent
+_MOST_TOKENS = 10**9  # of one reply; what says more does not say
 _A_KEY = 8  # letters; what is shorter is a local server's stand-in, and stands in texts by chance
 
 
@@ -101,10 +102,14 @@ class Judge:
             raise NoReply(self.struck(f"a reply without a text: {str(made)[:200]}"))
         usage = getattr(made, "usage", None)
         used = (getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None))
-        known = all(isinstance(part, int) and part >= 0 for part in used)
+        known = all(isinstance(part, int) and 0 <= part <= _MOST_TOKENS for part in used)
         finish = getattr(choices[0], "finish_reason", None)  # type: ignore[index]
-        text = text.encode("utf-8", "replace").decode("utf-8")  # half a character that a server has sent
-        return Reply(self.struck(text), finish if isinstance(finish, str) else None, used if known else None)  # type: ignore[arg-type]
+        finish = self._whole(finish) if isinstance(finish, str) else None
+        return Reply(self._whole(text), finish, used if known else None)  # type: ignore[arg-type]
+
+    def _whole(self, text: str) -> str:
+        """Without the key, and without half a character that a server has sent."""
+        return self.struck(text.encode("utf-8", "replace").decode("utf-8"))
 
     def _wait(self) -> None:
         """Until this thread's turn by `rate`."""

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Judge, Settings
 from intactkv_eval.judge.cost import Prices, Purse
-from intactkv_eval.judge.entries import Entry, load_entries
+from intactkv_eval.judge.entries import Entry, check_models, load_entries
 from intactkv_eval.judge.fastchat import Judged, pair_rows, single_rows, write_rows
 from intactkv_eval.judge.journal import Journal, opened
 from intactkv_eval.judge.matches import Bench, Match, pairwise_matches, single_matches
@@ -88,6 +88,7 @@ def _matches(bench: Bench, entries: Sequence[Entry], asked: Asked) -> dict[str, 
     base = others[0]
     if base.name in {entry.name for entry in entries}:
         raise DataError(f"{base.name}: is both judged and the baseline")
+    check_models([*entries, base])
     return {entry.name: list(pairwise_matches(bench, entry.answers, base.answers)) for entry in entries}
 
 

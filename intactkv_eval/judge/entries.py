@@ -6,7 +6,7 @@ A run's name says its cell and seed, so that two of them are told apart in every
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -34,16 +34,22 @@ class Entry:
     results: Path | None = None
     questions: str | None = None
 
+    @property
+    def model(self) -> str:
+        """What its answers call their model."""
+        return next((answer.model_id for answer in self.answers.values()), self.name)
+
 
 def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
     """The entries of files and folders, each once.
 
-    Raises DataError for a source without answers, a run without samples, or two entries of one name.
+    Raises DataError for a source without answers, a file with those of several models, a run without samples, or two
+    entries of one name.
     """
     found: list[Entry] = []
     for source in sources:
         if source.suffix == ".jsonl":
-            found.append(Entry(source.stem, read_answers(source)))
+            found.append(_of_file(source))
             continue
         runs = [source] if source.is_file() else files_below(source)
         entries = [entry for entry in (_of_run(path, bench) for path in runs) if entry is not None]
@@ -54,7 +60,19 @@ def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{', '.join(twice)}: two sets of answers have this name; judge them one after another")
+    check_models(found)
     return found
+
+
+def check_models(entries: Sequence[Entry]) -> None:
+    """Raise DataError where two entries call their model by one name: their judgments could not be told apart."""
+    named = [entry.model for entry in entries]
+    twice = next((entry for entry in entries if named.count(entry.model) > 1), None)
+    if twice is not None:
+        both = ", ".join(entry.name for entry in entries if entry.model == twice.model)
+        raise DataError(
+            f"{both}: have one model_id ({twice.model}); give each answer file its own, or judge them apart"
+        )
 
 
 def export_answers(sources: Iterable[Path], out: Path, bench: str) -> list[Path]:
@@ -67,19 +85,31 @@ def export_answers(sources: Iterable[Path], out: Path, bench: str) -> list[Path]
     return written
 
 
+def _of_file(path: Path) -> Entry:
+    answers = read_answers(path)
+    models = sorted({answer.model_id for answer in answers.values()})
+    if len(models) > 1:
+        raise DataError(f"{path}: answers of {len(models)} models ({', '.join(models[:5])}); make a file of each")
+    return Entry(path.stem, answers)
+
+
 def _of_run(path: Path, bench: str) -> Entry | None:
     run = read_run(path)
     if run is None:
         return None
     content = parse_json(path.read_bytes())
-    metadata = content.get("configs", {}).get(bench, {}).get("metadata") or {}
-    if bench not in content["results"] or metadata.get("protocol") != bench:
-        return None  # of another task, or a judge's own figures
+    try:
+        metadata = content.get("configs", {}).get(bench, {}).get("metadata") or {}
+        if bench not in content["results"] or metadata.get("protocol") != bench:
+            return None  # of another task, or a judge's own figures
+        content["n-samples"][bench]["original"]  # what `write_results` tells, after all replies were paid for
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
     samples = samples_of(path, bench)
     if not samples.is_file():
         raise DataError(f"{path}: its answers were not logged; run lm_eval with --log_samples")
     base = run_name(run)
-    name = f"{base}_seed{metadata['seed']}" if "seed" in metadata else base
+    name = f"{base}_seed{lettered(str(metadata['seed']))}" if "seed" in metadata else base
     rows = [_answer(row, name, run.date) for row in read_jsonl(samples)]
     answers = {row.question_id: row for row in rows}
     alike = {key: value for key, value in metadata.items() if key != "seed"}
@@ -99,7 +129,12 @@ def run_name(run: Run) -> str:
         kv,
         f"pivot-{pivot_label(cell)}",
     ]
-    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts if part)
+    return "_".join(lettered(part) for part in parts if part)
+
+
+def lettered(text: str) -> str:
+    """The text in letters that a file name can have."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.")
 
 
 def _answer(sample: dict[str, Any], name: str, date: float) -> Answer:
@@ -108,7 +143,9 @@ def _answer(sample: dict[str, Any], name: str, date: float) -> Answer:
             Choice(index=index, turns=tuple(turn[0] for turn in response[0]))
             for index, response in enumerate(sample["resps"])
         ]
-        question = int(sample["doc"]["question_id"])
+        question = sample["doc"]["question_id"]
+        if not isinstance(question, int):
+            raise TypeError(f"question_id {str(question)[:80]}")
         made = answer_id(name, question, choices)
         return Answer(question_id=question, answer_id=made, model_id=name, choices=tuple(choices), tstamp=date)
     except (KeyError, IndexError, TypeError, ValueError) as error:

@@ -68,4 +68,4 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _models(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("model", "model_1", "model_2"))
+    return tuple(str(row.get(key)) for key in ("model", "model_1", "model_2"))

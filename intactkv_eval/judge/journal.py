@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.judge.verdict import WINNERS, is_rating
 
 NAME = "replies.jsonl"
 
@@ -43,6 +44,14 @@ class Line(BaseModel):
     verdict: float | str | None
     attempt: int
     tstamp: float
+
+    @model_validator(mode="after")
+    def _check_verdict(self) -> "Line":
+        """A rating from 1 to 10, or a winner: nothing else is a verdict, and a winner that nobody knows is no tie."""
+        known = is_rating(self.verdict) if self.kind == "single" else self.verdict in WINNERS
+        if self.verdict is not None and not known:
+            raise ValueError(f"verdict {self.verdict}")
+        return self
 
 
 class Journal:

@@ -1,6 +1,6 @@
 """Scores as lm_eval's own results beside the run that they judge, so that `intactkv report` pairs and compares them.
 
-<out>/results/<name>/results_<stamp>.json, samples_<bench>_<stamp>.jsonl: {"doc_id", "score"}
+<out>/results/<judge>/<name>/results_<stamp>.json, samples_<bench>_<stamp>.jsonl: {"doc_id", "score"}
 """
 
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.files import write_atomic, write_jsonl
-from intactkv_eval.judge.entries import Entry
+from intactkv_eval.judge.entries import Entry, lettered
 from intactkv_eval.judge.fastchat import Judged
 from intactkv_eval.judge.scores import ALL, by_question, score_figures, whole_questions
 from intactkv_eval.report.score import samples_of
@@ -16,11 +16,17 @@ from intactkv_eval.report.score import samples_of
 
 def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judged) -> Path | None:
     """The results file, of the questions whose every turn and choice is rated: a mean over what is left of a question
-    would compare first turns with second ones. None where the entry is no run, or no question is rated whole.
+    would compare first turns with second ones. None where the entry is no run, or no question is rated whole: then
+    those of earlier answers go.
     """
+    if entry.results is None:
+        return None
     judged = whole_questions(judged)
     figures, questions = score_figures(judged), by_question(judged)
-    if entry.results is None or not questions:
+    path = out / "results" / lettered(judge) / entry.name / entry.results.name
+    path.unlink(missing_ok=True)  # a kill between the two files would leave old figures beside new samples
+    if not questions:
+        samples_of(path, bench).unlink(missing_ok=True)
         return None
     content = parse_json(entry.results.read_bytes())
     row: dict[str, object] = {"alias": bench, "sample_len": len(questions)}
@@ -39,7 +45,6 @@ def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judge
         "higher_is_better": {bench: {"score": True}},
         "n-samples": {bench: counted},
     }
-    path = out / "results" / entry.name / entry.results.name
     places = {question: place for place, question in enumerate(sorted(entry.answers))}
     rows = [{"doc_id": places[question], "score": row["score"]} for question, row in questions.items()]
     write_jsonl(samples_of(path, bench), rows)

@@ -11,13 +11,19 @@ import re
 
 _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"rating\W{0,4}\[(\d+(?:\.\d*)?)\]", re.IGNORECASE))
 _WINNERS = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
+WINNERS = frozenset(_WINNERS.values())
 
 
 def rating_of(reply: str) -> float | None:
     """The first rating of a reply, None where there is none in range."""
     found = next((match for match in (pattern.search(reply) for pattern in _RATINGS) if match), None)
     rating = float(found.group(1)) if found else None
-    return rating if rating is not None and 1 <= rating <= 10 else None
+    return rating if is_rating(rating) else None
+
+
+def is_rating(value: object) -> bool:
+    """Whether it is a number from 1 to 10."""
+    return isinstance(value, int | float) and 1 <= value <= 10
 
 
 def winner_of(reply: str) -> str | None:

@@ -4,6 +4,7 @@ transformers itself fills tensors that are missing with random numbers; here the
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.packed import packed_model
-from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.checkpoint import Checkpoint, check_indexes, checkpoint_folder
 from intactkv_eval.weights.formats import Format
 
 _NOT_FOR_PACKED = ("quantization_config", "gguf_file", "subfolder", "offload_folder", "low_cpu_mem_usage")
@@ -27,6 +28,7 @@ class WholeCheckpoint:
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
         """The model, every tensor of which came from the checkpoint (or is tied to one that did)."""
+        check_indexes(Path(name) / str(options.get("subfolder") or ""))
         try:
             model, found = self._auto_class.from_pretrained(name, output_loading_info=True, **options)
         except RuntimeError as error:

@@ -103,12 +103,9 @@ def _indexed(folder: Path) -> dict[str, str]:
     found = read_json(folder / INDEX).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{folder / INDEX}: expected weight_map, the file of each tensor")
+    check_names(folder / INDEX, found.values())
     held: dict[str, set[str]] = {}
     for file in sorted(set(found.values())):
-        if Path(file).name != file or len(file) > _LONGEST_NAME:
-            raise CheckpointError(
-                f"{folder / INDEX}: names {file[:80]!r}, which is outside the folder or no file's name"
-            )
         if not (folder / file).is_file():
             raise CheckpointError(f"{folder}: the shard {file} that {INDEX} names is missing; download it anew")
         with _opened(folder / file) as tensors:
@@ -117,6 +114,22 @@ def _indexed(folder: Path) -> dict[str, str]:
     if absent:
         raise CheckpointError(f"{folder / found[absent[0]]}: {absent[0]} should be in it by {INDEX}, and is not")
     return dict(found)
+
+
+def check_indexes(folder: Path) -> None:
+    """Raise CheckpointError where an index of shards in `folder`, of whatever format, names a file outside of it."""
+    for index in sorted(folder.glob("*.index*.json")):
+        found = read_json(index).get("weight_map")
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            raise CheckpointError(f"{index}: expected weight_map, the file of each tensor")
+        check_names(index, found.values())
+
+
+def check_names(index: Path, names: Iterable[str]) -> None:
+    """Raise CheckpointError unless each is the name of a file in the folder of `index`."""
+    for name in sorted(set(names)):
+        if Path(name).name != name or len(name) > _LONGEST_NAME:
+            raise CheckpointError(f"{index}: names {name[:80]!r}, which is outside the folder or no file's name")
 
 
 def _opened(path: Path) -> Any:

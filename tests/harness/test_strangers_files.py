@@ -1,12 +1,14 @@
 """A model's folder and a response cache from elsewhere: one message, and no code of theirs runs."""
 
 import json
+import pickle
+import sqlite3
 from pathlib import Path
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
+from lm_eval.api.model import CachingLM, hash_args
 from safetensors.torch import load_file, save_file
 from sqlitedict import SqliteDict
 
@@ -66,6 +68,38 @@ def test_a_strangers_response_cache_runs_nothing(saved_llama, tmp_path, key):
     with pytest.raises(ConfigError, match="something that is no answer"):
         CachingLM(make(saved_llama), database)
     assert not trace.exists()
+
+
+def test_a_response_cache_cannot_bring_answers_in_later(saved_llama, tmp_path):
+    """A trigger writes a pickle once the empty table has been looked through; so does another process."""
+    database, trace = str(tmp_path / "cache.db"), tmp_path / "trace.txt"
+    key, evil = hash_args("loglikelihood", ("a", " b")), pickle.dumps(Runs(trace))
+    with sqlite3.connect(database) as file:
+        file.execute('CREATE TABLE "unnamed" (key TEXT PRIMARY KEY, value BLOB)')
+        file.execute(
+            "CREATE TRIGGER late AFTER INSERT ON \"unnamed\" WHEN new.key = 'intactkv_cell' "
+            f"BEGIN INSERT INTO \"unnamed\" VALUES ('{key}', X'{evil.hex()}'); END"
+        )
+    with pytest.raises(ConfigError, match="trigger late"):
+        CachingLM(make(saved_llama), database)
+    other = str(tmp_path / "other.db")
+    lm = CachingLM(make(saved_llama), other)
+    with SqliteDict(other, autocommit=True) as held:
+        held[key] = Runs(trace)
+    with pytest.raises(pickle.UnpicklingError, match="it names"):
+        lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("shard", ["../secret.safetensors", "deep/../../secret.safetensors", "/secret.safetensors"])
+def test_an_index_cannot_lead_out_of_a_full_precision_model(saved_llama, index, shard):
+    weights = saved_llama / "model.safetensors"
+    names = load_file(weights)
+    weights.rename(saved_llama.parent / "secret.safetensors")
+    (saved_llama / index).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        make(saved_llama)
 
 
 def test_a_checkpoint_with_a_missing_tensor_is_refused(saved_llama):

@@ -9,13 +9,13 @@ from intactkv_eval.judge.command import Asked, judge_command
 SECRET = "sk-very-secret-0123456789"
 
 
-def judged(server, sources, bench, out, says=None, **options):
+def judged(server, sources, bench, out, model="judge", **options):
     settings = {"seconds": 5.0, "retries": 4} | {
         key: options.pop(key) for key in ("seconds", "retries", "rate") if key in options
     }
     said = []
     table = judge_command(
-        sources, Settings("judge", server.url, **settings), Asked(questions=bench, **options), out, said.append
+        sources, Settings(model, server.url, **settings), Asked(questions=bench, **options), out, said.append
     )
     return table, "\n".join(said)
 

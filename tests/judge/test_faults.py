@@ -9,7 +9,7 @@ from judge_bench import answers_of, lines
 from judging import judged, rows
 from server import GOOD, completion, rating_of
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Settings
 from intactkv_eval.judge.command import Asked, judge_command
 from intactkv_eval.judge.verdict import rating_of as rating_of_reply
@@ -94,3 +94,41 @@ def test_strange_letters_are_kept(server, bench, tmp_path, text):
 def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
     with pytest.raises(ConfigError, match="--base-url"):
         judge_command([answer_file], Settings("judge", url), Asked(questions=bench), tmp_path / "out", logging.info)
+
+
+@pytest.mark.parametrize("usage", [10**400, -1, "many", None])
+def test_a_server_that_counts_wrongly_costs_the_estimate(server, answer_file, bench, tmp_path, usage):
+    reply = completion("Rating: [[7]]", prompt_tokens=usage)
+    reply["choices"][0]["finish_reason"] = "\ud800"
+    server.behave = lambda prompt, before: (200, json.dumps(reply))
+    judged(server, [answer_file], bench, tmp_path / "out")
+    assert [row["score"] for row in rows(tmp_path / "out")] == [7.0] * 10
+
+
+def test_answers_of_several_models_are_told_apart(server, bench, tmp_path):
+    both = lines(tmp_path / "both.jsonl", [*answers_of("one", (1, 2)), *answers_of("two", (3, 4, 5))])
+    with pytest.raises(DataError, match=r"answers of 2 models \(one, two\)"):
+        judged(server, [both], bench, tmp_path / "out")
+    files = [lines(tmp_path / name, answers_of("one")) for name in ("first.jsonl", "second.jsonl")]
+    with pytest.raises(DataError, match="have one model_id"):
+        judged(server, files, bench, tmp_path / "out")
+    with pytest.raises(DataError, match="have one model_id"):
+        judged(server, files[:1], bench, tmp_path / "out", baseline=files[1])
+    assert not server.asked
+
+
+@pytest.mark.parametrize("verdict", [float("nan"), 0, 11, 1e300, "A", "x"])
+def test_a_journal_holds_no_other_verdict(server, answer_file, bench, tmp_path, verdict):
+    judged(server, [answer_file], bench, tmp_path / "out")
+    path = tmp_path / "out" / "replies.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps({**json.loads(first), "verdict": verdict}) + "\n" + "".join(others))
+    with pytest.raises(DataError, match="line 1"):
+        judged(server, [answer_file], bench, tmp_path / "out")
+
+
+def test_judgments_of_elsewhere_are_kept_as_they_are(server, answer_file, bench, tmp_path):
+    path = tmp_path / "out" / "model_judgment" / "judge_single.jsonl"
+    lines(path, [{"model": ["x"], "score": 1}])
+    judged(server, [answer_file], bench, tmp_path / "out")
+    assert len(rows(tmp_path / "out")) == 11

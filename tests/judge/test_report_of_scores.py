@@ -10,7 +10,7 @@ from judging import judged, rows
 from server import GOOD, completion, rating_of
 from tiny import build_model
 
-from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.errors import ConfigError, DataError, IntactKVError
 from intactkv_eval.harness.command import run_lm_eval
 from intactkv_eval.judge.entries import export_answers
 from intactkv_eval.mt_bench.answers import read_answers
@@ -102,6 +102,62 @@ def test_answers_go_out_and_come_back(runs, tmp_path):
         export_answers([runs / "none", runs / "none"], tmp_path, "mt_bench")
     with pytest.raises(DataError, match="no run of vicuna_bench"):
         export_answers([runs], tmp_path, "vicuna_bench")
+
+
+@pytest.mark.parametrize("seed", ["/../../escaped", "/absolute", "..", "a\x00b"])
+def test_answers_stay_in_their_folder(runs, tmp_path, seed):
+    edit(runs / "intact", lambda content: content["configs"]["mt_bench"]["metadata"].update(seed=seed))
+    (path,) = export_answers([runs / "intact"], tmp_path / "deep" / "out", "mt_bench")
+    assert path.parent == tmp_path / "deep" / "out"
+    assert list((tmp_path / "deep" / "out").iterdir()) == [path]
+    assert [one.name for one in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["configs"]["mt_bench"].update(metadata=["x"]),
+        lambda content: content.update(configs=[]),
+        lambda content: content.pop("n-samples"),
+        lambda content: content.update({"n-samples": {"mt_bench": 5}}),
+    ],
+)
+def test_a_damaged_run_is_refused_before_anything_is_paid(server, runs, bench, tmp_path, damage):
+    edit(runs / "intact", damage)
+    with pytest.raises(IntactKVError, match="not a whole results file"):
+        judged(server, [runs / "intact"], bench, tmp_path / "out")
+    assert not server.asked
+
+
+def test_two_judges_keep_their_scores_in_one_folder(server, runs, bench, tmp_path):
+    judged(server, [runs / "intact"], bench, tmp_path / "out")
+    first = collect([tmp_path / "out"])[0]
+    judged(server, [runs / "intact"], bench, tmp_path / "out", model="other/judge")
+    both, _ = collect([tmp_path / "out"])
+    said = [run.scores["mt_bench"].settings["protocol"] for run in both]
+    assert sorted(said) == ["mt_bench judged by judge", "mt_bench judged by other/judge"]
+    assert [run.path for run in first] == [run.path for run in both if "other" not in str(run.path)]
+
+
+def test_scores_of_answers_that_are_no_more_go(server, runs, bench, tmp_path):
+    out = tmp_path / "out"
+    judged(server, [runs / "intact"], bench, out)
+    assert len(list(out.rglob("results_*.json"))) == len(list(out.rglob("samples_*.jsonl"))) == 1
+    samples = next((runs / "intact").rglob("samples_*"))
+    changed = [json.loads(line) for line in samples.read_text().splitlines()]
+    for row in changed:
+        row["resps"][0][0][0][0] += " changed"
+    samples.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    server.behave = lambda prompt, before: (200, json.dumps(completion("none")))
+    judged(server, [runs / "intact"], bench, out, attempts=1)
+    assert not list(out.rglob("results_*.json")) + list(out.rglob("samples_*.jsonl"))
+
+
+def edit(folder, change):
+    path = next(folder.rglob("results_*.json"))
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
 
 def test_rating_of_is_not_constant():
