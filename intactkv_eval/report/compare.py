@@ -6,12 +6,18 @@ recovered = (baseline - intact) / (baseline - full precision), empty where the d
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import hypot, isfinite
 
 from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity, Run
 from intactkv_eval.report.score import Score
-from intactkv_eval.report.significance import Test, paired_difference, recovered_interval, weighted_difference
+from intactkv_eval.report.significance import (
+    LEVEL,
+    Test,
+    paired_difference,
+    recovered_interval,
+    weighted_difference,
+)
 
 _NOISE = 2.0  # standard errors
 _ANY = "bos"  # stands for every source of tokens; which these are is compared by themselves
@@ -30,8 +36,10 @@ class Delta:
 
     @property
     def within_noise(self) -> bool:
-        """True where the difference cannot be told from 0, also because its error is not known."""
-        return self.value == 0 or self.stderr is None or abs(self.value) < _NOISE * self.stderr
+        """True where the difference cannot be told from 0, also because its documents are too few to tell."""
+        if self.test is not None and (self.test.p is None or self.test.p >= LEVEL):
+            return True
+        return self.value == 0 or self.stderr is None or not abs(self.value) >= _NOISE * self.stderr
 
 
 @dataclass(frozen=True)
@@ -64,15 +72,19 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     recovered = _recovered(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
-        to_baseline=difference(score, baseline) if baseline else None,
-        to_full_precision=difference(score, full) if full else None,
+        to_baseline=_difference(score, baseline),
+        to_full_precision=_difference(score, full),
         recovered=recovered,
         recovered_interval=_interval(score, baseline, full) if recovered is not None and baseline and full else None,
         plain=plain,
-        to_plain=difference(score, plain) if plain else None,
+        to_plain=_difference(score, plain),
         bos=bos,
-        to_bos=difference(score, bos) if bos else None,
+        to_bos=_difference(score, bos),
     )
+
+
+def _difference(one: Score, other: Score | None) -> Delta | None:
+    return None if other is None or not isfinite(one.value - other.value) else difference(one, other)
 
 
 def difference(one: Score, other: Score) -> Delta:
@@ -96,8 +108,8 @@ def _test(one: Score, other: Score) -> Test | None:
 
 
 def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
-    loss = difference(baseline, full)
-    if not isfinite(intact.value + loss.value):
+    loss = _difference(baseline, full)
+    if loss is None or not isfinite(intact.value):
         return None
     worse = loss.value < 0 if baseline.higher_is_better else loss.value > 0
     if loss.within_noise or not worse:
@@ -116,7 +128,7 @@ def _interval(intact: Score, baseline: Score, full: Score) -> tuple[float, float
 def _unpaired_stderr(one: Score, other: Score) -> float | None:
     if one.stderr is None or other.stderr is None:
         return None
-    return sqrt(one.stderr**2 + other.stderr**2)
+    return hypot(one.stderr, other.stderr)
 
 
 def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
@@ -173,6 +185,10 @@ def unlike(one: Score, other: Score) -> list[str]:
         found.append(f"documents with a figure ({len(one.values)}, {len(other.values)}, not the same ones)")
     if one.documents and other.documents and one.documents != other.documents:
         found.append("documents or their prompts (the hashes of their texts differ)")
+    if not (one.documents and other.documents) and one.drawn != other.drawn:
+        found.append(f"seed of the few-shot examples ({one.drawn}, {other.drawn})")
+    if not isfinite(one.value - other.value):
+        found.append(f"figures, one of which is no number ({one.value}, {other.value})")
     return found
 
 

@@ -3,15 +3,18 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from math import isclose
+from dataclasses import dataclass, field, replace
+from math import exp, inf, isclose, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from intactkv_eval.files import read_jsonl
 
-_NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers"}  # of answers that nobody has judged
+_NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers",  # of answers that nobody has judged
+              "bypass"}  # lm_eval's, of --predict_only  # fmt: skip
+# What metadata of our tasks changes their requests by; the rest of it are the model's arguments.
+_SHAPING = ("max_prompt_tokens", "max_windows", "num_choices", "ppl_window")
 _SAME = 1e-6
 Document = tuple[str, int]
 
@@ -20,10 +23,12 @@ Document = tuple[str, int]
 class Score:
     """A task's main figure in one run.
 
-    settings: all that makes two runs of one task the same measurement, beside the model. documents: SHA-256 over them
-    and their prompts, None where samples were not logged. values: the metric of each document, by its task and id, as
-    far as they were logged and make up the figure: their mean, exp of it where `of_nll`, or the sum of `weights` times
-    their tasks' means where there are some. spread: standard deviation over seeds, where this is the mean of several.
+    task: its name; with the filter where answers were read by several (`gsm8k [strict-match]`). settings: all that
+    makes two runs of one task the same measurement, beside the model. documents: SHA-256 over them and their prompts,
+    None where samples were not logged. drawn: the seed of the few-shot examples. values: the metric of each document,
+    by its task and id, as far as they were logged and make up the figure: their mean, exp of it where `of_nll`, or the
+    sum of `weights` times their tasks' means where there are some. spread: standard deviation over seeds, where this is
+    the mean of several.
     """
 
     task: str
@@ -36,6 +41,7 @@ class Score:
     of_nll: bool = False
     weights: Mapping[str, float] = field(default_factory=dict)
     documents: str | None = None
+    drawn: int | None = None
     spread: float | None = None
 
     @property
@@ -45,33 +51,76 @@ class Score:
 
 
 def read_scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:
-    """The main figure of each task, of groups instead of what they hold unless `leaves`."""
+    """The main figure of each task and filter, of groups instead of what they hold unless `leaves`."""
     children = content.get("group_subtasks", {})
     shown: set[str] = set()
     for task in _in_order(content["results"], children, leaves):
-        figures = {key.partition(",")[0]: value for key, value in content["results"][task].items() if "," in key}
-        metric = _main_metric(figures)
-        if metric is None or task in shown:
+        by_filter = _by_filter(content["results"][task])
+        if not by_filter or task in shown:
             continue
         shown |= _below(task, children)
-        of_nll = metric == "perplexity" and "nll" in figures
-        source = "nll" if of_nll else metric
-        value, stderr = float(figures[metric]), figures.get(f"{source}_stderr")
-        # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
-        values, weights = _values(path, task, source, value, children) if source != "perplexity" else ({}, {})
-        direction = content["higher_is_better"].get(task, {}).get(metric)
-        yield Score(
-            task=task,
-            metric=metric,
-            value=value,
-            stderr=stderr * (value if of_nll else 1) if isinstance(stderr, int | float) else None,
-            higher_is_better=bool(direction if direction is not None else metric in {"acc", "exact_match"}),
-            settings=_settings(task, content, record),
-            values=values,
-            of_nll=of_nll,
-            weights=weights,
-            documents=_documents(content, task, children),
-        )
+        inside = _leaves(task, children)
+        settings = _settings(task, content, record, inside)
+        drawn = content["config"].get("fewshot_seed") if settings["num_fewshot"] else None
+        for name, (metric, figures) in by_filter.items():
+            score = _score(path, content, task, inside, metric, figures, name if len(by_filter) > 1 else None)
+            yield replace(score, settings=settings, drawn=drawn)
+
+
+def _score(
+    path: Path,
+    content: dict[str, Any],
+    task: str,
+    leaves: list[str],
+    metric: str,
+    figures: Mapping[str, Any],
+    name: str | None,
+) -> Score:
+    """Without its settings. leaves: whose documents it is of. name: of the filter, where there are several."""
+    of_nll = metric == "perplexity" and "nll" in figures
+    source = "nll" if of_nll else metric
+    value, stderr = float(figures[metric]), finite(figures.get(f"{source}_stderr"))
+    made = float(figures[source])
+    # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
+    whole = source != "perplexity" and (not of_nll or isclose(value, _exp(made), rel_tol=_SAME))
+    logged = {leaf: _sample_values(path, leaf, source, name) for leaf in leaves if whole}
+    values, weights = _values(logged, made) if whole else ({}, {})
+    direction = content["higher_is_better"].get(task, {}).get(metric)
+    return Score(
+        task=task if name is None else f"{task} [{name}]",
+        metric=metric,
+        value=value,
+        stderr=None if stderr is None else stderr * (value if of_nll else 1),
+        higher_is_better=bool(direction if direction is not None else metric in {"acc", "exact_match"}),
+        settings={},
+        values=values,
+        of_nll=of_nll,
+        weights=weights,
+        documents=_documents(content, leaves),
+    )
+
+
+def _by_filter(found: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The main metric and all figures by what read the answers, in lm_eval's order, as far as there is a main one."""
+    filters: dict[str, dict[str, Any]] = {}
+    for key, value in found.items():
+        name, comma, used = key.partition(",")
+        if comma:
+            filters.setdefault(used, {})[name] = value
+    main = {used: _main_metric(figures) for used, figures in filters.items()}
+    return {used: (metric, filters[used]) for used, metric in main.items() if metric is not None}
+
+
+def finite(value: Any) -> float | None:
+    """None for what is no number, NaN and infinity among it: an error that is not known."""
+    return float(value) if isinstance(value, int | float) and isfinite(value) else None
+
+
+def _exp(value: float) -> float:
+    try:
+        return exp(value)
+    except OverflowError:
+        return inf
 
 
 def _main_metric(figures: Mapping[str, Any]) -> str | None:
@@ -85,13 +134,19 @@ def _main_metric(figures: Mapping[str, Any]) -> str | None:
     )
 
 
-def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    metadata = content.get("configs", {}).get(task, {}).get("metadata") or {}
+def _settings(task: str, content: dict[str, Any], record: dict[str, Any], leaves: list[str]) -> dict[str, Any]:
+    """leaves: the tasks of a group, which itself has no settings."""
+    configs = content.get("configs", {})
+    metadata = configs.get(task, {}).get("metadata") or {}
     limit, template = content["config"].get("limit"), content.get("chat_template_sha")
+    counts = [content.get("n-samples", {}).get(leaf, {}).get("effective") for leaf in leaves]
+    shaping = {
+        key: _shared((configs.get(leaf, {}).get("metadata") or {}).get(key) for leaf in leaves) for key in _SHAPING
+    }
     return {
         "limit": None if limit is None else float(limit),
-        "documents": content.get("n-samples", {}).get(task, {}).get("effective"),
-        "num_fewshot": content.get("n-shot", {}).get(task),
+        "documents": sum(counts) if all(isinstance(count, int) for count in counts) else None,
+        "num_fewshot": _shared(content.get("n-shot", {}).get(leaf) for leaf in leaves),
         "protocol": metadata.get("protocol"),
         "data": metadata.get("data"),
         "seed": metadata.get("seed"),
@@ -103,7 +158,18 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any]) -> dic
         "fewshot_as_multiturn": content.get("fewshot_as_multiturn") if template else None,
         "dtype": record.get("dtype"),
         "lm_eval": record.get("versions", {}).get("lm_eval"),
+        **shaping,
     }
+
+
+def _shared(values: Iterable[Any]) -> Any:
+    """What all have, or each of what they have."""
+    found = list(dict.fromkeys(map(_plain, values)))
+    return found[0] if len(found) == 1 else sorted(map(str, found))
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
 def _is_sampled(task: str, content: Mapping[str, Any]) -> bool:
@@ -119,7 +185,7 @@ def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], lea
     inner = {child for listed in children.values() for child in listed}
     if leaves:
         return [task for task in results if not children.get(task)]
-    return sorted(results, key=lambda task: (task in inner, not children.get(task), list(results).index(task)))
+    return sorted(results, key=lambda task: (task in inner, not children.get(task)))
 
 
 def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
@@ -139,22 +205,19 @@ def samples_of(results: Path, task: str) -> Path:
     return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
 
 
-def _values(
-    path: Path, task: str, metric: str, figure: float, children: Mapping[str, list[str]]
-) -> tuple[dict[Document, float], dict[str, float]]:
+def _values(parts: Mapping[str, Mapping[int, float]], figure: float) -> tuple[dict[Document, float], dict[str, float]]:
     """The values that make up a figure, and the weights of their tasks: a group's are of documents, or of tasks, alike.
 
-    Which of the two, the figure itself tells; a group made otherwise, or not logged whole, has none.
+    parts: the values of each task. Which of the two, the figure itself tells; one that is made otherwise (a median), or
+    not logged whole, or beside which the samples of another run lie, has none.
     """
-    tasks = _leaves(task, children)
-    parts = {leaf: _sample_values(path, leaf, metric) for leaf in tasks}
     if not all(parts.values()):
         return {}, {}
     values = {(leaf, place): value for leaf, part in parts.items() for place, value in part.items()}
-    if len(tasks) == 1 or isclose(fmean(values.values()), figure, rel_tol=_SAME):
+    if isclose(fmean(values.values()), figure, rel_tol=_SAME, abs_tol=_SAME):
         return values, {}
-    if isclose(fmean(fmean(part.values()) for part in parts.values()), figure, rel_tol=_SAME):
-        return values, {leaf: 1 / len(tasks) for leaf in tasks}
+    if isclose(fmean(fmean(part.values()) for part in parts.values()), figure, rel_tol=_SAME, abs_tol=_SAME):
+        return values, {leaf: 1 / len(parts) for leaf in parts}
     return {}, {}
 
 
@@ -162,16 +225,24 @@ def _leaves(task: str, children: Mapping[str, list[str]]) -> list[str]:
     return sorted(name for name in _below(task, children) if not children.get(name)) or [task]
 
 
-def _documents(content: Mapping[str, Any], task: str, children: Mapping[str, list[str]]) -> str | None:
+def _documents(content: Mapping[str, Any], leaves: list[str]) -> str | None:
     hashes = content.get("task_hashes") or {}
-    found = [hashes.get(leaf) for leaf in _leaves(task, children)]
+    found = [hashes.get(leaf) for leaf in leaves]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if all(found) else None
 
 
-def _sample_values(path: Path, task: str, metric: str) -> dict[int, float]:
-    """The metric of every logged document; empty where samples were not logged."""
+def _sample_values(path: Path, task: str, metric: str, name: str | None) -> dict[int, float]:
+    """The metric of every logged document, as the filter `name` read it; empty where samples were not logged.
+
+    Raises ValueError for an id that is none, or comes twice: another run's lines behind this one's.
+    """
     samples = samples_of(path, task)
-    if not samples.is_file():
-        return {}
-    rows = read_jsonl(samples)
-    return {int(row["doc_id"]): float(row[metric]) for row in rows if isinstance(row.get(metric), int | float)}
+    found: dict[int, float] = {}
+    for row in read_jsonl(samples) if samples.is_file() else []:
+        if not isinstance(row.get(metric), int | float) or (name is not None and row.get("filter") != name):
+            continue
+        place = row["doc_id"]
+        if not isinstance(place, int) or place in found:
+            raise ValueError(f"{samples.name}: doc_id {str(place)[:80]} is no number, or comes twice")
+        found[place] = float(row[metric])
+    return found

@@ -10,7 +10,7 @@ from math import nan
 from statistics import fmean, stdev
 
 from intactkv_eval.report.collect import Identity, Run
-from intactkv_eval.report.score import Score
+from intactkv_eval.report.score import Score, finite
 
 _LARGEST = 1e150  # of a figure whose square is a number
 Key = tuple[Identity, tuple[int, ...], tuple[str, str, str]]
@@ -50,9 +50,10 @@ def _merged(found: dict[str, tuple[Run, Score]]) -> Run:
     one: Score = replace(
         first,
         value=_mean(figures),
-        stderr=scale * _deviation(list(values.values())) / len(values) ** 0.5 if len(values) > 1 else None,
+        stderr=finite(scale * _deviation(list(values.values())) / len(values) ** 0.5) if len(values) > 1 else None,
         settings={**first.settings, "seed": ", ".join(seeds)},
         values=values,
+        documents=first.documents if alike else None,
         spread=_deviation(figures),
     )
     merged: Run = replace(newest, scores={first.task: one})
