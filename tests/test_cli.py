@@ -116,6 +116,7 @@ def replaced(arguments, flag, value):
         ("--model_args", "pretrained=m,weights=rtn,bits=5", "bits=5"),
         ("--output_path", "/proc/nowhere", "cannot be written"),
         ("--log_samples", "", "--output_path"),
+        ("--samples", '{"intactkv_demo_qa": [0, 1]}', "add --log_samples"),
         ("--model_args", "pretrained=m,max_length=0", "max_length=0"),
     ],
 )

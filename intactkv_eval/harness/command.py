@@ -117,6 +117,10 @@ def _check(parsed: Namespace) -> None:
         check_writable(path.parent if path.suffix in {".json", ".jsonl"} else path)
     if (settings.get("log_samples") or settings.get("predict_only")) and not settings.get("output_path"):
         raise ConfigError("--log_samples: names no place for the samples; add --output_path")
+    if settings.get("samples") and not settings.get("log_samples"):
+        raise ConfigError(
+            "--samples: results do not say which documents these were; add --log_samples --output_path DIR"
+        )
     if settings["model"] == NAME:
         cell, loading = split_model_args(settings.get("model_args") or {})
         cell_from_args(cell)

@@ -3,9 +3,11 @@
 Only runs of this package's model class have a cell; others are left out and counted. Knows no tables.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -48,13 +50,15 @@ class Identity:
 
 @dataclass(frozen=True)
 class Run:
-    """One results file: a model, its pivot's tokens, and its scores by task."""
+    """One results file: a model, its pivot's tokens, and its scores by task. rows: a hash of what an intact pivot's KV
+    was made of, which its file's name does not tell."""
 
     path: Path
     date: float
     identity: Identity
     pivot_tokens: tuple[int, ...]
     scores: Mapping[str, Score]
+    rows: str | None = None
 
 
 def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], int]:
@@ -120,11 +124,20 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
             return None
         identity = identity_of(record)
         scores = {score.task: score for score in read_scores(path, content, record, leaves)}
-        return Run(
-            path, float(content["date"]), identity, tuple(int(token) for token in record["pivot_tokens"]), scores
-        )
+        date, tokens = float(content["date"]), tuple(int(token) for token in record["pivot_tokens"])
+        if not isfinite(date):
+            raise ValueError(f"date {date}")
+        return Run(path, date, identity, tokens, scores, _rows(record))
     except (OSError, KeyError, TypeError, AttributeError, ValueError, OverflowError, ValidationError) as error:
         raise ConfigError(f"{path}: not a whole results file of lm_eval ({type(error).__name__}: {error})") from None
+
+
+def _rows(record: Mapping[str, Any]) -> str | None:
+    found = record.get("pivot_fingerprint")
+    if found is None:
+        return None
+    said = json.dumps([found.get(key) for key in ("weight_hash", "basis", "calibrated")], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:8]
 
 
 def _checkpoint_label(record: Mapping[str, Any]) -> str | None:

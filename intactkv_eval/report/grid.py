@@ -4,7 +4,7 @@ Renderers (markdown, CSV, LaTeX, JSON, the page) read this and nothing else. Kno
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
@@ -51,6 +51,11 @@ class Row:
     identity: Identity
     labels: tuple[str, str, str, str]
     entries: Mapping[Column, Entry]
+
+    @property
+    def run(self) -> Run:
+        """One of its runs: all of them are behind the same pivot."""
+        return next(iter(self.entries.values())).run
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     rows = []
     lacking = [(_planned(one), one) for one in absent]
     named = _told_apart([*(run.identity for run in runs), *(identity for identity, _ in lacking)])
-    for identity, scored in _by_identity(runs):
+    for identity, scored in _by_cell(runs):
         entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
         rows.append(Row(identity, named[identity], entries))
+    rows = _pivots_told_apart(rows)
     gaps = tuple((named[identity], one) for identity, one in lacking)
     shown = {row.labels for row in rows}
     rows += [
@@ -142,6 +148,28 @@ def _told_apart(identities: Iterable[Identity]) -> dict[Identity, tuple[str, str
     return labels
 
 
+def _pivots_told_apart(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one name with other pivots: beside it their file's whole name, their tokens, or a hash of their KV."""
+    for of in _OF_PIVOT:
+        alike: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for row in rows:
+            alike[row.labels].add(of(row))
+        rows = [
+            replace(row, labels=(*row.labels[:3], f"{row.labels[3]} [{of(row)}]"))
+            if len(alike[row.labels]) > 1
+            else row
+            for row in rows
+        ]
+    return list(rows)
+
+
+_OF_PIVOT: Sequence[Callable[[Row], str]] = (
+    lambda row: row.identity.cell.pivot.source,
+    lambda row: " ".join(map(str, row.run.pivot_tokens)),
+    lambda row: row.run.rows or "",
+)
+
+
 def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
     found = compare(run, task, runs)
     wanted = run.identity.cell.pivot.intact and found.to_baseline is None
@@ -163,20 +191,26 @@ def _holm(found: Mapping[_Place, Delta | None]) -> Mapping[_Place, float]:
     return dict(zip(tests, holm(list(tests.values())), strict=True))
 
 
-def _by_identity(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
-    """Each model with its newest run of each column; full precision first, then by bits, baseline before intact."""
-    found: dict[Identity, dict[Column, Run]] = {}
-    for run in runs:
-        found.setdefault(run.identity, {}).update({score.column: run for score in run.scores.values()})
+_Cell = tuple[Identity, tuple[int, ...], str | None]
 
-    def place(item: tuple[Identity, object]) -> tuple[object, ...]:
-        identity, cell = item[0], item[0].cell
+
+def _by_cell(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
+    """Each model behind one pivot with its newest run of each column; full precision first, then by bits, baseline
+    before intact. A pivot's file may have been written anew, and a name mean other tokens: those are other cells.
+    """
+    found: dict[_Cell, dict[Column, Run]] = {}
+    for run in runs:
+        key = run.identity, run.pivot_tokens, run.rows
+        found.setdefault(key, {}).update({score.column: run for score in run.scores.values()})
+
+    def place(item: tuple[_Cell, object]) -> tuple[object, ...]:
+        identity, cell = item[0][0], item[0][0].cell
         weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
         stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits, cell.kv.scheme, cell.kv.keep)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
-        return cell.model.pretrained, *weights, *stages, *pivot, str(identity)
+        return cell.model.pretrained, *weights, *stages, *pivot, str(item[0])
 
-    return sorted(found.items(), key=place)
+    return [(key[0], scored) for key, scored in sorted(found.items(), key=place)]
 
 
 def weights_label(identity: Identity) -> str:

@@ -65,7 +65,10 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = parse_json(path.read_bytes())
-        return [{**unit, "key": _key(unit["key"]), "task": str(unit["task"])} for unit in found]
+        return [
+            {**unit, "key": _key(unit["key"]), "task": str(unit["task"]), "seed": _seed(unit.get("seed"))}
+            for unit in found
+        ]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: not a sweep's plan ({error}); `intactkv sweep` writes it anew") from None
 
@@ -74,6 +77,12 @@ def _key(value: object) -> str:
     """It names a file, so it is nothing but letters and digits."""
     if not isinstance(value, str) or not re.fullmatch("[0-9A-Za-z]{1,64}", value):
         raise ValueError(f"the key {str(value)[:80]!r}")
+    return value
+
+
+def _seed(value: object) -> int | None:
+    if value is not None and not isinstance(value, int):
+        raise ValueError(f"the seed {str(value)[:80]!r}")
     return value
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isfinite
 from pathlib import PurePath
 
 from intactkv_eval.files import shipped_folder
@@ -20,6 +21,8 @@ from intactkv_eval.report.grid import Entry, Grid
 _NO_WORDS = {"hf", "meta"}
 _KEY = ("method", "bits", "group_size", "act_bits", "kv_bits", "pivot")
 _DOCUMENTS = {"ppl_c4": 256, "mt_bench": 80}
+_SHOTS = {"mmlu_5shot": 5}  # others have none
+_QUAROT_KV_CLIP, _QUAROT_ACTIVATIONS = 0.95, "a4 clip 0.9"  # of table 5, by the paper's appendix
 _LABEL = re.compile(r"(?P<method>\w+) w(?P<bits>\d)(g(?P<group>\d+))?")
 _ACTIVATIONS = re.compile(r" a(\d)\b")
 
@@ -76,7 +79,7 @@ def beside(grid: Grid) -> list[Beside]:
     for row in grid.rows:
         key = _key(row.identity)
         for column, entry in row.entries.items():
-            for one in figures():
+            for one in figures() if isfinite(entry.found.score.value) else ():
                 if (one.key, one.task, one.metric) == (_as_printed(key, one.task), column[0], column[1]):
                     scale = 100 if one.metric == "acc" else 1
                     error = entry.found.score.stderr
@@ -104,6 +107,12 @@ def _differs(entry: Entry, one: Published) -> str:
         said.append(f"theirs: {one.protocol}")
     if settings.get("limit"):
         said.append(f"ours: limit {settings['limit']:g}")
+    shots = settings.get("num_fewshot")
+    if shots is not None and shots != _SHOTS.get(one.task, 0):
+        said.append(f"ours: {shots} shots")
+    # MT-Bench's conversations are laid out by the task, as FastChat's are.
+    prompts = [] if one.task == "mt_bench" else ["chat_template", "system_instruction"]
+    said += [f"ours: {key.replace('_', ' ')}" for key in prompts if settings.get(key)]
     return "; ".join(said)
 
 
@@ -116,8 +125,15 @@ def _unlike_theirs(identity: Identity, one: Published) -> list[str]:
         said.append("ours: OmniQuant without shifts")
     if "calibrated behind" in (identity.checkpoint or ""):
         said.append("ours: calibrated behind the pivot")
-    if cell.kv.bits < 16 and (cell.kv.scheme != "token_head" or cell.kv.keep or not cell.kv.exempt):
+    rotated = one.key[1] == "quarot"
+    if cell.kv.bits < 16 and (
+        (cell.kv.scheme, cell.kv.keep, cell.kv.exempt) != ("token_head", 0, True)
+        or (cell.kv.rotate, cell.kv.clip) != (rotated, _QUAROT_KV_CLIP if rotated else 1.0)
+    ):
         said.append("ours: another KV scheme")
+    if rotated and _QUAROT_ACTIVATIONS not in (identity.checkpoint or ""):
+        said.append("ours: other clipping of activations")
+    said += [f"ours: {key}={value}" for key, value in identity.hf_arguments]
     return said
 
 

@@ -13,7 +13,7 @@ from intactkv_eval.report.collect import Identity, Run
 from intactkv_eval.report.score import Score, finite
 
 _LARGEST = 1e150  # of a figure whose square is a number
-Key = tuple[Identity, tuple[int, ...], tuple[str, str, str]]
+Key = tuple[Identity, tuple[int, ...], str | None, tuple[str, str, str]]
 
 
 def seeds_merged(runs: Sequence[Run]) -> list[Run]:
@@ -22,11 +22,14 @@ def seeds_merged(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         for score in run.scores.values():
             if score.settings.get("seed") is not None:
-                key = (run.identity, run.pivot_tokens, _without_seed(score).column)
+                key = (run.identity, run.pivot_tokens, run.rows, _without_seed(score).column)
                 groups[key][str(score.settings["seed"])] = (run, score)  # the newest counts
     several = {key: found for key, found in groups.items() if len(found) > 1}
     merged = [_merged(found) for found in several.values()]
-    kept = [_without(run, {key[2] for key in several if key[:2] == (run.identity, run.pivot_tokens)}) for run in runs]
+    kept = [
+        _without(run, {key[3] for key in several if key[:3] == (run.identity, run.pivot_tokens, run.rows)})
+        for run in runs
+    ]
     return sorted([*(run for run in kept if run.scores), *merged], key=lambda run: (run.date, str(run.path)))
 
 

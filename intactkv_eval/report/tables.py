@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any, TypeGuard
@@ -16,6 +17,8 @@ from intactkv_eval.report.score import Score
 
 HEAD = ("model", "weights", "kv", "pivot")
 NO_NUMBER = "no number"  # where a file says NaN, infinity, or what cannot be added up
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+_MARKUP = re.compile(r"[\\|<*`]|(?<=\])\(")
 _PARTS = ("Δ base", "Δ fp", "recovered")
 NOTES = """\
 `pivot` none: the pivot's tokens stand in front but are computed by the evaluated model (the baseline); otherwise their
@@ -23,7 +26,7 @@ KV is the full-precision model's. Δ base: to the same cell's baseline. Δ fp: t
 of a Δ paired over documents where both runs logged them; spread: standard deviation over seeds. \\*: a Δ base that is
 significant at 5% after Holm's correction over the table (paired bootstrap-t; McNemar's exact test for accuracies).
 recovered: share of the baseline's loss to full precision that the intact pivot gives back, with its 95% interval; empty
-where that loss is within two standard errors."""
+where that loss is not significant, or within two standard errors."""
 
 
 def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -31,10 +34,14 @@ def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     grid = grid_of(runs, absent)
     header = [*HEAD, *(name for column in grid.columns for name in (grid.titles[column], *_PARTS))]
     lines = [markdown_row(header), markdown_row(["---"] * len(HEAD) + ["---:"] * (len(header) - len(HEAD)))]
-    lines += [markdown_row(row) for row in _texts(grid, "\\*")]
-    refused = [f"- {line}" for line in grid.refusals]
+    lines += [markdown_row(row) for row in _texts(grid)]
+    refused = [f"- {_marked_down(line)}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
-    said += ["", "Missing or failed cells of a sweep:", *(f"- {line}" for line in grid.gaps)] if grid.absent else []
+    said += (
+        ["", "Missing or failed cells of a sweep:", *(f"- {_marked_down(line)}" for line in grid.gaps)]
+        if grid.absent
+        else []
+    )
     rows = [markdown_row(row) for row in published_rows(beside(grid))]
     rule = markdown_row(["---"] * 5 + ["---:"] * 3 + ["---"] * 2)
     printed = ["", "Beside published figures:", "", *rows[:1], rule, *rows[1:]]
@@ -83,7 +90,7 @@ def latex(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
         "\\toprule",
         _row(header),
         "\\midrule",
-        *(_row(row) for row in _texts(grid, "*")),
+        *(_row(row) for row in _texts(grid)),
         "\\bottomrule",
         "\\end{tabular}",
     ]
@@ -98,9 +105,18 @@ def comma_separated(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
             for row in grid.rows for column, entry in row.entries.items()]  # fmt: skip
     writer = csv.DictWriter(made, list(rows[0]), lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(rows)
-    writer.writerows({key: one[key] for key in (*HEAD, "task", "status")} for one in absent_records(grid))
+    writer.writerows(map(_spread_out, rows))
+    writer.writerows(_spread_out({key: one[key] for key in (*HEAD, "task", "status")}) for one in absent_records(grid))
     return made.getvalue()
+
+
+def _spread_out(row: Mapping[str, object]) -> dict[str, object]:
+    """A line that a spreadsheet takes for texts and numbers: one line, and no text that begins as a formula does."""
+    texts = {key: _CONTROLS.sub(" ", value) for key, value in row.items() if isinstance(value, str)}
+    return {
+        **row,
+        **{key: f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for key, text in texts.items()},
+    }
 
 
 def as_json(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -112,13 +128,15 @@ def as_json(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
 def absent_records(grid: Grid) -> list[dict[str, object]]:
     """What sweeps lack, as values that JSON can hold."""
     return [
-        {
-            **dict(zip(HEAD, labels, strict=True)),
-            "task": one.task,
-            "seed": one.seed,
-            "status": one.word,
-            "error": None if one.word == one.why else one.why,
-        }
+        _storable(
+            {
+                **dict(zip(HEAD, labels, strict=True)),
+                "task": one.task,
+                "seed": one.seed,
+                "status": one.word,
+                "error": None if one.word == one.why else one.why,
+            }
+        )
         for labels, one in grid.absent
     ]
 
@@ -196,17 +214,17 @@ def _delta_numbers(name: str, delta: Delta | None) -> dict[str, object]:
     }
 
 
-def _texts(grid: Grid, mark: str) -> list[list[str]]:
+def _texts(grid: Grid) -> list[list[str]]:
     empty = [""] * len(_PARTS)
     rows = []
     for row in grid.rows:
-        texts = [figures(row.entries[column], mark) if column in row.entries else [grid.gap(row, column), *empty]
+        texts = [figures(row.entries[column]) if column in row.entries else [grid.gap(row, column), *empty]
                  for column in grid.columns]  # fmt: skip
         rows.append([*row.labels, *(text for part in texts for text in part)])
     return rows
 
 
-def figures(entry: Entry, mark: str) -> list[str]:
+def figures(entry: Entry) -> list[str]:
     """A figure, its differences to baseline and full precision, and the share recovered."""
     found = entry.found
     if not isfinite(found.score.value):
@@ -216,7 +234,7 @@ def figures(entry: Entry, mark: str) -> list[str]:
     recovered = "" if found.recovered is None else f"{100 * found.recovered:.0f}%"
     if found.recovered_interval:
         recovered += " [{:.0f}, {:.0f}]".format(*(100 * end for end in found.recovered_interval))
-    base = _delta(found.to_baseline) + (mark if entry.is_significant else "")
+    base = _delta(found.to_baseline) + ("*" if entry.is_significant else "")
     return [f"{found.score.value:.4f}{error}", base, _delta(found.to_full_precision), recovered]
 
 
@@ -231,12 +249,18 @@ def _is_number(value: float | None) -> TypeGuard[float]:
 
 
 def markdown_row(values: Sequence[str]) -> str:
-    """One line of a markdown table."""
-    return "| " + " | ".join(value.replace("|", "\\|") for value in values) + " |"
+    """One line of a markdown table; names are texts there, whatever they hold."""
+    return "| " + " | ".join(map(_marked_down, values)) + " |"
+
+
+def _marked_down(text: str) -> str:
+    """On one line, and without markup of its own."""
+    return _MARKUP.sub(r"\\\g<0>", _CONTROLS.sub(" ", text))
 
 
 def _row(values: Sequence[str]) -> str:
-    return " & ".join(_escaped(value) for value in values) + " \\\\"
+    line = " & ".join(_escaped(_CONTROLS.sub(" ", value)) for value in values) + " \\\\"
+    return f"{{}}{line}" if line.startswith(("[", "*")) else line  # else an argument of the line break before it
 
 
 _LATEX = {"\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{", "}": "\\}",

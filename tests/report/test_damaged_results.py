@@ -1,13 +1,17 @@
 """Results files that are damaged, or were made to be: named, or shown for what they are."""
 
+import csv
+import io
 import json
+import re
 
 import pytest
 from test_report import BOS, write
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
-from intactkv_eval.report.tables import markdown
+from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.tables import comma_separated, latex, markdown
 
 
 def test_a_group_that_names_itself(tmp_path):
@@ -56,3 +60,30 @@ def test_a_sample_without_a_number_is_damaged(tmp_path, number):
     (tmp_path / "samples_ppl_x_1.jsonl").write_text(f'{{"doc_id": {number}, "nll": 1.0}}')
     with pytest.raises(ConfigError, match="not a whole results file"):
         collect([tmp_path])
+
+
+@pytest.mark.parametrize("seed", [float("nan"), "x", [1], 0.5])
+def test_the_seed_of_a_plan_is_a_number(tmp_path, seed):
+    unit = {"key": "a", "task": "ppl_x", "seed": seed, "cell": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps([unit]))
+    with pytest.raises(ConfigError, match="the seed"):
+        absent_of([tmp_path])
+
+
+def test_names_are_texts_in_every_table(tmp_path):
+    names = ["a\n\n# Title", "a\\|b", "<img src=x>", "[click](javascript:x)", "a\rb", "=1+1", "@SUM(1)", "[BOS]x", "*x"]
+    for date, name in enumerate(names, 1):
+        write(tmp_path, {**BOS, "pretrained": name}, [3.0, 3.1], date)
+    runs, _ = collect([tmp_path])
+    table, _, rest = markdown(runs).partition("\n\n")
+    assert len(table.splitlines()) == 2 + len(names)
+    assert {len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines()} == {9}
+    assert "# Title" not in [line.strip() for line in rest.splitlines()]
+    for markup in ("<img", "](javascript"):
+        assert not re.search(r"(?<!\\)" + re.escape(markup), markdown(runs))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(runs))))
+    assert len(rows) == len(names)
+    assert not [row for row in rows if row["model"].startswith(("=", "@"))]
+    lines = latex(runs).splitlines()
+    assert len(lines) == 6 + len(names)
+    assert not [line for line in lines if line.startswith(("[", "*"))]

@@ -193,7 +193,7 @@ def test_a_group_is_paired_over_the_documents_of_its_tasks(tmp_path, macro):
     found = compare(runs[1], "group", runs).to_baseline
     assert found.value == pytest.approx(runs[1].scores["group"].value - runs[0].scores["group"].value)
     if macro:
-        assert found.test.method == "weighted means, normal"
+        assert found.test.method == "weighted means, all signs"
         assert found.test.value == pytest.approx(found.value)
     else:
         assert found.test == paired_difference([*better[20:], *better[:20]], [*correct[20:], *correct[:20]])

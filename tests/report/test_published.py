@@ -76,6 +76,41 @@ def test_what_no_printed_cell_has_is_named(tmp_path):
     assert "ours: 4 documents of 256" in markdown(collect([tmp_path])[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"n-shot": {"ppl_c4": 5}}, "ours: 5 shots"),
+        ({"chat_template_sha": "x", "fewshot_as_multiturn": True}, "ours: chat template"),
+        ({"system_instruction_sha": "x"}, "ours: system instruction"),
+    ],
+)
+def test_other_prompts_are_named(tmp_path, change, named):
+    found(tmp_path, RTN)
+    path = tmp_path / "results_1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert beside(grid_of(collect([path])[0]))[0].protocol == named
+
+
+@pytest.mark.parametrize(
+    ("kv", "clip", "said"),
+    [
+        ({"kv_rotate": True, "kv_clip": 0.95}, 0.9, ""),
+        ({}, 0.9, "ours: another KV scheme"),
+        ({"kv_rotate": True, "kv_clip": 0.9}, 0.9, "ours: another KV scheme"),
+        ({"kv_rotate": True, "kv_clip": 0.95}, 1.0, "ours: other clipping of activations"),
+    ],
+)
+def test_quarots_cache_is_rotated_and_clipped(tmp_path, kv, clip, said):
+    quantization = {
+        "method": "gptq", "bits": 4, "group_size": -1, "symmetric": True, "act_order": True, "mixed": False,
+        "rotation": {"kind": "hadamard"}, "activations": {"bits": 4, "clip": clip},
+    }  # fmt: skip
+    cell = {"pretrained": "Llama-2-7b-hf", "pivot": "none", "kv_bits": 4, **kv}
+    rows, _ = found(tmp_path, cell, record={"quantization": quantization})
+    assert rows[0].published.value == printed("LLaMA-2-7B", "quarot", "none")
+    assert rows[0].protocol == said
+
+
 def test_checkpoints_are_known_by_their_reference_and_label(tmp_path):
     quantization = {
         "method": "gptq",

@@ -152,6 +152,17 @@ def test_weighted_means_of_several_tasks():
     assert found.p == pytest.approx(2 * stats.norm.sf(abs(found.value) / found.stderr))
 
 
+@pytest.mark.parametrize("differing", [0, 1, 4, 6, 12])
+def test_few_differing_documents_of_a_group_are_counted(differing):
+    """A normal approximation calls four of two thousand."""
+    one, other = np.zeros(1000), np.zeros(1000)
+    one[: differing - differing // 2] = 1
+    second = np.zeros(1000)
+    second[: differing // 2] = 1
+    found = weighted_difference([(0.5, one, other), (0.5, second, other)])
+    assert found.p == pytest.approx(stats.binomtest(differing, differing).pvalue if differing else 1.0)
+
+
 def test_holm_bounds_the_chance_of_any_false_call():
     rng = np.random.default_rng(4)
     values = rng.random(9).tolist()
