@@ -16,8 +16,46 @@ DEEPEST = 100  # levels; what walks through a document later may recurse
 BROKEN_PICKLE = (pickle.PickleError, EOFError, AttributeError, ImportError, LookupError, ValueError, TypeError,
                  AssertionError, ArithmeticError, RuntimeError, struct.error, OSError)  # fmt: skip
 _MOST = 10_000_000  # values of a YAML once its aliases are written out
+_MOST_MERGED = 100_000  # keys that merges (<<) bring in, all together
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character outside of the first 65,536
+_MERGE, _FLOAT, _INT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "float", "int"))
 _BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, IndexError, TypeError)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, for strangers: merges cannot multiply, and a number is one in which nothing is base 60 or endless."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._merged = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Bring in the keys of `<<`. They are counted first, because each level of merges can multiply the last's."""
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    if isinstance(part, yaml.MappingNode):  # PyYAML says what is wrong with any other
+                        self.flatten_mapping(part)
+                    self._merged += len(part.value)
+                    if self._merged > _MOST_MERGED:
+                        raise ValueError(f"merges (<<) bring in more than {_MOST_MERGED} keys: write them out")
+        super().flatten_mapping(node)
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """What `node` says. Raises ValueError for one of base 60 (1:30), and for a whole one of more than 64 bits."""
+        said = str(self.construct_scalar(node))
+        if ":" in said:
+            raise ValueError(f"{said:.80} is a number of base 60: put it in quotes")
+        if node.tag == _FLOAT:
+            return float(self.construct_yaml_float(node))
+        found = int(self.construct_yaml_int(node))
+        if not -(2**63) <= found < 2**64:
+            raise ValueError(f"{said:.80} is a number of more than 64 bits")
+        return found
+
+
+for _tag in (_FLOAT, _INT):
+    _Loader.add_constructor(_tag, _Loader.number)
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -39,10 +77,11 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str) -> Any:
     """The document: mappings, lists, texts, numbers, true, false and null.
 
-    Raises ValueError for what is no YAML, refers to itself, or holds other values, as dates are.
+    Raises ValueError for what is no YAML, refers to itself, or holds other values, as dates are; also for numbers of
+    base 60 or of more than 64 bits, and for merges (<<) of very many keys.
     """
     try:
-        found = yaml.safe_load(text)
+        found = yaml.load(text, _Loader)
     except _BROKEN_YAML as error:  # PyYAML's own converters let all of these through
         raise ValueError(f"no YAML: {error}") from None
     _measured(found, 1, {})

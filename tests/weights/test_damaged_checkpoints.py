@@ -14,6 +14,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.packed import packed_model
 from intactkv_eval.weights.checkpoint import Checkpoint
+from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 
 DATA = Path(__file__).parents[1] / "data" / "gptqmodel"
 UP = "model.layers.1.mlp.up_proj"
@@ -52,6 +53,25 @@ def test_a_pattern_that_never_ends(folder):
     with pytest.raises(CheckpointError, match=r"pattern .* takes over 1 s on model\.layers\."):
         load(folder)
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(?R)", "(a(?1))", "(?+1)(a)", "(?P<x>a(?&x))", "(?P<x>a(?P>x))", "(?x)(?P<x>a(?P >x))", "(?i:(?sx)a)",
+     "(?:a{1000}){1000}", "((a{1,40}){,40})b", "(?:a{32,}){32}"],
+)  # fmt: skip
+def test_a_pattern_that_takes_gigabytes(pattern):
+    """Of a stranger's pattern the length is bounded, and what it may come to as well."""
+    settings = {"dynamic": {f"+:{pattern}": {}}}
+    with pytest.raises(CheckpointError, match=r"dynamic.*(called|multiply)"):
+        check_settings(GPTQSettings, settings)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"re:.*\.layers\.\d{1,2}\..*", r"-:(?i)(?:ab){e<=2}", r"(?>a){1000}(?P<x>b)(?P=x)(?!R)"]
+)
+def test_patterns_that_are_read(pattern):
+    check_settings(GPTQSettings, {"dynamic": {pattern: {}}})
 
 
 def with_value(value):
