@@ -49,8 +49,9 @@ def estimate(units: Sequence[Unit], every: Sequence[Unit], folder: SweepFolder, 
 def _taken(every: Sequence[Unit], folder: SweepFolder) -> Mapping[tuple[object, ...], list[float]]:
     taken: dict[tuple[object, ...], list[float]] = defaultdict(list)
     for unit in every:
-        if folder.is_done(unit.key):
-            taken[_kind(unit)].append(float(folder.record(unit.key)["seconds"]))
+        seconds = folder.seconds(unit.key)
+        if seconds is not None:
+            taken[_kind(unit)].append(seconds)
     return taken
 
 

@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked, place_folder, write_atomic
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
-_RECORD = "record.json"
+RECORD = "record.json"
+_MOST_SECONDS = 1e9  # thirty years: no unit took longer
 
 
 class SweepFolder:
@@ -63,12 +65,15 @@ class SweepFolder:
 
     def is_done(self, key: str) -> bool:
         """Whether its results are there, whole."""
-        return (self.cell(key) / _RECORD).is_file()
+        return (self.cell(key) / RECORD).is_file()
 
-    def record(self, key: str) -> dict[str, Any]:
-        """What `place` was given."""
-        found: dict[str, Any] = json.loads((self.cell(key) / _RECORD).read_text(encoding="utf-8"))
-        return found
+    def seconds(self, key: str) -> float | None:
+        """How long the unit took, by what `place` was given; None where it is not done, or its record is damaged."""
+        try:
+            found = parse_json((self.cell(key) / RECORD).read_bytes())["seconds"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return float(found) if isinstance(found, int | float) and 0 <= found < _MOST_SECONDS else None
 
     def start(self, key: str) -> Path:
         """A new empty folder for its results."""
@@ -80,7 +85,7 @@ class SweepFolder:
     def place(self, key: str, record: Mapping[str, Any]) -> None:
         """Its partial folder becomes its result: on disk first, then by one rename."""
         folder, target = self.partial(key), self.cell(key)
-        _write(folder / _RECORD, record)
+        _write(folder / RECORD, record)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(target, ignore_errors=True)  # never whole: `is_done` said so
         place_folder(folder, target)

@@ -6,8 +6,9 @@ it, task, seed, versions): two sweeps that hold the same unit share its result, 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
+from math import prod
 from pathlib import PurePath
 from typing import Any
 
@@ -16,8 +17,8 @@ from pydantic import ValidationError
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
+from intactkv_eval.harness import record
 from intactkv_eval.harness.arguments import check_hf_arguments
-from intactkv_eval.harness.record import versions
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
 from intactkv_eval.sweep.spec import (
@@ -31,6 +32,8 @@ from intactkv_eval.sweep.spec import (
     readable,
 )
 
+MOST_CELLS = 10_000
+versions = cache(record.versions)  # reading them takes longer than all else that a cell's key needs
 _OF = {
     "weights": ("weights", "bits", "group_size", "symmetric", "awq_search", "rotate", "backend", "quantize"),
     "activations": ("act_bits", "act_scheme", "act_symmetric", "act_clip"),
@@ -97,8 +100,12 @@ class Unit:
 def expand(sweep: SweepSpec) -> list[Unit]:
     """Every unit of the sweep's grids once, those that share a loaded model beside each other.
 
-    Raises ConfigError that names the combination, for an argument that is unknown, out of range or does nothing.
+    Raises ConfigError that names the combination, for an argument that is unknown, out of range or does nothing; and,
+    before anything is expanded, for more than 10,000 cells.
     """
+    cells = sum(_count(grid) for grid in sweep.grids)
+    if cells > MOST_CELLS:
+        raise ConfigError(f"the sweep's lists multiply to {cells} cells; expected at most {MOST_CELLS}: shorten them")
     found: dict[str, Unit] = {}
     models, weights, activations = (_Places() for _ in range(3))
     for grid in sweep.grids:
@@ -116,9 +123,18 @@ class _Places(list[Entry]):
     """Entries in the order in which they came first, whatever grid they are of."""
 
     def of(self, entry: Entry) -> int:
-        if entry not in self:
+        try:
+            return self.index(entry)
+        except ValueError:
             self.append(entry)
-        return self.index(entry)
+            return len(self) - 1
+
+
+def _count(grid: GridSpec) -> int:
+    """Its cells, those that are excluded among them."""
+    runs = sum(len(_seeds(task, grid)) for task in grid.tasks)
+    lists = (grid.models, grid.weights, grid.activations, grid.kv, grid.pivots)
+    return runs * prod(len(entries) for entries in lists)
 
 
 def _units(grid: GridSpec, parts: Sequence[Entry], model: int, order: tuple[bool, int, int]) -> Iterator[Unit]:

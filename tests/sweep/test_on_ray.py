@@ -1,9 +1,14 @@
 """A sweep on a real local Ray cluster: the same results as on this machine, also where a worker is killed."""
 
+import errno
+import gzip
 import importlib.util
+import io
 import json
 import os
+import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 from grids import RTN, grid, sweep_of
@@ -12,6 +17,7 @@ from running import command, figures, ray_cluster, ray_workers, wait_for
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.sweep import on_ray
 from intactkv_eval.sweep.command import Where
+from intactkv_eval.sweep.folder import SweepFolder
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
@@ -87,3 +93,70 @@ def test_slots_by_resources():
     assert on_ray._fitting(cluster, {"num_gpus": 0.5, "num_cpus": 4}) == 4
     assert on_ray._fitting(cluster, {"fast": 1}) == 3
     assert on_ray._fitting(cluster, {"num_gpus": 8}) == 0
+
+
+WHOLE = {"m/results_1.json": b'{"configs": {"t": {}}}', "m/samples_t_1.jsonl": b"{}\n"}
+
+
+def packed(files, **more):
+    """An archive of files; and of a member `x` of which TarInfo says `more`."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=found, mode="w:gz") as written:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            written.addfile(member, io.BytesIO(data))
+        if more:
+            member = tarfile.TarInfo("x")
+            for key, value in more.items():
+                setattr(member, key, value)
+            written.addfile(member)
+    return found.getvalue()
+
+
+def ended(results, folder):
+    """How a unit ends whose actor sends `results`."""
+    pool = object.__new__(on_ray.RayPool)
+    pool._folder = SweepFolder(folder)
+    pool._begun = {0: (SimpleNamespace(key="k", label="l"), time.monotonic(), None)}
+    pool._ray = SimpleNamespace(
+        get=lambda asked: on_ray._Found(results, None, "", "node"),
+        exceptions=SimpleNamespace(RayTaskError=ConfigError, RayError=ConfigError),
+    )
+    return pool._ended(0, None)
+
+
+def test_what_an_actor_sends_is_its_result(tmp_path):
+    assert ended(packed(WHOLE), tmp_path).error is None
+    assert (tmp_path / "cells" / "k" / "m" / "results_1.json").read_bytes() == WHOLE["m/results_1.json"]
+    assert SweepFolder(tmp_path).is_done("k")
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        b"", packed({}), packed(WHOLE)[:-9], packed(WHOLE)[:-8] + bytes(8), packed(WHOLE) + b"x", gzip.compress(b"no tar" * 999),
+        packed({"m/results_1.json": WHOLE["m/results_1.json"]}), packed({**WHOLE, "m/results_2.json": b"{}"}),
+        packed({**WHOLE, "m/results_2.json": b'{"configs": 5}'}), packed({**WHOLE, "record.json/x": b""}),
+        packed({**WHOLE, "a": b"", "a/b": b""}), packed({**WHOLE, "a/b": b"", "a": b""}), packed({**WHOLE, "a" * 300: b""}),
+        packed({**WHOLE, "../x": b""}), packed(WHOLE, type=tarfile.LNKTYPE, linkname="nothing"),
+        packed(WHOLE, type=tarfile.SYMTYPE, linkname="m"), packed(WHOLE, pax_headers={"path": "a\0b"}),
+        packed(WHOLE, pax_headers={"mtime": "1e300"}),
+    ],
+    ids=range(18),
+)  # fmt: skip
+def test_a_damaged_archive_is_that_cells_failure(tmp_path, results):
+    """It was taken for a result where only its checksum was wrong, or nothing in it; others ended the whole sweep."""
+    end = ended(results, tmp_path)
+    assert end.error.startswith("node sent back no results of a run (")
+    assert not SweepFolder(tmp_path).is_done("k")
+    assert not (tmp_path / ".partial" / "x").exists()
+
+
+def test_a_full_disk_is_no_damaged_archive(tmp_path, monkeypatch):
+    def full(*_arguments, **_named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*partial"):
+        ended(packed(WHOLE), tmp_path)

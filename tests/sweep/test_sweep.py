@@ -130,6 +130,23 @@ def test_a_failed_cell_is_kept_as_such(saved_llama, tmp_path, text):
     assert len(sweep_of(given, tmp_path).waiting) == 10, "what failed is tried again"
 
 
+@pytest.mark.parametrize(
+    "record", ["", "{}", "null", '"x"', "[" * 5000, *(f'{{"seconds": {one}}}' for one in ("NaN", "-1", "1e999", "[]", "9" * 500))],
+    ids=range(10),
+)  # fmt: skip
+def test_a_damaged_record_is_an_unknown_duration(saved_llama, tmp_path, record):
+    """A dry run ended in a traceback, or said `about nan h`."""
+    sweep = sweep_of(grid(saved_llama), tmp_path)
+    for unit in sweep.units[:2]:
+        sweep.folder.start(unit.key)
+        sweep.folder.place(unit.key, {"seconds": 120.0})
+    assert "about 4 min" in sweep.dry_run(1)
+    (sweep.folder.cell(sweep.units[0].key) / "record.json").write_text(record)
+    assert "about 4 min" in sweep.dry_run(1), "by the other"
+    (sweep.folder.cell(sweep.units[1].key) / "record.json").write_text(record)
+    assert "no estimate" in sweep.dry_run(1)
+
+
 def test_one_sweep_a_folder(saved_llama, tmp_path):
     sweep = sweep_of(grid(saved_llama), tmp_path)
     with SweepFolder(tmp_path / "out").alone(), pytest.raises(ConfigError, match="another sweep works on it"):

@@ -1,6 +1,7 @@
 """What a YAML expands to, what it is refused for, and what decides whether a cell is the same cell."""
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,23 @@ def test_a_cell_is_known_by_what_it_holds(saved_llama, tmp_path, monkeypatch):
 def test_what_is_wrong_is_named(parts, message):
     with pytest.raises(ConfigError, match=message):
         units({**grid("m"), **parts})
+
+
+def test_a_product_without_end():
+    """Four kilobytes of lists multiply to 128,000 cells."""
+    many = {"weights": [{**RTN, "group_size": size + 1} for size in range(40)], "pivots": ["bos"],
+            "kv": [{"kv_bits": 4, "kv_keep": keep} for keep in range(40)], "seeds": list(range(40))}  # fmt: skip
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="multiply to 64000 cells; expected at most 10000"):
+        units(grid("m", **many))
+    with pytest.raises(ConfigError, match="multiply to 12800 cells"):
+        units({**grid("m", **many), "grids": [{"seeds": [1, 2, 3, 4]}] * 2})
+    assert time.monotonic() - begun < 5
+
+
+def test_the_versions_are_read_once():
+    """Reading them took nine tenths of the time in which a large sweep starts."""
+    assert grid_module.versions() is grid_module.versions()
 
 
 def test_damaged_yaml():
