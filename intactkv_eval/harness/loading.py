@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 
@@ -15,7 +15,7 @@ _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_MOST = 10_000
+_MOST = 1_000  # five times what the deepest model has; each is built before a tensor is read
 
 
 @contextmanager
@@ -40,9 +40,10 @@ def loading(what: str) -> Iterator[None]:
 
 
 def check_layers(pretrained: str, revision: str) -> None:
-    """Raise CheckpointError for a config with more layers than any model has, which transformers would begin to build.
+    """Raise CheckpointError for a config whose layers no model has.
 
-    What has no config.json is left to transformers.
+    That is more layers than any, which transformers would begin to build, or sliding layers without a window, which
+    transformers builds and then cannot run. What has no config.json is left to transformers.
     """
     found: dict[str, Any] = {}
     with suppress(OSError):
@@ -53,6 +54,19 @@ def check_layers(pretrained: str, revision: str) -> None:
                 raise CheckpointError(
                     f"{pretrained}: config.json says {key}={str(part[key])[:20]}; expected at most {_MOST}"
                 )
+    if str(found.get("model_type")) in CONFIG_MAPPING:
+        _check_window(pretrained, CONFIG_MAPPING[found["model_type"]].from_dict(found))
+
+
+def _check_window(pretrained: str, config: PretrainedConfig) -> None:
+    text = config.get_text_config(decoder=True)
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    slides = "sliding_attention" in kinds if isinstance(kinds, list | tuple) else window is not None
+    if slides and not (isinstance(window, int) and 2 <= window < 2**31):  # of 1, transformers' cache keeps everything
+        raise CheckpointError(
+            f"{pretrained}: config.json says sliding_window={str(window)[:20]}, and has layers of sliding_attention; "
+            "expected a whole number of 2 or more"
+        )
 
 
 def _innermost(trace: TracebackType | None) -> str:

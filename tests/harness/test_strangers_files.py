@@ -41,6 +41,23 @@ def test_a_damaged_folder_ends_in_one_message(saved_llama, name, key, value):
         make(saved_llama)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"num_hidden_layers": 1001, "layer_types": ["full_attention"] * 1001}, "num_hidden_layers=1001; expected at most 1000"),
+        ({"layer_types": ["sliding_attention"] * 3}, "sliding_window=None, and has layers of sliding_attention"),
+        ({"layer_types": ["full_attention"] * 2 + ["sliding_attention"], "sliding_window": 2**70}, "sliding_window=1180591"),
+        *(({"sliding_window": one}, "a whole number of 2 or more") for one in (0, -3, 1, 2.5, "4", [])),
+    ],
+)  # fmt: skip
+def test_layers_that_no_model_has(saved_llama, said, message):
+    """Refused before they are built: for minutes, or to fail at the first request."""
+    content = json.loads((saved_llama / "config.json").read_text())
+    (saved_llama / "config.json").write_text(json.dumps({**content, **said}))
+    with pytest.raises(CheckpointError, match=message):
+        make(saved_llama)
+
+
 def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
     def breaks(*_arguments, **_named):
         raise KeyError("ours")
