@@ -129,8 +129,10 @@ class PivotSpec(Spec):
         if not self.source.startswith("tokens:"):
             return None
         listed = re.split("[+,; ]+", self.source.removeprefix("tokens:").strip())
-        if not all(part.isdigit() for part in listed):
-            raise ConfigError(f"pivot={self.source!r}: write token ids as numbers, for instance tokens:1+319+13563")
+        if not all(re.fullmatch(r"[0-9]{1,18}", part) for part in listed):
+            raise ConfigError(
+                f"pivot={self.source[:80]!r}: write token ids as numbers, for instance tokens:1+319+13563"
+            )
         return tuple(int(part) for part in listed)
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import backends_of
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import Format, format_of
@@ -31,7 +32,7 @@ def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
 def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization:
     """Of a checkpoint by its config, or by the separate file of older releases (looked for in folders only).
 
-    Raises CheckpointError for a variant of a known format that is not read natively.
+    Raises CheckpointError for a variant of a known format that is not read natively, and for a damaged record of ours.
     """
     said = getattr(config, "quantization_config", None)
     if said is None:
@@ -44,4 +45,13 @@ def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization
     layout = format_of({**found, "quant_method": method})
     summary = layout.summary() if layout else {"method": method}
     made = getattr(config, RECORD, None)
+    if made is not None and not _is_record(made):
+        raise CheckpointError(
+            f"{pretrained}: config.json says {RECORD}={str(made)[:80]!r}; expected what `intactkv quantize` "
+            "writes there: remove the key, or make the checkpoint anew"
+        )
     return Quantization({**summary, "made": made} if made else summary, layout)
+
+
+def _is_record(made: object) -> bool:
+    return isinstance(made, dict) and all(isinstance(made.get(key, {}), dict) for key in ("job", "source"))

@@ -4,6 +4,7 @@ Temperatures by category are FastChat's; NEEDS_REFERENCE names the categories th
 """
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -68,9 +69,9 @@ def load_questions(bench: str, folder: str | Path | None = None) -> Questions:
     empty = next((one.question_id for one in found if not all(turn.strip() for turn in one.turns)), None)
     if empty is not None:
         raise DataError(f"{path}: question {empty} has an empty turn")
-    twice = {one.question_id for one in found if sum(one.question_id == other.question_id for other in found) > 1}
+    twice = sorted(key for key, times in Counter(one.question_id for one in found).items() if times > 1)
     if twice or not found:
-        raise DataError(f"{path}: question ids that come twice: {sorted(twice)}" if twice else f"{path}: no question")
+        raise DataError(f"{path}: question ids that come twice: {twice}" if twice else f"{path}: no question")
     return Questions(tuple(found), hashlib.sha256(path.read_bytes()).hexdigest())
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.pivot.basis import ROTATED
@@ -49,9 +50,9 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
     if not file.is_file():
         raise PivotError(f"{folder}: no config.json; name the folder of the checkpoint that LightLLM will serve")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
         _check_fits(pivot, config, folder)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise PivotError(f"{file}: cannot be read as a model's config ({error})") from None
     shapes = {tuple(tensor.shape) for tensor in (*pivot.keys, *pivot.values)}
     if len(shapes) != 1:

@@ -1,6 +1,7 @@
 """The bench of open questions through lm_eval: turns, prompts, choices, seeds, the response cache, bad input."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.mt_bench.questions import load_questions
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]},
@@ -177,6 +179,19 @@ def test_questions_that_are_none(saved_llama, bench, line, message):
     (bench / "mt_bench" / "question.jsonl").write_text(json.dumps(line) + "\n")
     with pytest.raises(DataError, match=message):
         run(saved_llama, bench)
+
+
+def test_questions_that_come_twice(bench):
+    """Ten thousand are looked through at once."""
+    rows = [
+        {"question_id": number // 2 if number < 4 else number, "category": "math", "turns": ["a"]}
+        for number in range(10_000)
+    ]
+    (bench / "mt_bench" / "question.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    begun = time.process_time()
+    with pytest.raises(DataError, match=r"come twice: \[0, 1\]"):
+        load_questions("mt_bench", bench)
+    assert time.process_time() - begun < 2
 
 
 def test_a_bench_that_is_not_there(saved_llama, tmp_path, monkeypatch):

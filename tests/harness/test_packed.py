@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.quantization import read_quantization
 
 REQUESTS = [(None, [5, 6, 7], [8, 9]), (None, [5], [6, 7, 8, 9]), (None, list(range(40, 60)), [60])]
 
@@ -46,6 +47,13 @@ def test_the_record_says_what_ran(packed, saved_llama):
     assert record["pivot_fingerprint"]["basis"] == "plain"
     assert 0.01 < record["basis_residual"] < 0.2
     json.dumps(record)
+
+
+@pytest.mark.parametrize("said", ["x", ["x"], [], {"job": "rtn"}, {"job": {}, "source": ["m"]}])
+def test_a_damaged_record_of_ours(said):
+    config = LlamaConfig(quantization_config={"quant_method": "gptq", "bits": 4}, intactkv_quantize=said)
+    with pytest.raises(CheckpointError, match=r"intactkv_quantize=.*expected what `intactkv quantize` writes"):
+        read_quantization("m", config)
 
 
 def test_backends_agree(packed, saved_llama):

@@ -43,7 +43,9 @@ def test_bad_calls(llama, saved_llama, tmp_path):
     file.write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(PivotError, match="may have V scaled"):
         write_lightllm(pivot, saved_llama)
-    file.write_text("{")
-    with pytest.raises(PivotError, match="cannot be read as a model's config"):
-        write_lightllm(pivot, saved_llama)
+    unhashable = json.dumps({**config, "quantization_config": {"quant_method": []}})
+    for damaged in ("{", "[" * 100_000, "[]", '{"quantization_config": "awq"}', unhashable, "\ufeff{}"):
+        file.write_text(damaged)
+        with pytest.raises(PivotError, match="cannot be read as a model's config"):
+            write_lightllm(pivot, saved_llama)
     assert not list(saved_llama.glob("prompt_cache*"))
