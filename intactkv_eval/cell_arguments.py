@@ -60,7 +60,9 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
     """
     given = {key: value for key, value in args.items() if _means_something(key, value)}
     flat = _laid_over(load_config(str(given.pop("config"))), given) if "config" in given else given
-    for key in flat:
+    for key, value in flat.items():
+        if isinstance(value, int) and value.bit_length() > 64:  # too long a one could not even be shown
+            raise ConfigError(f"{key[:80]}: a number of more than 64 bits; no key takes one")
         if key.isdigit():
             raise ConfigError(f"argument {key!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
         if key not in _PLACES:

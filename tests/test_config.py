@@ -67,6 +67,7 @@ def test_none_is_the_baseline_and_not_the_default(none):
         ({"pretrained": "m", "pivot": "tokens:" + "9" * 5000}, "numbers"),
         ({"pretrained": "m", "pivot": "tokens:1", "2": ""}, "commas"),
         ({"pretrained": "m", "pivot": 7}, "tokens:7"),
+        *(({**RTN, key: 16**5000}, f"{key}: a number of more than 64 bits") for key in ("bits", "act_bits", "pivot", "foo")),
         ({**RTN, "bits": 5}, "bits=5"),
         ({"pretrained": "m", "weights": "rtn"}, "needs bits"),
         ({**RTN, "group_size": 0}, "group_size=0"),

@@ -109,14 +109,14 @@ class RayPool:
         if found.results is None:
             return Ended(slot, found.error, seconds)
         try:
-            _unpack(found.results, self._folder.start(unit.key))
+            unpack(found.results, self._folder.start(unit.key))
         except DataError as error:
             return Ended(slot, f"{found.node} sent back no results of a run ({error})", seconds)
         self._folder.place(unit.key, {"unit": unit.label, "seconds": seconds, "device": found.node})
         return Ended(slot, None, seconds)
 
 
-def _unpack(results: bytes, folder: Path) -> None:
+def unpack(results: bytes, folder: Path) -> None:
     """Fill the empty `folder` with what an actor sent. Raises OSError where we cannot write.
 
     Raises DataError for an archive that is damaged, leads out of the folder, or holds no whole results of a run.

@@ -9,11 +9,12 @@ TOKENS = [
     b"../", b"/etc/passwd", b"<script>", b"{{7*7}}", b"\\u0000", b"\xed\xa0\x80", b"[[7]]", b"[[A]]", b"F32", b"I64", b"&a [*a]",
     b"[" * 3000, b'{"a":' * 300, b"9" * 5000, b"\\ud800", b"2020-99-99", b"!!int abc", b"!!bool x", b"!!timestamp x", b'!!int ""', b"&x {x: *x}",
     b"!!python/object/apply:os.system", b"true", b"0", b"18446744073709551615", b"\n", b"\r\n", b" " * 64,
+    b"1" + b":1" * 300 + b".0", b"0x" + b"F" * 5000, b"<<: [*a, *a]",
 ]  # fmt: skip
 VALUES = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "none", "../x",
     "/etc/passwd", "\x00", "é" * 300, "a" * 5000, "<script>alert(1)</script>", "{{7*7}}", [], {}, [[]], [None], {"": None}, [1, "x"],
-    {"bits": 4}, "4", "NaN", "{0.__class__}", "%s%n", "\ud800", "a } b", int("9" * 4000), json.loads("[" * 150 + "]" * 150),
+    {"re:(?R)": {}}, {"(?:(?:a{1000}){1000}){1000}": {}}, "tokens:²", "sliding_attention", {"bits": 4}, "4", "NaN", "{0.__class__}", "%s%n", "\ud800", "a } b", int("9" * 4000), json.loads("[" * 150 + "]" * 150),
 ]  # fmt: skip
 
 

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
+import archives
 import mutate
 import torch
 import yaml
@@ -58,6 +60,8 @@ def targets(folder: Path) -> dict[str, Target]:
     """All of them; `folder` holds what they read and its seeds are made there."""
     made = {**_checkpoints(folder), **_tensor_files(folder), **_texts(folder), **_results(folder), **_judge(folder)}
     made |= {**_models(folder), **_calibrations(folder)}
+    sent = archives.packed(folder / "seeds" / "results")
+    made["archive"] = Target(lambda draw: archives.damaged(sent, draw), partial(archives.read, folder / "archive"))
     return dict(sorted(made.items()))
 
 

@@ -1,0 +1,38 @@
+"""What a worker of a Ray cluster sends: damaged on its way, or packed of damaged files."""
+
+import gzip
+import io
+import shutil
+import tarfile
+
+import mutate
+
+from intactkv_eval.sweep.on_ray import unpack
+
+
+def packed(folder):
+    """The folder as a tar, as bytes."""
+    held = io.BytesIO()
+    with tarfile.open(fileobj=held, mode="w") as written:
+        written.add(folder, arcname=".", filter=nobodys)
+    return held.getvalue()
+
+
+def nobodys(member):
+    """An input that is kept must not tell of the machine."""
+    member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
+    return member
+
+
+def damaged(plain, draw):
+    """The tar, compressed; bytes of one of the two are changed."""
+    if draw.random() < 0.5:
+        return mutate.of_bytes(gzip.compress(plain, mtime=0), draw)
+    return gzip.compress(mutate.of_bytes(plain, draw), mtime=0)
+
+
+def read(place, data):
+    """As the driver does, into a new folder."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    unpack(data, place)
