@@ -54,8 +54,8 @@ def check_written(folder: Path, before: Mapping[Path, int], samples: bool) -> No
     new = [path for path, at in results_below(folder).items() if before.get(path) != at]
     for path in new:
         try:
-            tasks = json.loads(path.read_text(encoding="utf-8"))["configs"] if samples else ()
-        except (ValueError, KeyError) as error:
+            tasks = list(json.loads(path.read_text(encoding="utf-8"))["configs"]) if samples else ()
+        except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: written in part ({error}); is the disk full? Run it again") from None
         stamp = path.stem.rpartition("_")[2]
         for file in (path.with_name(f"samples_{task}_{stamp}.jsonl") for task in tasks):

@@ -14,10 +14,12 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.packed import packed_model
 from intactkv_eval.weights.checkpoint import Checkpoint
+from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 
 DATA = Path(__file__).parents[1] / "data" / "gptqmodel"
 UP = "model.layers.1.mlp.up_proj"
+SLOW = r"(?:a|aa|b|ab)+$"
 
 
 def load(folder):
@@ -72,6 +74,22 @@ def test_a_pattern_that_takes_gigabytes(pattern):
 )
 def test_patterns_that_are_read(pattern):
     check_settings(GPTQSettings, {"dynamic": {pattern: {}}})
+
+
+def test_slow_patterns_have_one_second_together():
+    """Each below its second, on each layer: they would take hours."""
+    name = next(name for name in ("ab" * n + "!" for n in range(10, 60)) if seconds_of(name) > 0.03)
+    begun = time.thread_time()
+    with pytest.raises(CheckpointError, match="or those before it have"):
+        any(matches(SLOW, name) for _ in range(100))
+    assert time.thread_time() - begun < 3
+    assert matches("x", "x"), "and others are read after it"
+
+
+def seconds_of(name):
+    begun = time.thread_time()
+    matches(SLOW, name)
+    return time.thread_time() - begun
 
 
 def with_value(value):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 
 import regex
 
@@ -10,6 +11,8 @@ from intactkv_eval.errors import CheckpointError
 LONGEST = 1000  # characters
 MOST_REPEATS = 1000  # of all counts of a pattern multiplied: what is repeated is written out when it is compiled
 _SECONDS = 1.0
+_SLOW = 0.01  # seconds; an honest pattern takes microseconds
+_spent: list[float] = []  # by slow ones, since the last that was refused
 _COUNT = re.compile(r"\{([0-9]*),?([0-9]*)\}")
 # A call of a group, of itself among them, needs no end; verbose patterns (?x) may hide a call or a count in spaces.
 _CALL_OR_VERBOSE = re.compile(r"\(\?(?:R|[+-]?[0-9]|&|P[>&]|[a-zA-Z0-9]*x)")
@@ -35,10 +38,26 @@ def check_pattern(text: str) -> str:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the name begins with what the pattern describes. Raises CheckpointError where that takes too long."""
+    """Whether the name begins with what the pattern describes.
+
+    Raises CheckpointError where that takes too long, or where all slow ones together have.
+    """
+    begun = time.thread_time()  # of this thread's own work: a busy machine makes no pattern slow
     try:
-        return regex.match(pattern, name, timeout=_SECONDS) is not None
+        found = regex.match(pattern, name, timeout=_SECONDS) is not None
     except TimeoutError:
-        raise CheckpointError(
-            f"quantization_config: pattern {pattern[:80]!r} takes over {_SECONDS:g} s on {name}; write a simpler one"
-        ) from None
+        raise CheckpointError(_too_slow(pattern, name)) from None
+    taken = time.thread_time() - begun
+    if taken > _SLOW:
+        _spent.append(taken)
+    if sum(_spent) > _SECONDS:
+        _spent.clear()
+        raise CheckpointError(_too_slow(pattern, name))
+    return found
+
+
+def _too_slow(pattern: str, name: str) -> str:
+    return (
+        f"quantization_config: pattern {pattern[:80]!r} takes over {_SECONDS:g} s on {name}, or those before it have; "
+        "write simpler ones"
+    )
