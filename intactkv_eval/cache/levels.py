@@ -6,6 +6,7 @@ metadata the fingerprint of the model, the bits, and how it was calibrated. Know
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from intactkv_eval.pivot.kv import Fingerprint
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-kv-levels-1"
+_FIX = "the file is damaged or another model's. Calibrate anew: intactkv kv-levels"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,21 @@ class KVLevels:
                 f"left out; this cell has {list(front)} in front and {exempt} exempt rows, so other ranges. Calibrate "
                 "as the cell runs: intactkv kv-levels --pivot ... (--no-exempt, --keep)"
             )
+
+    def check_fits(self, keys: Sequence[Tensor]) -> None:
+        """Raise ConfigError unless there is a range for each channel of the keys [H, T, D] that each layer computes.
+
+        Fewer heads would be stretched over all of them without a word.
+        """
+        if len(keys) != len(self.low):
+            raise ConfigError(f"kv_levels: of {len(self.low)} layers, this model caches keys in {len(keys)}: {_FIX}")
+        for layer, (low, rows) in enumerate(zip(self.low, keys, strict=True)):
+            expected = (rows.shape[0], rows.shape[2])
+            if tuple(low.shape) != expected:
+                raise ConfigError(
+                    f"kv_levels: layer {layer} has ranges for (heads, width) {tuple(low.shape)}, this model's "
+                    f"keys there are {expected}: {_FIX}"
+                )
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""

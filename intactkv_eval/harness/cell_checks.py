@@ -14,7 +14,7 @@ from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.capture import embedding_hash, embedding_sample, fingerprint_of
+from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, PivotKV
 from intactkv_eval.weights.stages import Rotation
 
@@ -55,7 +55,10 @@ def check_belongs(
     quantization: dict[str, Any] | None,
     rotation: Rotation | None,
 ) -> None:
-    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full."""
+    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full.
+
+    Then its tokens must be words of this model, and its tensors such as the model computes for them.
+    """
     same_model = cell.model.reference is None and quantization is None
     found = fingerprint_of(model, cell.model.revision) if same_model else None
     if rotation is not None:
@@ -67,6 +70,13 @@ def check_belongs(
         basis=None if pivot.fingerprint.calibrated else "plain",
         weight_hash=found.weight_hash if found else None,
     )
+    words = model.get_input_embeddings().weight.shape[0]
+    if max(pivot.token_ids) >= words:
+        raise PivotError(
+            f"{cell.pivot.source}: token {max(pivot.token_ids)} is outside the model's vocabulary of {words}; the file "
+            "is damaged or another model's. Capture it anew: intactkv capture"
+        )
+    pivot.check_fits(*computed(model, pivot.token_ids))
 
 
 def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:
@@ -111,7 +121,10 @@ def check_cache(pivoted: PivotedModel) -> None:
 
 
 def check_levels(levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None) -> None:
-    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings."""
+    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings.
+
+    And there must be a range for each channel of its keys.
+    """
     if cell.weights.rotate:
         raise ConfigError("kv_scheme=pre_rope: its levels are those of values that are not rotated; drop rotate")
     of, dtype = levels.fingerprint, str(model.dtype).removeprefix("torch.")
@@ -124,3 +137,4 @@ def check_levels(levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quant
             f"kv_levels={cell.kv.levels}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
             f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-levels"
         )
+    levels.check_fits(computed(model, (0,)).keys)

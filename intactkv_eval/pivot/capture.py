@@ -6,7 +6,7 @@ Knows no quantizer; what it returns does not share storage with the model.
 import hashlib
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +19,29 @@ from intactkv_eval.pivot.kv import Fingerprint, PivotKV
 _SAMPLE = 1024  # elements of each tensor that go into the hash: cheap for 70B, and any training changes most of them
 
 
-@torch.no_grad()
+class Computed(NamedTuple):
+    """Of P tokens at positions 0..P-1: keys and values [H, P, D] of each layer, logits [P, V]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+
+
 def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fingerprint) -> PivotKV:
     """The KV [H, P, D] a layer and the logits [P, V] of `token_ids` at positions 0..P-1.
 
     Raises UnsupportedModelError for a model without a plain KV cache, PivotError for NaN or a pivot too long.
     """
     check_supported(model)
+    return PivotKV(token_ids, *computed(model, token_ids), fingerprint)
+
+
+@torch.no_grad()
+def computed(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Computed:
+    """One forward over `token_ids`; its tensors are copies. Also of models that are quantized already.
+
+    Raises UnsupportedModelError for a model without a plain KV cache, PivotError for more tokens than it has room for.
+    """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and len(token_ids) >= limit:
         raise PivotError(f"a pivot of {len(token_ids)} tokens leaves no room in a model of {limit} positions")
@@ -36,13 +52,8 @@ def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fin
     rows: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not rows or any(key is None or key.ndim != 4 or key.shape[2] != len(token_ids) for key, _ in rows):
         raise UnsupportedModelError(f"{type(model).__name__} does not fill a KV cache [B, H, T, D] in every layer")
-    return PivotKV(
-        token_ids=token_ids,
-        keys=tuple(key[0].clone() for key, _ in rows),
-        values=tuple(value[0].clone() for _, value in rows),
-        logits=logits.clone(),
-        fingerprint=fingerprint,
-    )
+    keys, values = (tuple(row[0].clone() for row in kind) for kind in zip(*rows, strict=True))
+    return Computed(keys, values, logits.clone())
 
 
 def check_supported(model: PreTrainedModel) -> None:

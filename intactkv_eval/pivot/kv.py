@@ -5,6 +5,7 @@ token ids as JSON in its metadata. Knows no model and no quantizer.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 _TINY = 2**-14  # below it fp16 has fewer digits
+_FIX = "it is damaged or another model's. Capture it anew: intactkv capture"
 
 
 class Calibrated(BaseModel):
@@ -88,11 +90,11 @@ class PivotKV:
         if len(self.keys) != len(self.values) or not self.keys:
             raise PivotError(f"a PivotKV needs as many keys as values: {len(self.keys)} and {len(self.values)} layers")
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            if key.ndim != 3 or value.ndim != 3 or key.shape[1] != length or value.shape[1] != length:
+            if any(rows.ndim != 3 or rows.shape[1] != length or not rows.numel() for rows in (key, value)):
                 raise PivotError(
                     f"layer {layer}: keys {tuple(key.shape)} and values {tuple(value.shape)} should be [H, {length}, D]"
                 )
-        if self.logits.ndim != 2 or self.logits.shape[0] != length:
+        if self.logits.ndim != 2 or self.logits.shape[0] != length or not self.logits.numel():
             raise PivotError(f"logits {tuple(self.logits.shape)} should be [{length}, V]")
         for tensor in (*self.keys, *self.values, self.logits):
             if not torch.isfinite(tensor).all():
@@ -131,6 +133,22 @@ class PivotKV:
                 "Capture it from the full-precision model that was quantized: reference=..., or intactkv capture"
             )
 
+    def check_fits(self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor) -> None:
+        """Raise PivotError unless the model computes tensors like these: of as many layers, each shape, each dtype.
+
+        keys, values, logits: what the model itself computes for this PivotKV's tokens. Heads and widths are not read
+        from its config: they may differ from layer to layer, and between keys and values.
+        """
+        if len(keys) != len(self.keys):
+            raise PivotError(f"this PivotKV has {len(self.keys)} layers, this model caches KV in {len(keys)}: {_FIX}")
+        names = [f"{kind} of layer {layer}" for kind in ("keys", "values") for layer in range(len(keys))]
+        pairs = zip((*self.keys, *self.values, self.logits), (*keys, *values, logits), strict=True)
+        for name, (own, other) in zip([*names, "logits"], pairs, strict=True):
+            if own.shape != other.shape or own.dtype != other.dtype:
+                raise PivotError(
+                    f"this PivotKV's {name} are {_form(own)}, and this model computes {_form(other)}: {_FIX}"
+                )
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""
         tensors = {"logits": self.logits.contiguous()}
@@ -157,7 +175,7 @@ class PivotKV:
         try:
             layers = sum(key.startswith("keys.") for key in tensors)
             return cls(
-                token_ids=tuple(int(token) for token in parse_json(metadata["token_ids"])),
+                token_ids=_token_ids(metadata["token_ids"]),
                 keys=tuple(tensors[f"keys.{layer}"] for layer in range(layers)),
                 values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
                 logits=tensors["logits"],
@@ -165,3 +183,15 @@ class PivotKV:
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
             raise PivotError(f"pivot file {path} is damaged ({error}): capture it anew") from None
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    """Of a file's metadata. Raises ValueError for what is no list of token ids: 256.9 or "256" is none."""
+    found = parse_json(text)
+    if not isinstance(found, list) or any(type(token) is not int or token < 0 for token in found):
+        raise ValueError(f"token_ids {text[:80]}: expected a list of whole numbers from 0")
+    return tuple(found)
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"

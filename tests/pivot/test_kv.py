@@ -1,6 +1,7 @@
 """PivotKV: a value that comes back from disk as it was, and refuses what is not it."""
 
 import multiprocessing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForCondition
 
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot import store
-from intactkv_eval.pivot.capture import capture, fingerprint_of, weight_hash
+from intactkv_eval.pivot.capture import capture, computed, fingerprint_of, weight_hash
 from intactkv_eval.pivot.kv import PivotKV
 
 
@@ -41,15 +42,53 @@ def test_a_truncated_file_is_refused(pivot, tmp_path, size):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.bool, torch.int64, torch.complex64])
 def test_rows_are_floating_point(pivot, tmp_path, dtype):
-    file = tmp_path / "p.safetensors"
+    def changed(tensors):
+        tensors["keys.0"] = tensors["keys.0"].to(dtype)
+
+    with pytest.raises(PivotError, match=r"keys\.0 is of torch"):
+        PivotKV.load(damaged(pivot, tmp_path / "p.safetensors", changed))
+
+
+def damaged(pivot, file, change=lambda tensors: None, **metadata):
+    """`pivot` in a file, with what `change` does to its tensors and other metadata."""
     pivot.save(file)
     with safe_open(file, framework="pt") as held:
-        metadata = held.metadata()
+        known = held.metadata()
     tensors = load_file(file)
-    tensors["keys.0"] = tensors["keys.0"].to(dtype)
-    save_file(tensors, file, metadata=metadata)
-    with pytest.raises(PivotError, match=r"keys\.0 is of torch"):
-        PivotKV.load(file)
+    change(tensors)
+    save_file(tensors, file, metadata={**known, **metadata})
+    return file
+
+
+@pytest.mark.parametrize(
+    "ids", ["[-1, 4, 5]", "[256.9, 4, 5]", '["256", 4, 5]', "[true, 4, 5]", "[1e30, 4, 5]", '{"1": 2}', "7", "null"]
+)
+def test_token_ids_are_whole_numbers(pivot, tmp_path, ids):
+    with pytest.raises(PivotError, match=r"damaged \(token_ids"):
+        PivotKV.load(damaged(pivot, tmp_path / "p.safetensors", token_ids=ids))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 16), (2, 3, 0)])
+def test_there_are_heads_and_they_have_a_width(pivot, tmp_path, shape):
+    def emptied(tensors):
+        tensors["values.1"] = torch.zeros(shape)
+
+    with pytest.raises(PivotError, match=r"layer 1: .*should be \[H, 3, D\]"):
+        PivotKV.load(damaged(pivot, tmp_path / "p.safetensors", emptied))
+
+
+def test_a_pivot_fits_what_the_model_computes(model):
+    """Also where layers differ, as none of these families' do, and in 16 bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        own = capture(model.to(dtype), (BOS, 4, 5), fingerprint_of(model, "main"))
+        own.check_fits(*computed(model, own.token_ids))
+        narrower = replace(own, values=(*own.values[:2], own.values[2][..., :3]))
+        with pytest.raises(
+            PivotError, match=r"values of layer 2 are \(\d, 3, 3\) in .*this model computes \(\d, 3, 16"
+        ):
+            narrower.check_fits(*computed(model, own.token_ids))
+    with pytest.raises(PivotError, match="3 layers, this model caches KV in 2"):
+        own.check_fits(own.keys[:2], own.values[:2], own.logits)
 
 
 def test_foreign_and_missing_files_are_refused(tmp_path):

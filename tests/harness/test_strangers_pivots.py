@@ -1,0 +1,73 @@
+"""A PivotKV or KV levels whose tensors are not such as the model computes: refused, where they would be stretched."""
+
+import pytest
+import torch
+from kv_cells import levels_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny import BOS
+
+from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.pivot.capture import capture, fingerprint_of
+
+
+def make(folder, **arguments):
+    return IntactKVLM(str(folder), dtype="float32", device="cpu", **arguments)
+
+
+def changed(file, change, **metadata):
+    """`file` with `change` made to each of its tensors, by name."""
+    with safe_open(file, framework="pt") as held:
+        known = held.metadata()
+    tensors = {name: change(name, tensor).contiguous() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={**known, **metadata})
+    return str(file)
+
+
+@pytest.fixture
+def pivot_file(llama, tmp_path):
+    file = tmp_path / "p.safetensors"
+    capture(llama, (BOS, 7), fingerprint_of(llama, "main")).save(file)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _, tensor: tensor.double(), "float64, and this model computes .* float32"),
+        (lambda _, tensor: tensor.bfloat16(), "bfloat16, and this model computes .* float32"),
+        (lambda name, tensor: tensor if name == "logits" else tensor[:1], r"keys of layer 0 are \(1, 2, 16\)"),
+        (lambda name, tensor: tensor if name == "logits" else tensor[..., :5], r"keys of layer 0 are \(2, 2, 5\)"),
+        (lambda name, tensor: tensor.repeat(1, 2) if name == "logits" else tensor, r"logits are \(2, 518\)"),
+        (lambda name, tensor: tensor[:, :3] if name == "logits" else tensor, r"logits are \(2, 3\)"),
+    ],
+)
+@pytest.mark.parametrize("cell", [{}, {"weights": "rtn", "bits": 4, "group_size": 32}])
+def test_a_pivot_of_other_shapes_or_another_dtype(saved_llama, pivot_file, change, said, cell):
+    make(saved_llama, pivot=str(pivot_file), **cell)
+    with pytest.raises(PivotError, match=said):
+        make(saved_llama, pivot=changed(pivot_file, change), **cell)
+
+
+@pytest.mark.parametrize("intact", [True, False])
+def test_a_pivot_of_tokens_that_the_model_does_not_know(saved_llama, pivot_file, intact):
+    file = changed(pivot_file, lambda _, tensor: tensor, token_ids="[99999, 7]")
+    with pytest.raises(PivotError, match="token 99999 is outside the model's vocabulary of 259"):
+        make(saved_llama, pivot=file, intact=intact)
+
+
+@pytest.mark.parametrize(
+    ("part", "found"), [((slice(1),), r"\(1, 16\)"), ((slice(None), slice(5)), r"\(2, 5\)")], ids=["heads", "width"]
+)
+def test_levels_for_fewer_channels(saved_llama, llama, tmp_path, part, found):
+    file = tmp_path / "l.safetensors"
+    levels_of(llama, (BOS,), 1).save(file)
+    cell = {"pivot": "bos", "kv_bits": 3, "kv_scheme": "pre_rope", "kv_levels": str(file)}
+    make(saved_llama, **cell)
+    changed(file, lambda name, tensor: tensor if name.endswith("levels") else tensor[part])
+    with pytest.raises(ConfigError, match=rf"layer 0 has ranges for \(heads, width\) {found}.* are \(2, 16\)"):
+        make(saved_llama, **cell)
+    few = levels_of(llama, (BOS,), 1)
+    with pytest.raises(ConfigError, match="of 3 layers, this model caches keys in 2"):
+        few.check_fits([torch.zeros(2, 1, 16)] * 2)
