@@ -5,6 +5,8 @@ Knows cells and loaded models; changes neither.
 
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
@@ -14,9 +16,13 @@ from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
+from intactkv_eval.pivot.capture import Computed, computed, embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, PivotKV
 from intactkv_eval.weights.stages import Rotation
+
+# One model's KV or logits, computed in ways that round differently (eager or sdpa, whole or in parts), differ by 0.035
+# of a layer's size in bf16 and by 2e-6 in fp32 (SmolLM2); with another RoPE or activation by 0.14 to 1.
+_NOISE = {torch.bfloat16: 2**-3, torch.float16: 2**-3, torch.float32: 2**-6, torch.float64: 2**-6}
 
 IN_MEMORY = "in-memory"
 """What stands for the name of a model that was given loaded."""
@@ -57,7 +63,8 @@ def check_belongs(
 ) -> None:
     """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full.
 
-    Then its tokens must be words of this model, and its tensors such as the model computes for them.
+    Then its tokens must be words of this model, and its tensors such as the model computes for them: the same ones, but
+    for rounding, where it is full.
     """
     same_model = cell.model.reference is None and quantization is None
     found = fingerprint_of(model, cell.model.revision) if same_model else None
@@ -76,7 +83,32 @@ def check_belongs(
             f"{cell.pivot.source}: token {max(pivot.token_ids)} is outside the model's vocabulary of {words}; the file "
             "is damaged or another model's. Capture it anew: intactkv capture"
         )
-    pivot.check_fits(*computed(model, pivot.token_ids))
+    own = computed(model, pivot.token_ids)
+    pivot.check_fits(*own)
+    if same_model:
+        _check_computed(pivot, own, cell)
+
+
+def _check_computed(pivot: PivotKV, own: Computed, cell: CellSpec) -> None:
+    """The same weights compute something else where the config was changed: RoPE, a norm, an activation."""
+    trained = pivot.fingerprint.calibrated is not None
+    pairs = [(pivot.logits, own.logits)]
+    if not trained:
+        pairs += [*zip(pivot.keys, own.keys, strict=True), *zip(pivot.values, own.values, strict=True)]
+    worst = max(_difference(found, expected) for found, expected in pairs)
+    bound = _NOISE[own.logits.dtype]
+    if worst > bound:
+        raise PivotError(
+            f"{cell.pivot.source}: these weights compute other {'logits' if trained else 'KV'} for its tokens, which "
+            f"differ by {worst:.2g} of their size (rounding: at most {bound:.2g}). The config of "
+            f"{cell.model.pretrained} is not what it was at the capture (RoPE, norms, activation?). Capture it anew: "
+            "intactkv capture"
+        )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    expected = expected.cpu().double()
+    return float((found.cpu().double() - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:

@@ -7,6 +7,7 @@ written whole or not at all (files.write_atomic), and processes that capture the
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.utils.hub import cached_file
@@ -18,18 +19,20 @@ from intactkv_eval.pivot.kv import PivotKV
 logger = logging.getLogger(__name__)
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.gguf")
+_SETTINGS = ("*.json", "*.py", "*.model", "*.txt")  # the config, code of the model's own, tokenizers
 
 
 def source_identity(pretrained: str, revision: str) -> str | None:
-    """What tells one checkpoint from another without loading it: a hub commit, or names, sizes and times of its files.
+    """What tells one checkpoint from another without loading it: a hub commit, or its files.
 
-    None where neither is known; then nothing is kept.
+    Of weights names, sizes and times; of small files, which say what is computed with them, what is in them. None where
+    neither is known; then nothing is kept.
     """
     folder = Path(pretrained)
     if folder.is_dir():
-        files = sorted(file for pattern in _WEIGHT_FILES for file in folder.glob(pattern))
-        listed = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return json.dumps([str(folder.resolve()), listed]) if listed else None
+        listed = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in _files(folder, _WEIGHT_FILES)]
+        settings = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(folder, _SETTINGS)}
+        return json.dumps([str(folder.resolve()), listed, settings]) if listed else None
     try:
         config = cached_file(pretrained, "config.json", revision=revision, local_files_only=True)
     except OSError:
@@ -67,3 +70,7 @@ def keep(pivot: PivotKV, identity: str | None, dtype: str) -> None:
         pivot.save(path)
     except OSError as error:
         logger.warning("the pivot is not kept for later runs: %s cannot be written (%s)", path, error)
+
+
+def _files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted(file for pattern in patterns for file in folder.glob(pattern) if file.is_file())

@@ -1,4 +1,6 @@
-"""A PivotKV or KV levels whose tensors are not such as the model computes: refused, where they would be stretched."""
+"""A PivotKV or KV levels that are not such as the model computes: refused, where they would be stretched or stale."""
+
+import json
 
 import pytest
 import torch
@@ -6,10 +8,12 @@ from kv_cells import levels_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import BOS
+from transformers import AutoModelForCausalLM
 
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.pivot.capture import capture, computed, fingerprint_of
+from intactkv_eval.pivot.kv import Calibrated, PivotKV
 
 
 def make(folder, **arguments):
@@ -71,3 +75,41 @@ def test_levels_for_fewer_channels(saved_llama, llama, tmp_path, part, found):
     few = levels_of(llama, (BOS,), 1)
     with pytest.raises(ConfigError, match="of 3 layers, this model caches keys in 2"):
         few.check_fits([torch.zeros(2, 1, 16)] * 2)
+
+
+def with_another_rope(folder):
+    file = folder / "config.json"
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope}))
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_store_has_no_pivot_for_a_config_that_was_changed(saved_llama, reference):
+    """The weights are the same. With a reference it is not even loaded where its pivot is kept."""
+    cell = {"pivot": "tokens:256+66+101", **({"reference": str(saved_llama)} if reference else {})}
+    before = make(saved_llama, **cell).pivoted_model.pivot
+    with_another_rope(saved_llama)
+    own = computed(AutoModelForCausalLM.from_pretrained(saved_llama), (BOS, 66, 101))
+    found = make(saved_llama, **cell).pivoted_model.pivot
+    assert all(torch.equal(one, other) for one, other in zip(found.keys, own.keys, strict=True))
+    assert not torch.allclose(found.keys[1], before.keys[1], rtol=0.01)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_file_of_a_config_that_was_changed(saved_llama, llama, tmp_path, dtype, trained):
+    """Of trained rows the logits tell: they are the full-precision model's."""
+    file, llama = tmp_path / "p.safetensors", llama.to(getattr(torch, dtype))
+    mark = fingerprint_of(llama, "main")
+    if trained:
+        made = Calibrated(quantized="x", cell="some", data="x", settings={}, held_out={})
+        mark = mark.model_copy(update={"calibrated": made})
+    pivot = capture(llama, (BOS, 66, 101, 7, 8), mark)
+    rows = tuple(key * (2 if trained else 1 + 2**-9) for key in pivot.keys)
+    PivotKV(pivot.token_ids, rows, pivot.values, pivot.logits, mark).save(file)
+    cell = {"pretrained": str(saved_llama), "dtype": dtype, "device": "cpu", "pivot": str(file)}
+    cell |= {"weights": "rtn", "bits": 4, "group_size": 32, "pivot_transfer": True} if trained else {}
+    IntactKVLM(**cell)
+    with_another_rope(saved_llama)
+    with pytest.raises(PivotError, match="compute other logits" if trained else "compute other KV"):
+        IntactKVLM(**cell)

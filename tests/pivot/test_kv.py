@@ -178,8 +178,15 @@ def test_store(pivot, saved_llama, tmp_path, caplog, monkeypatch):
     assert store.find(identity, "float32", pivot.token_ids).fingerprint == pivot.fingerprint
     assert store.find(identity, "bfloat16", pivot.token_ids) is None
     assert store.find(identity, "float32", (BOS,)) is None
+    (saved_llama / "config.json").touch()
+    assert store.source_identity(str(saved_llama), "main") == identity
+    identities = [identity]
+    for name in ("config.json", "tokenizer.json", "modeling_own.py"):
+        with (saved_llama / name).open("a") as file:
+            file.write("\n")
+        identities.append(store.source_identity(str(saved_llama), "main"))
     (saved_llama / "model.safetensors").touch()
-    assert store.source_identity(str(saved_llama), "main") != identity
+    assert len({*identities, store.source_identity(str(saved_llama), "main")}) == 5
     assert store.source_identity("no/such-model", "main") is None
     store.entry_path(identity, "float32", pivot.token_ids).write_bytes(b"junk")
     assert store.find(identity, "float32", pivot.token_ids) is None
