@@ -21,17 +21,33 @@ def text_config(model: PreTrainedModel) -> object:
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The name and the list of decoder layers.
+    """The name and the list of decoder layers: the text decoder's, where the model has towers beside it.
 
-    Raises UnsupportedModelError where there is no list of `num_hidden_layers` modules.
+    Raises UnsupportedModelError where there is no list of `num_hidden_layers` modules, or several side by side.
     """
     count = getattr(text_config(model), "num_hidden_layers", None)
+    decoder = model.get_decoder()
+    found = _lists(model, count, set(decoder.modules())) or _lists(model, count, set(model.modules()))
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: no list of {count} decoder layers is found, so it is not known what to quantize"
+        )
+    if len(found) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {' and '.join(found)} are lists of {count} modules each, so it is not known "
+            "which of them are the decoder layers"
+        )
+    return next(iter(found.items()))
+
+
+def _lists(model: PreTrainedModel, count: int | None, among: set[nn.Module]) -> dict[str, nn.ModuleList]:
+    """The lists of so many modules by full name, but for those that lie in one another."""
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise UnsupportedModelError(
-        f"{type(model).__name__}: no list of {count} decoder layers found in it, so it is not known what to quantize"
-    )
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in among and not inside:
+            found[name] = module
+    return found
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, build_model
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.config import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear
-from intactkv_eval.model.structure import layer_devices, linear_layers
+from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.matrices import matrix_of
 
@@ -41,6 +41,27 @@ def test_output_is_the_model_with_dequantized_weights(model, dtype):
         ids = torch.arange(2, 24)[None]
         torch.testing.assert_close(made(ids).logits, model(ids).logits)
     assert made.get_input_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_the_text_model_is_quantized_and_no_tower_beside_it(depth):
+    """Gemma 3's vision tower comes first, and may be as deep as the text model."""
+    text = FAMILIES["gemma3"]().to_dict()
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision)).eval()
+    found, (name, layers) = linear_layers(model), decoder_layers(model)
+    assert layers is model.get_submodule(name)
+    assert set(layers.parameters()) <= set(model.get_decoder().parameters())
+    assert {key.partition(".layers.")[0] for key in found} == {name.removesuffix(".layers")}
+    assert len(found) == 3 * 7
+
+
+def test_several_lists_that_may_be_the_decoder_layers(llama):
+    llama.model.layers[0].experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))  # in a layer: no other list
+    assert decoder_layers(llama)[0] == "model.layers"
+    llama.model.others = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers and model\.others are lists of 3 modules"):
+        decoder_layers(llama)
 
 
 def test_eight_bits_are_near_full_precision(model):
