@@ -1,9 +1,9 @@
 """A chosen prefix with its evidence, as JSON: what `intactkv pivots --out` writes and pivot=FILE.json reads."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
@@ -33,7 +33,7 @@ class ChoiceFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: str = FORMAT
-    tokens: tuple[int, ...]
+    tokens: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
     text: tuple[str, ...]
     searched: Searched
     choice: Choice

@@ -181,6 +181,10 @@ def test_the_command_shows_them_and_its_file_is_a_pivot(llama, tokenizer, prose,
     lm = IntactKVLM(str(folder), pivot=str(out), dtype="float32", device="cpu")
     assert lm.pivoted_model.token_ids == made.tokens
     assert "attention" not in (tmp_path / "choice.json").read_text()
+    for token in (-1, 1.0, "1", True):
+        out.write_text(json.dumps({**json.loads(out.read_text()), "tokens": [token]}))
+        with pytest.raises(PivotError, match="no prefix that"):
+            ChoiceFile.load(out)
 
 
 def test_a_model_without_pivots_says_so(llama, tokenizer, prose, tmp_path):
