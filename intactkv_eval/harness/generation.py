@@ -52,7 +52,7 @@ def generate(
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
     in_groups = pivoted.writer is not None and pivoted.writer.in_groups
-    if (in_groups and padding.any()) or _window_sees_padding(pivoted, padding, bodies.shape[1] + max_new_tokens):
+    if (in_groups and padding.any()) or _padding_counts(pivoted, rows, front, max_new_tokens):
         return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, sampler, options)
     if front is not None or pivoted.pivot is not None:
         ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
@@ -113,11 +113,15 @@ def _behind_front(
     return ids, mask
 
 
-def _window_sees_padding(pivoted: PivotedModel, padding: Tensor, longest: int) -> bool:
-    """Sliding windows count columns: padding between the pivot and a body would push the pivot out too early."""
-    if pivoted.pivot is None or pivoted.window is None or not padding.any():
+def _padding_counts(pivoted: PivotedModel, rows: list[list[int]], front: Front | None, new_tokens: int) -> bool:
+    """Whether padding would stand behind kept rows, in a model that counts columns: it would push them away."""
+    if front is None and pivoted.pivot is None:
         return False
-    return len(pivoted.token_ids) + longest > pivoted.window
+    held = [len(tokens) for tokens in front.tokens] if front is not None else [0] * len(rows)
+    rest = [len(row) - length for row, length in zip(rows, held, strict=True)]
+    if len(set(rest)) == 1:
+        return False
+    return pivoted.columns.counted(len(pivoted.token_ids) + max(held) + max(rest) + new_tokens)
 
 
 def _by_length(
@@ -129,7 +133,7 @@ def _by_length(
     sampler: RowSampler | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Rows of equal length together, so that no row has padding behind the pivot."""
+    """Rows of equal length together, behind the pivot alone, so that no row has padding behind it."""
     pad = int(options.get("pad_token_id") or 0)
     out = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
     out[:, : bodies.shape[1]] = bodies

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from intactkv_eval.cache.writer import Writer
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.harness.columns import disagreement
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.shared import KNOWN_LAYERS, disagreement
+from intactkv_eval.harness.shared import KNOWN_LAYERS
 
 _TOKENS = 24
 

@@ -97,7 +97,7 @@ class PivotedTalks(PivotedGeneration):
             converse(self.pivoted_model, talks, self, rows, None, done)
             return
         whole = rows * longest * kv_bytes_per_token(self.model)
-        with self._starts.turns_kept(max(BUDGET, whole)):
+        with self._starts.turns_kept(max(BUDGET, whole), longest):
             converse(self.pivoted_model, talks, self, rows, self._starts, done)
 
     def _tokens(self, talk: Talk) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
 from intactkv_eval.cache.levels import KVLevels
@@ -22,6 +21,7 @@ from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
 from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
+from intactkv_eval.harness.columns import Columns
 from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -121,10 +121,14 @@ class PivotedModel:
         return PivotCache(self.model.config, batch_size, self.writer, front or self.front_rows, self.devices, padding)
 
     @cached_property
+    def columns(self) -> Columns:
+        """What padding in the middle of a row does to the model."""
+        return Columns(self.model)
+
+    @property
     def window(self) -> int | None:
         """The shortest sliding window among the layers, None where every layer sees all."""
-        layers = DynamicCache(config=self.model.config).layers
-        return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
+        return self.columns.window
 
     @cached_property
     def windows(self) -> dict[str, int | None]:

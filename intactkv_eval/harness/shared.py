@@ -23,27 +23,19 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.harness.batching import kv_bytes_per_token
+from intactkv_eval.harness.columns import TRIAL_ERRORS, disagreement, is_tested
 from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
 from intactkv_eval.model.activations import activations_off
+from intactkv_eval.model.structure import text_config
 
 logger = logging.getLogger(__name__)
 
-_AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative RMS of logits; 16 bits:
-_AGREE_16_BITS = 8e-2
 _START, _ENDS = 24, (3, 5, 4, 5, 3)  # tokens of the text's start, and of each of its ends
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
-
-
-def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """What tells logits [N, V] (fp64) apart by more than the order of summation in `dtype`, or None."""
-    expected, found = (part - part.mean(dim=1, keepdim=True) for part in (expected, found))
-    worst = float(((found - expected).norm(dim=1) / expected.norm(dim=1)).square().mean().sqrt())
-    allowed = _AGREE.get(dtype, _AGREE_16_BITS)
-    return None if worst <= allowed else f"a trial gave other logits (relative difference {worst:.1e})"
+_MOST_COLUMNS = 2048  # beyond which no window is looked for that the model's cache does not tell of
 
 
 class Sharing(IntEnum):
@@ -132,16 +124,14 @@ class SharedModel:
             return Sharing.NOTHING
         if pivoted.kv.bits < 16:  # rows are quantized one by one, and rounding would drown a trial
             return SharedModel(PivotedModel(pivoted.model, pivoted.token_ids, pivoted.pivot)).sharing
-        model = pivoted.model
-        known = type(model).__module__.startswith("transformers.") and model.config.model_type in TESTED
-        return self._allowed(tried=not known)
+        return self._allowed(tried=not is_tested(pivoted.model))
 
     def _allowed(self, tried: bool) -> Sharing:
         reason = self._why_no_prefix() or (self._difference(self._kept_prefix) if tried else None)
         if reason:
             logger.warning("prefixes are not shared with this model, every request is computed whole: %s", reason)
             return Sharing.NOTHING
-        reason = self._why_no_tree() or (self._difference(self._tree) if tried else None)
+        reason = self._why_no_tree() or (self._difference(self._tree) or self._counts_columns() if tried else None)
         if reason:
             logger.warning("branches do not share a row with this model, kept prefixes are used only: %s", reason)
             return Sharing.PREFIXES
@@ -158,6 +148,13 @@ class SharedModel:
             return f"attention {used!r} takes no mask of its own"
         unknown = set(self.pivoted.windows) - KNOWN_LAYERS
         return f"layers of kind {', '.join(sorted(unknown))}" if unknown else None
+
+    def _counts_columns(self) -> str | None:
+        """A branch stands columns behind its start: other branches are between them."""
+        most = min(getattr(text_config(self.pivoted.model), "max_position_embeddings", _MOST_COLUMNS), _MOST_COLUMNS)
+        window = self.pivoted.window
+        counted = self.pivoted.columns.counted(most if window is None else min(most, window))
+        return "its attention counts columns, not tokens" if counted else None
 
     def _difference(self, shared: Any) -> str | None:
         """What `shared` gives for a text of several ends against the plain way: what is wrong, or None.
@@ -179,7 +176,7 @@ class SharedModel:
         expected = torch.stack([plain[place, lead + len(one) - 1] for place, one in enumerate(sequences)]).double()
         try:
             found = shared(sequences).double().to(expected.device)
-        except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        except TRIAL_ERRORS as error:
             return f"{type(error).__name__}: {str(error)[:200]}"
         return disagreement(found, expected, plain.dtype)
 

@@ -30,12 +30,13 @@ class SharedStart:
         self._previous: list[int] | None = None
 
     @contextmanager
-    def turns_kept(self, budget: int = BUDGET) -> Iterator[None]:
+    def turns_kept(self, budget: int = BUDGET, columns: int = 1) -> Iterator[None]:
         """While it lasts, what is generated is held for requests that go on from it, where the model allows it.
 
-        budget: the most bytes of KV that are held.
+        budget: the most bytes of KV that are held. columns: of the longest row, most of whose padding is behind it.
         """
-        self.turns = Turns(len(self.shared.pivoted.token_ids), budget) if self._allowed() else None
+        allowed = self._allowed() and not self.shared.pivoted.columns.counted(columns)
+        self.turns = Turns(len(self.shared.pivoted.token_ids), budget) if allowed else None
         try:
             yield
         finally:

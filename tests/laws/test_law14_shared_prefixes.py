@@ -13,6 +13,7 @@ import intactkv_eval.harness.head as head_module
 import intactkv_eval.harness.shared as shared_module
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness import scoring
+from intactkv_eval.harness.columns import TESTED
 from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request
@@ -118,7 +119,7 @@ def test_unshared_is_the_plain_model(family):
 
 def test_a_trial_allows_what_the_tests_allow(model):
     """Families that are not in the tests are tried on a short text: here the trial itself, and that it can fail."""
-    assert {build_model(family).config.model_type for family in FAMILIES} == shared_module.TESTED
+    assert {build_model(family).config.model_type for family in FAMILIES} == TESTED
     right = shared_module.padded
     for cell in ("intact", "computed"):
         made = SharedModel(pivoted(model, cell))
