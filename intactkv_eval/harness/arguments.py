@@ -30,6 +30,13 @@ HF_KEYS = [
 ]
 
 
+def chat_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `hf` with these arguments gives to a chat template, beside the messages."""
+    thinking = arguments.get("enable_thinking")
+    given = {} if thinking is None else {"enable_thinking": thinking}
+    return {**(arguments.get("chat_template_args") or {}), **given}
+
+
 def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
     """Raise ConfigError for a key that neither `hf` nor from_pretrained takes, or that would do nothing here."""
     if arguments.get("device_map") is not None and not arguments.get("parallelize"):

@@ -78,18 +78,20 @@ def build(
     changed: bool = False,
     rotation: Rotation | None = None,
     shelf: Shelf | None = None,
+    chat: Mapping[str, Any] | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
     what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
     `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
+    `chat`: what the chat template is given beside the messages.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
     vocabulary = config.get_text_config(decoder=True).vocab_size
     from_file = _from_file(cell)
-    token_ids = from_file.token_ids if from_file else _tokens(cell, tokenizer, vocabulary, load, quantization)
+    token_ids = from_file.token_ids if from_file else _tokens(cell, tokenizer, vocabulary, load, quantization, chat)
     check_kept_rows(cell, len(token_ids))
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
@@ -158,7 +160,12 @@ def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:
 
 
 def _tokens(
-    cell: CellSpec, tokenizer: Any, vocabulary: int, load: Loader, quantization: dict[str, Any] | None
+    cell: CellSpec,
+    tokenizer: Any,
+    vocabulary: int,
+    load: Loader,
+    quantization: dict[str, Any] | None,
+    chat: Mapping[str, Any] | None,
 ) -> tuple[int, ...]:
     if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
         raise PivotError(
@@ -168,7 +175,7 @@ def _tokens(
     source = cell.model.reference or cell.model.pretrained
     revision = "main" if cell.model.reference else cell.model.revision
     known = source, revision, cell.model.dtype
-    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load))
+    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load), chat)
 
 
 def _source_hash(model: PreTrainedModel) -> str:

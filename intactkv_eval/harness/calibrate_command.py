@@ -29,7 +29,6 @@ from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.command import check_writable
-from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.linear import quantized_digest
@@ -93,9 +92,8 @@ def calibrate_to_file(
     ranks = Ranks(full.rank, full.world_size)
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
-    body = Framing(full.pivoted_model.token_ids, full.prefix_token_id, full.max_length).body
     longest = min(asked.tokens, full.max_length)
-    examples = examples_of(conversations, full.tokenizer, body, longest, asked.assistant, wanted)
+    examples = examples_of(conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted)
     assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)

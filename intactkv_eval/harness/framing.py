@@ -2,7 +2,8 @@
 
 A request that begins with the pivot's tokens is stripped of them; one that begins with a lone BOS (or is only lm_eval's
 stand-in for an empty context) loses that, since the pivot takes its place; any other gets the pivot put in front as it
-is. Which happened, and how often, is counted for the results. Knows token ids only.
+is. A BOS that opens every message of a chat (SmolLM2's is ChatML's <|im_start|>) is not lone: requests need their own.
+Which happened, and how often, is counted for the results. Knows token ids only.
 """
 
 from collections import Counter
@@ -15,11 +16,15 @@ from intactkv_eval.harness.score_table import Request
 
 @dataclass
 class Framing:
-    """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind it."""
+    """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind it.
+
+    opens_messages: whether `prefix` stands in front of every message of chat prompts.
+    """
 
     token_ids: tuple[int, ...]
     prefix: int | None
     room: int
+    opens_messages: bool = False
     counts: Counter[str] = field(default_factory=Counter)
 
     def body(self, tokens: Sequence[int]) -> list[int]:
@@ -28,11 +33,18 @@ class Framing:
         if length and tuple(tokens[:length]) == self.token_ids:
             self.counts["stripped"] += 1
             return list(tokens[length:])
-        if length and tokens and tokens[0] == self.prefix and (len(tokens) == 1 or tokens[0] == self.token_ids[0]):
+        if length and self._has_lone_bos(tokens):
             self.counts["bos_replaced"] += 1
             return list(tokens[1:])
         self.counts["prepended" if length else "unchanged"] += 1
         return list(tokens)
+
+    def _has_lone_bos(self, tokens: Sequence[int]) -> bool:
+        if not tokens or tokens[0] != self.prefix:
+            return False
+        if len(tokens) == 1:
+            return True
+        return tokens[0] == self.token_ids[0] and not (self.opens_messages and tokens[0] in tokens[1:])
 
     def _replaced(self, context: Sequence[int]) -> list[int]:
         self.counts["first_replaced" if self.token_ids else "unchanged"] += 1

@@ -18,12 +18,11 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import OF_PRETRAINED, check_hf_arguments
+from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import check_layers, loading
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -82,7 +81,7 @@ class IntactKVLM(PivotedTalks):
         self._shared = SharedModel(self.pivoted_model)
         self._starts = SharedStart(self._shared) if self.cell.share_prefix else None
         self.counts = Counts()
-        self.framing = Framing(self.pivoted_model.token_ids, self.prefix_token_id, self.max_length)
+        self.framing = self._framing(self.pivoted_model.token_ids)
         if self.max_length < 1:
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
 
@@ -169,7 +168,7 @@ class IntactKVLM(PivotedTalks):
         changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
         self.built = build(
             self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout),
-            current_shelf(),
+            current_shelf(), chat_arguments(self.hf_arguments),
         )  # fmt: skip
         self._model = self.built.pivoted.model
 

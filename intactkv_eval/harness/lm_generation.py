@@ -1,6 +1,8 @@
 """The generating half of IntactKVLM: lm_eval's requests and options, generated behind the pivot."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,16 +13,21 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.pivot.tokens import opens_messages, prompt_head
+
+logger = logging.getLogger(__name__)
 
 
 class PivotedGeneration(HFLM):
     """`hf` whose generation stands behind a pivot. What it uses is made by the class that inherits it."""
 
+    cell: CellSpec
     framing: Framing
     _longest: int | None
     _starts: SharedStart | None
@@ -29,6 +36,51 @@ class PivotedGeneration(HFLM):
     def pivoted_model(self) -> PivotedModel:
         """The model with the pivot in front."""
         raise NotImplementedError
+
+    def _framing(self, token_ids: tuple[int, ...]) -> Framing:
+        first = self.prefix_token_id
+        longer = len(token_ids) > 1 and token_ids[0] == first
+        opens = longer and opens_messages(self.tokenizer, first, self.chat_template_args)
+        return Framing(token_ids, first, int(self.max_length), opens)
+
+    @cached_property
+    def _is_head(self) -> bool:
+        """Whether the pivot is what the chat template's prompts begin with."""
+        tokens = self.framing.token_ids
+        if self.cell.pivot.source == "prompt" or len(tokens) < 2:
+            return self.cell.pivot.source == "prompt"
+        try:
+            return tokens == prompt_head(self.tokenizer, self.chat_template_args)
+        except PivotError:
+            return False
+
+    def check_head(self, prompt: str, tokens: Sequence[int]) -> None:
+        """Raise PivotError for a chat prompt that would stand behind the opening of another one.
+
+        One whose message has run together with the head's last token gets a second head: warned of, and counted.
+        """
+        head = self.framing.token_ids
+        if not self._is_head or tuple(tokens[: len(head)]) == head:
+            return
+        text = self.tokenizer.decode(head, clean_up_tokenization_spaces=False)
+        if not prompt.startswith(text):
+            raise PivotError(
+                f"pivot={self.cell.pivot.source}: the pivot is the head of a chat prompt, {text!r}, and this prompt "
+                f"begins otherwise: {prompt[:200]!r}. Leave out its system message (a system_instruction, a task's "
+                "description), or write it into a template of your own, chat_template=FILE.jinja; or use pivot=bos"
+            )
+        if not self.framing.counts["two_heads"]:
+            logger.warning(
+                "a message runs together with the pivot's last token, so its prompt has a second head: %r; the results "
+                "JSON counts them all under two_heads; use pivot=bos", prompt[: len(text) + 40],
+            )  # fmt: skip
+        self.framing.counts["two_heads"] += 1
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A chat as text, as lm_eval's `hf` writes it. Raises PivotError where it lacks the head that is the pivot."""
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        self.check_head(text, self.tok_encode(text))
+        return text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts generated behind the pivot."""

@@ -137,7 +137,9 @@ class PivotedTalks(PivotedGeneration):
         if end is None:
             return None
         prompt = rendered(said[:end], self.tokenizer, invite=True)
-        body = self.framing.body(self.tok_encode(prompt))
+        tokens = self.tok_encode(prompt)
+        self.check_head(prompt, tokens)
+        body = self.framing.body(tokens)
         room = int(self.max_length)
         if len(body) >= room:
             self.framing.counts["truncated"] += 1

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import exp, sqrt
 from typing import Any, NamedTuple
 
@@ -72,13 +72,15 @@ def tokens_of(
     vocabulary: int,
     source: tuple[str, str, str],
     load: Callable[[], PreTrainedModel],
+    chat: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; `auto` is searched in the full-precision model.
 
-    source: that model's name or folder, revision and dtype. Raises PivotError where there are none, DataError.
+    source: that model's name or folder, revision and dtype. chat: what chat templates are given beside the messages.
+    Raises PivotError where there are none, DataError.
     """
     if spec.source != "auto":
-        return resolve_tokens(spec, tokenizer, vocabulary)
+        return resolve_tokens(spec, tokenizer, vocabulary, chat)
     found = automatic_tokens(*source, resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary), tokenizer, load)
     if not found:
         raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")

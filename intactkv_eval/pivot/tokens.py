@@ -1,22 +1,25 @@
 """Which tokens are the pivot: BOS, a chat prompt's constant head, a list or a file. Knows tokenizers, no models."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import read_text, shipped_folder
 from intactkv_eval.pivot.choice_file import ChoiceFile
+from intactkv_eval.pivot.prompts import prompts_of
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.
 _PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesis)", "über", "the end", "I am")
 
 
-def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+def resolve_tokens(
+    spec: PivotSpec, tokenizer: Any, vocab_size: int, chat: Mapping[str, Any] | None = None
+) -> tuple[int, ...]:
     """The pivot tokens of `spec` with this tokenizer. Empty for an intact=false `bos` on a model that has no BOS.
 
+    chat: what the chat template is given beside the messages.
     Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary; and for
     `auto` and PivotKV files, whose tokens no tokenizer tells.
     """
@@ -26,7 +29,7 @@ def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[in
         _check_vocabulary(spec.token_ids, vocab_size)
         return spec.token_ids
     if spec.source == "prompt":
-        return prompt_head(tokenizer)
+        return prompt_head(tokenizer, chat)
     if spec.source.endswith(".json"):
         chosen = ChoiceFile.load(Path(spec.source)).tokens
         _check_vocabulary(chosen, vocab_size)
@@ -42,15 +45,15 @@ def resolve_tokens(spec: PivotSpec, tokenizer: Any, vocab_size: int) -> tuple[in
     )
 
 
-def prompt_head(tokenizer: Any) -> tuple[int, ...]:
+def prompt_head(tokenizer: Any, chat: Mapping[str, Any] | None = None) -> tuple[int, ...]:
     """The tokens that every prompt of the tokenizer's chat template begins with, up to the first user message.
 
     The prompts are tokenized whole, so the head holds no token that a message could change.
-    Raises PivotError where there is no template, or no such head.
+    chat: what the template is given beside the messages. Raises PivotError where there is no template, or no such head.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PivotError("pivot=prompt: this tokenizer has no chat template; name one: chat_template=vicuna_v1.1")
-    encoded = [_encode_prompt(tokenizer, text) for text in _PROBES]
+    encoded = [_encoded(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or {})]
     shortest = min(len(tokens) for tokens in encoded)
     length = next((i for i in range(shortest) if len({tokens[i] for tokens in encoded}) > 1), shortest)
     if not length:
@@ -68,15 +71,20 @@ def use_chat_template(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template = read_text(path)
 
 
-def _encode_prompt(tokenizer: Any, message: str) -> list[int]:
+def opens_messages(tokenizer: Any, token: int, chat: Mapping[str, Any]) -> bool:
+    """Whether prompts of the chat template hold `token` more than once around a single message, as ChatML's do."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-    except jinja2.exceptions.TemplateError as error:
-        raise PivotError(f"pivot=prompt: the chat template fails on a user message: {error}") from None
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded: list[int] = tokenizer.encode(text, **({"add_special_tokens": False} if has_bos else {}))
+        prompts = prompts_of(tokenizer, _PROBES[:1], chat)
+    except PivotError:
+        return False  # no chat prompt is made with such a template
+    return _encoded(tokenizer, prompts[0]).count(token) > 1
+
+
+def _encoded(tokenizer: Any, prompt: str) -> list[int]:
+    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
+    encoded: list[int] = tokenizer.encode(prompt, **({"add_special_tokens": False} if has_bos else {}))
     return encoded
 
 

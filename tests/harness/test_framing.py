@@ -31,6 +31,17 @@ def test_body(pivot, prefix, tokens, body, count):
     assert dict(framing.counts) == {count: 1}
 
 
+def test_a_bos_that_opens_every_message_is_the_requests_own():
+    """SmolLM2's BOS is ChatML's <|im_start|>: without it the first message would be text."""
+    chat = [BOS, 9, 10, BOS, 11]
+    assert Framing((BOS, 7, 8), BOS, room=100).body(chat) == chat[1:]
+    framing = Framing((BOS, 7, 8), BOS, room=100, opens_messages=True)
+    assert framing.body(chat) == chat
+    assert framing.body([BOS, 7, 8, 11, BOS]) == [11, BOS]
+    assert framing.body([BOS, 9, 10]) == [9, 10], "put in front of a plain text"
+    assert dict(framing.counts) == {"prepended": 1, "stripped": 1, "bos_replaced": 1}
+
+
 def test_a_long_context_loses_its_left_and_never_the_pivot():
     framing = Framing((BOS, 7), BOS, room=6)
     request = framing.request([BOS, 7, *range(10, 30)], [50, 51])

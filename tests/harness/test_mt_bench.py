@@ -11,7 +11,7 @@ from lm_eval.tasks import TaskManager
 from tiny import EOS
 
 from intactkv_eval.bench import talks
-from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.errors import ConfigError, DataError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
@@ -138,8 +138,10 @@ def test_one_stop_string_is_no_list_of_letters(saved_llama, bench):
 
 
 def test_a_system_instruction_is_the_first_message(saved_llama, bench):
-    talk = turns(run(saved_llama, bench, system_instruction="Be short.", limit=1))[81][0]
+    talk = turns(run(saved_llama, bench, system_instruction="Be short.", limit=1, cell={"pivot": "bos"}))[81][0]
     assert "system: Be short.\nuser: Write." in talk[0][1]
+    with pytest.raises(PivotError, match="begins otherwise: '<s>Be kind"):
+        run(saved_llama, bench, system_instruction="Be short.", limit=1)
 
 
 def test_a_context_that_does_not_fit_is_cut_from_the_left_and_counted(saved_llama, bench):

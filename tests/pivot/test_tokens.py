@@ -7,7 +7,8 @@ from tiny import BOS, VOCAB
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.pivot.tokens import prompt_head, resolve_tokens, use_chat_template
+from intactkv_eval.pivot import prompts
+from intactkv_eval.pivot.tokens import opens_messages, prompt_head, resolve_tokens, use_chat_template
 
 VICUNA_HEAD = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -26,6 +27,47 @@ def test_prompt_is_the_constant_head(tokenizer):
     head = resolve_tokens(PivotSpec(source="prompt"), tokenizer, VOCAB)
     assert tokenizer.decode(head) == "<s>Be kind.\nuser: "
     assert head[0] == BOS
+
+
+CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}<s>assistant\n"
+
+
+def test_the_head_is_of_the_arguments_that_requests_get(tokenizer):
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = "{{ 'off' if enable_thinking is false else 'on' }}\n{{ messages[0]['content'] }}"
+    assert thinking.decode(prompt_head(thinking)) == "on\n"
+    assert (
+        thinking.decode(resolve_tokens(PivotSpec(source="prompt"), thinking, VOCAB, {"enable_thinking": False}))
+        == "off\n"
+    )
+
+
+def test_which_token_opens_messages(tokenizer):
+    chatml = copy.deepcopy(tokenizer)
+    assert not opens_messages(chatml, BOS, {})
+    chatml.chat_template = CHATML
+    assert opens_messages(chatml, BOS, {})
+    for template in (None, "{{ raise_exception('no') }}"):
+        chatml.chat_template = template
+        assert not opens_messages(chatml, BOS, {})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}x", "more than 1 s or 512 MiB"),
+        ("{{ 'a' * 10**9 }}", "512 MiB"),
+        ("{{ 'a' * 10**6 }}", "writes 1000000 characters"),
+        ("{{ 1 + 'a' }}", "TypeError"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_strangers_template_is_bound_in_time_and_memory(tokenizer, template, message, monkeypatch):
+    monkeypatch.setattr(prompts, "CPU_SECONDS", 1)
+    stranger = copy.deepcopy(tokenizer)
+    stranger.chat_template = template
+    with pytest.raises(PivotError, match=message):
+        prompt_head(stranger)
 
 
 def test_vicuna_template(tokenizer):
