@@ -4,7 +4,7 @@ An assistant's tokens are found by the chat template itself: what a message adds
 the words that invite an answer. Plain text is cut into windows that count whole. Knows tokenizers, no models.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +37,12 @@ def examples_of(
     most_tokens: int = 1024,
     least_counted: int = 50,
     count: int | None = None,
+    chat: Mapping[str, Any] | None = None,
 ) -> list[Example]:
     """Examples of at most `most_tokens`, cut at the end, of more than `least_counted` assistant tokens; others go.
 
-    count: the first so many of them. Raises DataError where none, or fewer, are left, or where the chat template cannot
-    tell whose a token is.
+    count: the first so many of them. chat: what the chat template is given beside the messages. Raises DataError where
+    none, or fewer, are left, or where the chat template cannot tell whose a token is.
     """
     kept: list[Example] = []
     looked = 0
@@ -49,7 +50,7 @@ def examples_of(
         if is_plain(one):
             found = _windows(one[0].content, tokenizer, most_tokens)
         else:
-            tokens, mine = _marked(one, tokenizer)
+            tokens, mine = _marked(one, tokenizer, chat)
             found = [_example(tokens[:most_tokens], mine[:most_tokens], body)]
         looked += len(found)
         kept += [example for example in found if int(example.counted.sum()) > least_counted]
@@ -87,14 +88,14 @@ def _example(tokens: list[int], mine: list[bool], body: Body) -> Example:
     return Example(torch.tensor(behind, dtype=torch.long), torch.tensor(counted, dtype=torch.bool))
 
 
-def _marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list[bool]]:
+def _marked(conversation: Conversation, tokenizer: Any, chat: Mapping[str, Any] | None) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which are the assistant's."""
-    text = rendered(conversation, tokenizer)
+    text = rendered(conversation, tokenizer, chat=chat)
     spans = []
     for place, message in enumerate(conversation):
         if message.role == "assistant":
-            before = rendered(conversation[:place], tokenizer, invite=True)
-            after = rendered(conversation[: place + 1], tokenizer)
+            before = rendered(conversation[:place], tokenizer, invite=True, chat=chat)
+            after = rendered(conversation[: place + 1], tokenizer, chat=chat)
             if not after.startswith(before) or not text.startswith(after):
                 raise DataError(
                     "the chat template writes a conversation's beginning otherwise when more follows, so an answer's "
@@ -109,16 +110,21 @@ def _marked(conversation: Conversation, tokenizer: Any) -> tuple[list[int], list
     return encoded.input_ids, mine
 
 
-def rendered(conversation: Conversation, tokenizer: Any, invite: bool = False) -> str:
+def rendered(
+    conversation: Conversation, tokenizer: Any, invite: bool = False, chat: Mapping[str, Any] | None = None
+) -> str:
     """The text of a conversation; `invite`: with the words behind which an assistant answers.
 
+    chat: what the chat template is given beside the messages.
     Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("conversations need a chat template, which this tokenizer lacks: chat_template=vicuna_v1.1")
     messages = [message._asdict() for message in conversation]
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=invite)
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=invite, **(chat or {})
+        )
     except jinja2.exceptions.TemplateError as error:
         raise DataError(f"the chat template refuses a conversation: {error}") from None
     return text

@@ -93,7 +93,9 @@ def calibrate_to_file(
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     longest = min(asked.tokens, full.max_length)
-    examples = examples_of(conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted)
+    examples = examples_of(
+        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat_template_args
+    )
     assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)

@@ -54,6 +54,12 @@ class Talk:
     until: tuple[str, ...]
 
 
+def _behind_last(token: int, tokens: Sequence[int]) -> list[int]:
+    """What stands behind the last `token`; everything where there is none."""
+    places = [place for place, other in enumerate(tokens) if other == token]
+    return list(tokens[places[-1] + 1 :] if places else tokens)
+
+
 class PivotedTalks(PivotedGeneration):
     """Answers conversations behind the pivot; the codec of its own talks."""
 
@@ -105,7 +111,7 @@ class PivotedTalks(PivotedGeneration):
         said, answers = talk.messages, 0
         while waits(said):
             said, answers = filled(said, [""]), answers + 1
-        return len(self.tok_encode(rendered(said, self.tokenizer))) + answers * talk.most
+        return len(self.tok_encode(rendered(said, self.tokenizer, chat=self.chat_template_args))) + answers * talk.most
 
     def _rows_for(self, override: int | None) -> Any:
         raise NotImplementedError
@@ -136,7 +142,7 @@ class PivotedTalks(PivotedGeneration):
         end = open_question(said)
         if end is None:
             return None
-        prompt = rendered(said[:end], self.tokenizer, invite=True)
+        prompt = rendered(said[:end], self.tokenizer, invite=True, chat=self.chat_template_args)
         tokens = self.tok_encode(prompt)
         self.check_head(prompt, tokens)
         body = self.framing.body(tokens)
@@ -151,7 +157,15 @@ class PivotedTalks(PivotedGeneration):
         return Asked(prompt, body, most, draw)
 
     def answer(self, talk: Talk, tokens: Sequence[int]) -> tuple[str, bool]:
-        """The text without special tokens and the space around it, cut at the first stop string."""
+        """The text behind its thoughts, without special tokens and the space around it, cut at the first stop string.
+
+        A stop string ends an answer among the thoughts too, as in lm_eval's `hf`.
+        """
         text: str = self.tok_decode(list(tokens))
+        stopped = any(stop in text for stop in talk.until)
+        if isinstance(self.think_end_token, int):
+            text = self.tok_decode(_behind_last(self.think_end_token, tokens))
+        elif self.think_end_token:
+            text = text.split(self.think_end_token)[-1]
         ends = [text.find(stop) for stop in talk.until if stop in text]
-        return (text[: min(ends)] if ends else text).strip(), bool(ends)
+        return (text[: min(ends)] if ends else text).strip(), stopped

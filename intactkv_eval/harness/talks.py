@@ -132,6 +132,7 @@ def _take(row: _Row[Talk], made: list[int], codec: Codec[Talk]) -> None:
     text, stopped = codec.answer(row.talk, kept)
     if stopped:  # the token that completed the stop string is the last that counts
         kept = next(kept[:n] for n in range(1, len(kept) + 1) if codec.answer(row.talk, kept[:n])[1])
+        text, _ = codec.answer(row.talk, kept)
     ended = stopped or (end is not None and len(row.made) < row.asked.most)
     if ended or len(kept) == row.asked.most:
         row.turns.append(Turn(text, row.asked.prompt, "stop" if ended else "length", len(kept)))
