@@ -1,5 +1,6 @@
 """The bench of open questions through lm_eval: turns, prompts, choices, seeds, the response cache, bad input."""
 
+import copy
 import json
 import time
 
@@ -130,6 +131,17 @@ def test_what_the_response_cache_holds_is_not_answered_again(saved_llama, bench,
     assert asked == [2]
     assert answers(whole) == answers(run(saved_llama, bench))
     assert {place: answers(whole)[place] for place in answers(first)} == answers(first)
+
+
+def test_a_response_cache_of_another_chat_template_is_refused(saved_llama, bench, tmp_path, tokenizer):
+    """The cache knows a conversation by its messages, and the template writes the prompts."""
+    cache = str(tmp_path / "cache")
+    run(saved_llama, bench, use_cache=cache, limit=1, cell={"pivot": "bos"})
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template.replace("Be kind.", "Be rude and short.")
+    other.save_pretrained(saved_llama)
+    with pytest.raises(ConfigError, match="another cell"):
+        run(saved_llama, bench, use_cache=cache, limit=1, cell={"pivot": "bos"})
 
 
 def test_one_stop_string_is_no_list_of_letters(saved_llama, bench):
