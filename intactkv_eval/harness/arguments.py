@@ -49,3 +49,25 @@ def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}: not taken by intactkv; {_NOT_TAKEN[key]}, or use --model hf")
         if key not in known:
             raise unknown_key(key, [*known, *CELL_KEYS])
+
+
+def check_front(arguments: Mapping[str, Any], token_ids: tuple[int, ...], tokenizer: Any) -> None:
+    """Raise ConfigError for a key of `hf` on what stands in front of texts, where the pivot does so anyway.
+
+    add_bos_token=False may still keep other special tokens out, such as an EOS at the end of every text.
+    """
+    prefix = arguments.get("prefix_token_id")
+    if prefix is not None and token_ids and int(prefix) != token_ids[0]:
+        raise ConfigError(
+            f"prefix_token_id={prefix}: does nothing, since token {token_ids[0]} stands in front of every request; "
+            f"leave it out, or put that token in front with pivot=tokens:{prefix}"
+        )
+    own = tokenizer.bos_token_id
+    if arguments.get("add_bos_token") in {None, True} or own is None or token_ids[:1] != (own,):
+        return
+    added = tokenizer.encode("x")
+    if added[added[:1] == [own] :] == tokenizer.encode("x", add_special_tokens=False):
+        raise ConfigError(
+            f"add_bos_token=False: does nothing, since {tokenizer.bos_token!r} stands in front of every request of "
+            "this cell; leave it out, put another token in front with pivot=tokens:ID, or use --model hf"
+        )

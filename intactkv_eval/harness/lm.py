@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_hf_arguments
+from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
@@ -77,6 +77,7 @@ class IntactKVLM(PivotedTalks):
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if self.built is None:
             self._build(lambda name, revision: self._model)
+        check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
         self._starts = SharedStart(self._shared) if self.cell.share_prefix else None

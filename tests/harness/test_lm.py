@@ -1,6 +1,7 @@
 """IntactKVLM through lm_eval: results and their record, batches, pivots from files, and bad input."""
 
 import contextlib
+import copy
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tiny import BOS, build_model
+from tiny import BOS, EOS, build_model
+from tokenizers.processors import TemplateProcessing
 
 from intactkv_eval.errors import ConfigError, IntactKVError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
@@ -221,12 +223,33 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
         ({**RTN, "peft": "adapter"}, "peft"),
         ({"device_map": "auto"}, "parallelize"),
         ({"parallelize": True, "max_cpu_memory": 1}, "offloaded"),
+        ({"prefix_token_id": 65}, "prefix_token_id=65"),
+        ({"prefix_token_id": 65, "pivot": "tokens:5+65"}, "token 5 stands in front"),
+        ({"add_bos_token": False}, "add_bos_token=False"),
+        ({"add_bos_token": False, "pivot": "prompt", "intact": False}, "'<s>' stands in front"),
     ],
     ids=str,
 )
 def test_bad_arguments(saved_llama, arguments, said):
     with pytest.raises(IntactKVError, match=said):
         IntactKVLM(**{"pretrained": str(saved_llama), "device": "cpu", **arguments})
+
+
+def test_what_hf_puts_in_front_is_taken_where_it_does_something(saved_llama, tokenizer):
+    for arguments in ({"prefix_token_id": BOS}, {"add_bos_token": True}, {"add_bos_token": False, "pivot": "tokens:5"}):
+        make(saved_llama, **arguments)
+    bare = copy.deepcopy(tokenizer)
+    bare.bos_token = None
+    model = build_model("llama")
+    plain, other = (
+        likelihoods(IntactKVLM(pretrained=model, tokenizer=bare, pivot="none", **prefix), [("", "a")])
+        for prefix in ({}, {"prefix_token_id": 65})
+    )
+    assert plain != pytest.approx(other, abs=1e-3)
+    ending = copy.deepcopy(tokenizer)
+    ending._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    lm = IntactKVLM(pretrained=model, tokenizer=ending, add_bos_token=False)
+    assert lm.tok_encode("x") == tokenizer.encode("x"), "no token of its end either"
 
 
 def test_a_reference_is_never_loaded_as_the_checkpoint_is(saved_llama, tokenizer, tmp_path, monkeypatch):
