@@ -7,7 +7,9 @@ Where the KV is quantized in groups, rows have no padding, and the cache holds a
 Knows tokens; stop strings and decoding of text are lm_eval's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +21,7 @@ from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.errors import NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler, warped
+from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
 from intactkv_eval.pivot.watch import where_not_finite
@@ -45,51 +47,91 @@ def generate(
     that requests have in common, and of earlier turns. sampler: how each row is sampled, instead of by `options`.
     Raises PivotError for a row without a token where there is no pivot either.
     """
+    return _generated(pivoted, bodies, mask, _How(max_new_tokens, stopping, sampler, options), starts)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How rows go on."""
+
+    new_tokens: int
+    stopping: Stopping | None
+    sampler: RowSampler | None
+    options: dict[str, Any]
+
+    @property
+    def beams(self) -> int:
+        """transformers repeats the ids of a row for its beams, not a given cache."""
+        return int(self.options.get("num_beams") or 1)
+
+    def of(self, rows: Tensor) -> "_How":
+        """For the rows of a batch that `rows` [B] (bool) names."""
+        return replace(self, sampler=self.sampler and self.sampler.of(rows))
+
+
+def _generated(
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, how: _How, starts: SharedStart | None = None
+) -> Tensor:
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
+    if empty.all():
+        return torch.cat([bodies, _from_nothing(pivoted, bodies[:, mask.shape[1] :], how)], dim=1)
     if empty.any():
-        return _from_nothing(pivoted, bodies, mask, empty, max_new_tokens, stopping, sampler, options)
+        return _apart(pivoted, bodies, mask, [empty, ~empty], how)
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
     in_groups = pivoted.writer is not None and pivoted.writer.in_groups
-    if (in_groups and padding.any()) or _padding_counts(pivoted, rows, front, max_new_tokens):
-        return _by_length(pivoted, bodies, padding, max_new_tokens, stopping, sampler, options)
+    if (in_groups and padding.any()) or _padding_counts(pivoted, rows, front, how.new_tokens):
+        lengths = [padding == amount for amount in sorted(set(padding.tolist()))]
+        return _apart(pivoted, bodies, mask, lengths, how)
     if front is not None or pivoted.pivot is not None:
         ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
     else:
-        pivot = torch.tensor(pivoted.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
-        ids, mask = _behind_padding(pivot, bodies, padding)
-    beams = int(options.get("num_beams") or 1)  # transformers repeats the ids of a row for its beams, not a given cache
-    turns = starts.turns if starts is not None and beams == 1 else None
+        ids, mask = _behind_padding(_pivot_ids(pivoted, bodies), bodies, padding)
+    turns = starts.turns if starts is not None and how.beams == 1 else None
     cache: PivotCache | StreamCache | None = None
     if in_groups:
-        cache = pivoted.prefilled(ids.repeat_interleave(beams, 0))
+        cache = pivoted.prefilled(ids.repeat_interleave(how.beams, 0))
     elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.writer is not None:
-        empty_columns = (mask == 0).sum(dim=1).repeat_interleave(beams)
-        cache = pivoted.new_cache(len(bodies) * beams, empty_columns, *([front.repeated(beams)] if front else []))
-    try:
-        out = pivoted.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            stopping_criteria=stopping(ids.shape[1], len(ids)) if stopping else None,
-            use_cache=True,
-            logits_processor=LogitsProcessorList([FiniteLogits(), *([sampler] if sampler else [])]),
-            **options,
-        )
-    except BrokenLogits as error:
-        broken = [*rows[error.place // beams], *error.tokens[ids.shape[1] :].tolist()]
-        raise NumericsError(f"{error}: {_where(pivoted, broken)}") from None
+        columns = (mask == 0).sum(dim=1).repeat_interleave(how.beams)
+        cache = pivoted.new_cache(len(rows) * how.beams, columns, *([front.repeated(how.beams)] if front else []))
+    out = _called(pivoted, rows, ids, mask, cache, how)
     if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
         turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
 
 
+def _called(
+    pivoted: PivotedModel,
+    rows: list[list[int]],
+    ids: Tensor,
+    mask: Tensor,
+    cache: PivotCache | StreamCache | None,
+    how: _How,
+) -> Tensor:
+    """transformers' generate; what a broken row of `rows` is broken by is looked for."""
+    try:
+        out: Tensor = pivoted.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=how.new_tokens,
+            stopping_criteria=how.stopping(ids.shape[1], len(ids)) if how.stopping else None,
+            use_cache=True,
+            logits_processor=LogitsProcessorList([FiniteLogits(), *([how.sampler] if how.sampler else [])]),
+            **how.options,
+        )
+    except BrokenLogits as error:
+        broken = [*rows[error.place // how.beams], *error.tokens[ids.shape[1] :].tolist()]
+        raise NumericsError(f"{error}: {_where(pivoted, broken)}") from None
+    return out
+
+
 def _where(pivoted: PivotedModel, row: list[int]) -> str:
-    """Where a row, alone, has NaN or infinite numbers."""
+    """Where a row, alone, has NaN or infinite numbers; of an empty one, the pivot's last token behind the pivot."""
+    body = torch.tensor([row or pivoted.token_ids[-1:]], device=pivoted.device)
     with torch.no_grad():
-        return where_not_finite(pivoted.model, partial(pivoted.logits, torch.tensor([row], device=pivoted.device)))
+        return where_not_finite(pivoted.model, partial(pivoted.body_logits, body))
 
 
 def _behind_front(
@@ -124,26 +166,21 @@ def _padding_counts(pivoted: PivotedModel, rows: list[list[int]], front: Front |
     return pivoted.columns.counted(len(pivoted.token_ids) + max(held) + max(rest) + new_tokens)
 
 
-def _by_length(
-    pivoted: PivotedModel,
-    bodies: Tensor,
-    padding: Tensor,
-    max_new_tokens: int,
-    stopping: Stopping | None,
-    sampler: RowSampler | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Rows of equal length together, behind the pivot alone, so that no row has padding behind it."""
-    pad = int(options.get("pad_token_id") or 0)
-    out = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
-    out[:, : bodies.shape[1]] = bodies
-    for amount in sorted(set(padding.tolist())):
-        rows = padding == amount
-        part = bodies[rows][:, amount:]
-        chosen = sampler and sampler.of(rows)
-        made = generate(pivoted, part, torch.ones_like(part), max_new_tokens, stopping, sampler=chosen, **options)
+def _apart(pivoted: PivotedModel, bodies: Tensor, mask: Tensor, groups: Sequence[Tensor], how: _How) -> Tensor:
+    """Each of `groups` [B] (bool) by itself, without padding that all of its rows have, behind the pivot alone."""
+    length = bodies.shape[1]
+    out = bodies.new_full((len(bodies), length + how.new_tokens), int(how.options.get("pad_token_id") or 0))
+    out[:, :length] = bodies
+    for rows in groups:
+        amount = int((mask[rows] == 0).sum(dim=1).min())
+        made = _generated(pivoted, bodies[rows][:, amount:], mask[rows][:, amount:], how.of(rows))
         out[rows, amount : amount + made.shape[1]] = made
     return out
+
+
+def _pivot_ids(pivoted: PivotedModel, bodies: Tensor) -> Tensor:
+    """The pivot's tokens [B, P] for each of `bodies`."""
+    return torch.tensor(pivoted.token_ids, dtype=torch.long, device=bodies.device).expand(len(bodies), -1)
 
 
 def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,48 +192,45 @@ def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Ten
     return ids, (columns >= padding.to(ids.device)[:, None]).long()
 
 
-def _from_nothing(
-    pivoted: PivotedModel,
-    bodies: Tensor,
-    mask: Tensor,
-    empty: Tensor,
-    max_new_tokens: int,
-    stopping: Stopping | None,
-    sampler: RowSampler | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Rows without a token: their first new token follows the pivot itself, the rest follow that token."""
+def _from_nothing(pivoted: PivotedModel, bodies: Tensor, how: _How) -> Tensor:
+    """What rows [B, 0] go on with behind the pivot's own tokens: [B, N]."""
     if not pivoted.token_ids:
         raise PivotError("generation from an empty text needs a pivot or a BOS token in front; this cell has neither")
-    logits = pivoted.pivot_logits[-1:].expand(int(empty.sum()), -1).float()
-    chosen = sampler and sampler.of(empty)
-    first = chosen(bodies, logits).argmax(-1, keepdim=True) if chosen else _sample(logits, options)
-    pad = int(options.get("pad_token_id") or 0)
-    columns = bodies.new_full((len(bodies), bodies.shape[1] + max_new_tokens), pad)
-    columns[:, : bodies.shape[1]] = bodies
-    rest = first
-    if max_new_tokens > 1:
-        seen = torch.ones_like(first)
-        rest = generate(pivoted, first, seen, max_new_tokens - 1, stopping, sampler=chosen, **options)
-    ended = torch.isin(first[:, 0], first.new_tensor(eos_ids(pivoted.model)))
-    rest[ended, 1:] = pad
-    columns[empty, bodies.shape[1] : bodies.shape[1] + rest.shape[1]] = rest
-    if not empty.all():
-        others = sampler and sampler.of(~empty)
-        full = generate(pivoted, bodies[~empty], mask[~empty], max_new_tokens, stopping, sampler=others, **options)
-        columns[~empty, : full.shape[1]] = full
-    return columns
+    ids = _pivot_ids(pivoted, bodies)
+    cache: PivotCache | StreamCache | None = None
+    if pivoted.pivot is None and pivoted.writer is not None:
+        every = ids.repeat_interleave(how.beams, 0)
+        cache = pivoted.prefilled(every) if pivoted.writer.in_groups else pivoted.new_cache(len(every))
+    with _answering_as_captured(pivoted):
+        return _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, how)[:, ids.shape[1] :]
+
+
+@contextmanager
+def _answering_as_captured(pivoted: PivotedModel) -> Iterator[None]:
+    """The next output of the model is what an intact pivot's capture says: its last logits, and its rows alone."""
+    if pivoted.pivot is None:
+        yield
+        return
+
+    def replaced(module: Any, args: Any, output: Any) -> Any:
+        hook.remove()
+        rows = len(output.logits)
+        output.logits = pivoted.pivot_logits[-1:].expand(rows, 1, -1)
+        if pivoted.writer is not None and pivoted.writer.in_groups:
+            ids = torch.tensor([[*pivoted.token_ids, 0]]).expand(rows, -1)
+            output.past_key_values = pivoted.prefilled(ids)  # of all but the last, which are the pivot's
+        else:
+            output.past_key_values = pivoted.new_cache(rows)
+        return output
+
+    hook = pivoted.model.register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:
     """The model's end-of-sequence ids, however many."""
     eos = model.generation_config.eos_token_id
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
-
-
-def _sample(logits: Tensor, options: dict[str, Any]) -> Tensor:
-    """One token [B, 1] from logits [B, V] by generate's own options."""
-    if not options.get("do_sample"):
-        return logits.argmax(dim=-1, keepdim=True)
-    changed = warped(logits, options.get("temperature"), options.get("top_k"), options.get("top_p"))
-    return torch.multinomial(changed.softmax(dim=-1), 1)
