@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.model.activations import activations_off
+from intactkv_eval.model.structure import text_config
 
 logger = logging.getLogger(__name__)
 
 _AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative RMS of logits; 16 bits:
 _AGREE_16_BITS = 8e-2
 _KEPT, _TEXT = 24, 4  # tokens of the trial
-_LEAST = 256  # columns that are tried
+_LEAST, _MOST = 256, 2048  # columns that are tried; the most where no number is asked for
 TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
 # What a model that cannot do what a trial asks of it may raise.
 TRIAL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
@@ -67,6 +68,12 @@ class Columns:
             if reason:
                 logger.warning("rows of unlike lengths are not generated together with this model: %s", reason)
         return self._tried[size]
+
+    @cached_property
+    def counted_anywhere(self) -> bool:
+        """Whether a window or a distance is counted so that transformers' cache does not tell of."""
+        most = min(getattr(text_config(self.model), "max_position_embeddings", _MOST), _MOST)
+        return self.counted(most if self.window is None else min(most, self.window))
 
     def _difference(self, columns: int) -> str | None:
         """Without activation quantizers: each token is rounded by itself, and rounding would drown a trial."""

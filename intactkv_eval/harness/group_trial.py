@@ -46,5 +46,7 @@ def check_groups(pivoted: PivotedModel) -> None:
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise UnsupportedModelError(f"{name}{type(error).__name__}: {str(error)[:200]}") from error
     reason = disagreement(found.double(), plain.double(), plain.dtype)
+    if reason is None and pivoted.columns.counted_anywhere:
+        reason = "its attention counts columns, not tokens, and both copies of a row have columns"
     if reason:
         raise UnsupportedModelError(f"{name}{reason}")

@@ -29,13 +29,11 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
 from intactkv_eval.model.activations import activations_off
-from intactkv_eval.model.structure import text_config
 
 logger = logging.getLogger(__name__)
 
 _START, _ENDS = 24, (3, 5, 4, 5, 3)  # tokens of the text's start, and of each of its ends
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_MOST_COLUMNS = 2048  # beyond which no window is looked for that the model's cache does not tell of
 
 
 class Sharing(IntEnum):
@@ -131,7 +129,7 @@ class SharedModel:
         if reason:
             logger.warning("prefixes are not shared with this model, every request is computed whole: %s", reason)
             return Sharing.NOTHING
-        reason = self._why_no_tree() or (self._difference(self._tree) or self._counts_columns() if tried else None)
+        reason = self._why_no_tree() or (self._difference(self._tree) or self._columns_in_between() if tried else None)
         if reason:
             logger.warning("branches do not share a row with this model, kept prefixes are used only: %s", reason)
             return Sharing.PREFIXES
@@ -149,12 +147,9 @@ class SharedModel:
         unknown = set(self.pivoted.windows) - KNOWN_LAYERS
         return f"layers of kind {', '.join(sorted(unknown))}" if unknown else None
 
-    def _counts_columns(self) -> str | None:
-        """A branch stands columns behind its start: other branches are between them."""
-        most = min(getattr(text_config(self.pivoted.model), "max_position_embeddings", _MOST_COLUMNS), _MOST_COLUMNS)
-        window = self.pivoted.window
-        counted = self.pivoted.columns.counted(most if window is None else min(most, window))
-        return "its attention counts columns, not tokens" if counted else None
+    def _columns_in_between(self) -> str | None:
+        """Between a branch and its start stand other branches."""
+        return "its attention counts columns, not tokens" if self.pivoted.columns.counted_anywhere else None
 
     def _difference(self, shared: Any) -> str | None:
         """What `shared` gives for a text of several ends against the plain way: what is wrong, or None.

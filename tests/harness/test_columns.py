@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from kv_cells import pivoted
+from kv_cells import pivoted, spec
 from tiny import BOS, EOS, PAD, VOCAB, build_model, uneven
 from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig, PhiConfig
 
 from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.columns import Columns
 from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import score
 from intactkv_eval.harness.shared import SharedModel, Sharing
@@ -79,6 +81,12 @@ def test_branches_of_many_columns_are_scored_as_alone():
     alone = score(SharedModel(made), requests, lambda tokens: 1, share=False)
     for one, other in zip(score(shared, requests, lambda tokens: 4), alone, strict=True):
         assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-3)
+
+
+def test_both_copies_of_a_row_have_columns():
+    with pytest.raises(UnsupportedModelError, match="counts columns"):
+        check_groups(pivoted(built(COUNTING["gpt_neo"]()), (BOS,), False, spec("channel_key")))
+    check_groups(pivoted(built(PHI), (BOS,), False, spec("channel_key")))
 
 
 def test_a_trial_goes_as_far_as_it_is_asked():
