@@ -4,14 +4,11 @@ Knows models and cells; no lm_eval.
 """
 
 import copy
-import gc
 import hashlib
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -28,34 +25,23 @@ from intactkv_eval.harness.cell_checks import (
     check_levels,
     check_origin,
 )
+from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.stages import apply_stages, stage_specs
 from intactkv_eval.model.structure import check_resident, linear_layers
-from intactkv_eval.pivot import store
 from intactkv_eval.pivot.basis import to_rotated
-from intactkv_eval.pivot.capture import (
-    capture,
-    check_supported,
-    fingerprint_of,
-    weight_hash,
-)
+from intactkv_eval.pivot.capture import check_supported, weight_hash
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, clipped, load_search
+from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.formats import intactkv
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Rotation, StageSpec
-
-logger = logging.getLogger(__name__)
-
-Loader = Callable[[str, str], PreTrainedModel]
-"""(name or folder, revision) -> the model on its devices."""
 
 
 class Built(NamedTuple):
@@ -90,13 +76,17 @@ def build(
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
     vocabulary = config.get_text_config(decoder=True).vocab_size
-    from_file = _from_file(cell)
-    token_ids = from_file.token_ids if from_file else _tokens(cell, tokenizer, vocabulary, load, quantization, chat)
+    from_file = pivot_of_file(cell)
+    token_ids = (
+        from_file.token_ids
+        if from_file
+        else tokens_in_front(cell, tokenizer, vocabulary, load, quantization, chat, changed)
+    )
     check_kept_rows(cell, len(token_ids))
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
-        pivot = _from_reference(cell, cell.model.reference, token_ids, load)
+        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
@@ -114,10 +104,11 @@ def build(
     if search is not None:
         if pivot is not None:
             raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
+        check_clips(search, linear_layers(model))
         model = _ours(model, cell, shelf)
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
-        pivot = _captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
+        pivot = captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated_once(model, cell, search, shelf)
@@ -157,25 +148,6 @@ def _writer_of(quantization: Mapping[str, Any]) -> str:
 def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:
     """Calibrated rows are in the basis of the one model they were trained for, which check_calibrated asks for."""
     return pivot.fingerprint.calibrated is not None and not cell.pivot.transfer
-
-
-def _tokens(
-    cell: CellSpec,
-    tokenizer: Any,
-    vocabulary: int,
-    load: Loader,
-    quantization: dict[str, Any] | None,
-    chat: Mapping[str, Any] | None,
-) -> tuple[int, ...]:
-    if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
-        raise PivotError(
-            f"pivot=auto is searched in the full-precision model, and {cell.model.pretrained} is quantized: name it "
-            "with reference=..., or search first: intactkv pivots MODEL --out FILE.json, then pivot=FILE.json"
-        )
-    source = cell.model.reference or cell.model.pretrained
-    revision = "main" if cell.model.reference else cell.model.revision
-    known = source, revision, cell.model.dtype
-    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load), chat)
 
 
 def _source_hash(model: PreTrainedModel) -> str:
@@ -245,52 +217,3 @@ def quantize(
         return quantize_rtn(clipped(matrix, clips.get(name)), bits, size, weights.symmetric, name)
 
     return quantized_model(model, quantizer, backend, stages)
-
-
-def _from_file(cell: CellSpec) -> PivotKV | None:
-    return PivotKV.load(Path(cell.pivot.source)) if cell.pivot.source.endswith(".safetensors") else None
-
-
-def _from_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader) -> PivotKV:
-    kept = store.find(store.source_identity(reference, "main"), cell.model.dtype, token_ids)
-    if kept is not None:
-        logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
-        return kept
-    model = _full_precision(reference, "main", load)
-    pivot = _captured(model, reference, cell, token_ids)
-    del model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return pivot
-
-
-def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
-    """A model to capture or search in. Raises PivotError where it is quantized, UnsupportedModelError."""
-    model = load(name, revision)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise PivotError(f"{name} is itself quantized: name the full-precision model with reference=...")
-    check_supported(model)
-    check_resident(model)
-    return model
-
-
-def _captured(
-    model: PreTrainedModel,
-    name: str | None,
-    cell: CellSpec,
-    token_ids: tuple[int, ...],
-    search: AWQSearch | None = None,
-) -> PivotKV:
-    revision = "main" if name == cell.model.reference else cell.model.revision
-    identity = store.source_identity(name, revision) if name is not None else None
-    fingerprint = fingerprint_of(model, revision)
-    if search is not None:
-        identity = identity and f"{identity} awq_search {search.digest}"
-        fingerprint = fingerprint.model_copy(update={"basis": f"awq-search:{search.digest}"})
-    kept = store.find(identity, cell.model.dtype, token_ids)
-    if kept is not None and kept.fingerprint == fingerprint:
-        return kept
-    pivot = capture(model, token_ids, fingerprint)
-    store.keep(pivot, identity, cell.model.dtype)
-    return pivot

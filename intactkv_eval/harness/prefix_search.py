@@ -70,38 +70,37 @@ def tokens_of(
     spec: PivotSpec,
     tokenizer: Any,
     vocabulary: int,
-    source: tuple[str, str, str],
+    source: tuple[str, str, str] | None,
     load: Callable[[], PreTrainedModel],
     chat: Mapping[str, Any] | None = None,
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; `auto` is searched in the full-precision model.
 
-    source: that model's name or folder, revision and dtype. chat: what chat templates are given beside the messages.
+    source: that model's name or folder, revision and dtype; None where these do not say what it is, and nothing is kept
+    under them. chat: what chat templates are given beside the messages.
     Raises PivotError where there are none, DataError.
     """
     if spec.source != "auto":
         return resolve_tokens(spec, tokenizer, vocabulary, chat)
-    found = automatic_tokens(*source, resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary), tokenizer, load)
+    found = automatic_tokens(source, resolve_tokens(PivotSpec(intact=False), tokenizer, vocabulary), tokenizer, load)
     if not found:
         raise PivotError("pivot=auto: this model has no BOS and shows no pivot tokens; name some with pivot=tokens:...")
     return found
 
 
 def automatic_tokens(
-    pretrained: str,
-    revision: str,
-    dtype: str,
+    source: tuple[str, str, str] | None,
     first: tuple[int, ...],
     tokenizer: Any,
     load: Callable[[], PreTrainedModel],
 ) -> tuple[int, ...]:
     """The prefix of pivot=auto, searched with the settings of `Search` once and kept beside captured pivots.
 
-    load: of the full-precision model. Raises DataError where the texts cannot be had.
+    source, load: of the full-precision model. Raises DataError where the texts cannot be had.
     """
     search = Search()
-    identity = store.source_identity(pretrained, revision)
-    asked = hashlib.sha256(json.dumps([identity, dtype, search, first]).encode()).hexdigest()[:32]
+    identity = store.source_identity(*source[:2]) if source is not None else None
+    asked = hashlib.sha256(json.dumps([identity, source, search, first, _words(tokenizer)]).encode()).hexdigest()[:32]
     path = cache_folder() / "pivots" / f"auto-{asked}.json"
     if identity is not None and path.is_file():
         return ChoiceFile.load(path).tokens
@@ -112,6 +111,11 @@ def automatic_tokens(
     if identity is not None:
         made.save(path)
     return made.tokens
+
+
+def _words(tokenizer: Any) -> str:
+    """What a tokenizer makes of texts, which may be another one's than the model's: a hash of its tokens."""
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def control(made: ChoiceFile) -> str:

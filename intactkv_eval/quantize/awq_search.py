@@ -55,11 +55,7 @@ def apply_scales(model: nn.Module, search: AWQSearch) -> None:
     """Fold the scales into `model`, in place. Raises CheckpointError where a name or a width is not this model's.
 
     So too where the layers of a scale are not all that read what is before them: the model would become another one.
-    The clips' names are checked: one that is no linear layer's would be passed over without a word.
     """
-    for name in search.clips:
-        if not isinstance(_module(model, name), nn.Linear):
-            raise CheckpointError(f"awq_search: {name}, which it clips, is no linear layer of {type(model).__name__}")
     for before, names, scale in search.scales:
         _check_scale(model, before, names, scale)
     changed = changed_by(model, [Fold(before, names, scale.numel()) for before, names, scale in search.scales])
@@ -75,6 +71,13 @@ def apply_scales(model: nn.Module, search: AWQSearch) -> None:
         divide_outputs(_module(model, before), before, factor)
         for layer in layers:
             layer.weight.copy_(layer.weight.float() * factor.to(layer.weight.device))
+
+
+def check_clips(search: AWQSearch, layers: Iterable[str]) -> None:
+    """Raise CheckpointError for a clip of none of `layers`, those that are quantized: it would do nothing."""
+    idle = sorted(search.clips.keys() - set(layers))
+    if idle:
+        raise CheckpointError(f"awq_search: {idle[0]}, which it clips, is no linear layer that is quantized here")
 
 
 def clipped(matrix: Tensor, largest: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_basis
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.quantize.awq_search import apply_scales, clipped, load_search
+from intactkv_eval.quantize.awq_search import apply_scales, check_clips, clipped, load_search
 
 WIDTH = 256  # wide enough for least squares over a row
 PIVOT = (BOS, 7, 8)
@@ -207,7 +208,10 @@ def test_bad_search_results(reference, tmp_path):
         apply_scales(reference, load_search(file))
     torch.save({"scale": [], "clip": [("model.layers.0.mlp", torch.ones(1, 1, 1))]}, file)
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.mlp, which it clips, is no linear layer"):
-        apply_scales(reference, load_search(file))
+        check_clips(load_search(file), linear_layers(reference))
+    torch.save({"scale": [], "clip": [("lm_head", torch.ones(1, 1, 1))]}, file)
+    with pytest.raises(CheckpointError, match="lm_head, which it clips, is no linear layer that is quantized"):
+        check_clips(load_search(file), linear_layers(reference))
     with pytest.raises(CheckpointError, match="do not fit a matrix"):
         clipped(torch.ones(4, 8), torch.ones(3, 2))
 

@@ -1,6 +1,7 @@
 """Planted pivots are found, in their layers, and models without any have none; a prefix removes those that it can."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -197,7 +198,7 @@ def test_a_model_without_pivots_says_so(llama, tokenizer, prose, tmp_path):
     assert result.stdout.startswith("no pivots")
 
 
-def test_auto_is_searched_once_and_its_baseline_has_the_same_tokens(saved_llama, prose, monkeypatch):
+def test_auto_is_searched_once_and_its_baseline_has_the_same_tokens(saved_llama, prose, tmp_path, monkeypatch):
     count = []
     real = choose
 
@@ -217,6 +218,18 @@ def test_auto_is_searched_once_and_its_baseline_has_the_same_tokens(saved_llama,
     assert baseline.pivoted_model.token_ids == tokens
     assert baseline.pivoted_model.pivot is None
     assert len(count) == 1
+    shutil.copytree(saved_llama, tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    vocab = said["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    file.write_text(json.dumps(said))
+    IntactKVLM(str(saved_llama), pivot="auto", tokenizer=str(tmp_path / "other"), **own)
+    assert len(count) == 2, "other texts"
+    shutil.copytree(shutil.copytree(saved_llama, tmp_path / "outer"), tmp_path / "outer" / "inner")
+    for _ in range(2):  # of which the folder's own files say nothing
+        IntactKVLM(str(tmp_path / "outer"), pivot="auto", subfolder="inner", **own)
+    assert len(count) == 4
 
 
 @pytest.mark.parametrize(

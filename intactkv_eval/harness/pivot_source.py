@@ -1,0 +1,103 @@
+"""Where a cell's pivot comes from: its tokens, and its KV from a file, the store, or a full-precision model.
+
+Knows models and cells; neither changes a model nor quantizes one.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import PivotError
+from intactkv_eval.harness.prefix_search import tokens_of
+from intactkv_eval.model.structure import check_resident
+from intactkv_eval.pivot import store
+from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
+from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.awq_search import AWQSearch
+
+logger = logging.getLogger(__name__)
+
+Loader = Callable[[str, str], PreTrainedModel]
+"""(name or folder, revision) -> the model on its devices."""
+
+
+def pivot_of_file(cell: CellSpec) -> PivotKV | None:
+    """The PivotKV that the cell names, None where it names none. Raises PivotError."""
+    return PivotKV.load(Path(cell.pivot.source)) if cell.pivot.source.endswith(".safetensors") else None
+
+
+def pivot_of_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader) -> PivotKV:
+    """From the store, or from the reference itself, which is loaded and freed again."""
+    kept = store.find(store.source_identity(reference, "main"), cell.model.dtype, token_ids)
+    if kept is not None:
+        logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
+        return kept
+    model = _full_precision(reference, "main", load)
+    pivot = captured(model, reference, cell, token_ids)
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return pivot
+
+
+def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
+    """A model to capture or search in. Raises PivotError where it is quantized, UnsupportedModelError."""
+    model = load(name, revision)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise PivotError(f"{name} is itself quantized: name the full-precision model with reference=...")
+    check_supported(model)
+    check_resident(model)
+    return model
+
+
+def captured(
+    model: PreTrainedModel,
+    name: str | None,
+    cell: CellSpec,
+    token_ids: tuple[int, ...],
+    search: AWQSearch | None = None,
+) -> PivotKV:
+    """What `model` computes, or what it computed when it was kept under `name` (None: nothing is).
+
+    search: whose scales are in the model.
+    """
+    revision = "main" if name == cell.model.reference else cell.model.revision
+    identity = store.source_identity(name, revision) if name is not None else None
+    fingerprint = fingerprint_of(model, revision)
+    if search is not None:
+        identity = identity and f"{identity} awq_search {search.digest}"
+        fingerprint = fingerprint.model_copy(update={"basis": f"awq-search:{search.digest}"})
+    kept = store.find(identity, cell.model.dtype, token_ids)
+    if kept is not None and kept.fingerprint == fingerprint:
+        return kept
+    pivot = capture(model, token_ids, fingerprint)
+    store.keep(pivot, identity, cell.model.dtype)
+    return pivot
+
+
+def tokens_in_front(
+    cell: CellSpec,
+    tokenizer: Any,
+    vocabulary: int,
+    load: Loader,
+    quantization: dict[str, Any] | None,
+    chat: Mapping[str, Any] | None,
+    changed: bool,
+) -> tuple[int, ...]:
+    """The tokens of a pivot that is no PivotKV file; the rest as `build.build` has it. Raises PivotError, DataError."""
+    if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
+        raise PivotError(
+            f"pivot=auto is searched in the full-precision model, and {cell.model.pretrained} is quantized: name it "
+            "with reference=..., or search first: intactkv pivots MODEL --out FILE.json, then pivot=FILE.json"
+        )
+    source = cell.model.reference or cell.model.pretrained
+    revision = "main" if cell.model.reference else cell.model.revision
+    known = None if changed and source == cell.model.pretrained else (source, revision, cell.model.dtype)
+    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load), chat)
