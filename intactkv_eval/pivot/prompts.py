@@ -34,7 +34,10 @@ def prompts_of(tokenizer: Any, messages: Sequence[str], chat: Mapping[str, Any])
         talks = [[{"role": "user", "content": message}] for message in messages]
         return [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True, **chat) for x in talks]
 
-    found = json.loads(_of_child(lambda: _outcome(write)) or "{}")
+    try:
+        found = json.loads(_of_child(lambda: _outcome(write)))
+    except ValueError:  # nothing, or half of it: the child was ended
+        found = {}
     if "prompts" not in found:
         reason = found.get("error") or f"more than {CPU_SECONDS} s or {_BYTES >> 20} MiB"
         raise PivotError(f"pivot=prompt: the chat template fails on a user message: {reason}")
