@@ -20,6 +20,8 @@ from intactkv_eval.report.grid import pivot_label, weights_label
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import samples_of
 
+_LONGEST = 200  # letters of a name; a file's may have 255
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -109,7 +111,7 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     if not samples.is_file():
         raise DataError(f"{path}: its answers were not logged; run lm_eval with --log_samples")
     base = run_name(run)
-    name = f"{base}_seed{lettered(str(metadata['seed']))}" if "seed" in metadata else base
+    name = lettered(f"{base}_seed{metadata['seed']}") if "seed" in metadata else base
     rows = [_answer(row, name, run.date) for row in read_jsonl(samples)]
     answers = {row.question_id: row for row in rows}
     alike = {key: value for key, value in metadata.items() if key != "seed"}
@@ -129,12 +131,13 @@ def run_name(run: Run) -> str:
         kv,
         f"pivot-{pivot_label(cell)}",
     ]
-    return "_".join(lettered(part) for part in parts if part)
+    return lettered("_".join(lettered(part.replace("_", "-")) for part in parts if part))
 
 
 def lettered(text: str) -> str:
-    """The text in letters that a file name can have."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.")
+    """The text in letters that a file name can have, and no longer than one can be."""
+    found = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
+    return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _answer(sample: dict[str, Any], name: str, date: float) -> Answer:

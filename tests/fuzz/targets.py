@@ -1,11 +1,9 @@
 """What is fuzzed: every reader of files from strangers. A target makes inputs of a seed, and reads one."""
 
-import copy
 import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -14,6 +12,8 @@ import archives
 import mutate
 import torch
 import yaml
+from kinds import Target, file_read
+from reports import answered_targets, compared_targets, judge_targets, results_targets
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,16 +24,9 @@ from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config_files import load_config
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.judge.entries import load_entries
-from intactkv_eval.judge.verdict import verdict_of
-from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import load_search
-from intactkv_eval.report.collect import collect
-from intactkv_eval.report.page import page
-from intactkv_eval.report.planned import absent_of
-from intactkv_eval.report.tables import FORMATS
 from intactkv_eval.sweep.grid import expand
 from intactkv_eval.sweep.spec import read_sweep
 from intactkv_eval.weights.checkpoint import Checkpoint, quantization_beside, read_json
@@ -43,37 +36,19 @@ from intactkv_eval.weights.formats.layer import LayerTensors
 CHECKPOINTS = Path(__file__).parents[1] / "data" / "gptqmodel"
 
 
-@dataclass
-class Target:
-    """make: an input of a random draw. read: reads one; success or an IntactKVError.
-
-    value: a whole document where inputs have a structure; dump: such a one as bytes.
-    """
-
-    make: Callable[[Random], bytes]
-    read: Callable[[bytes], object]
-    value: object = None
-    dump: Callable[[object], bytes] = lambda value: json.dumps(value).encode("utf-8", "surrogatepass")
-
-
 def targets(folder: Path) -> dict[str, Target]:
     """All of them; `folder` holds what they read and its seeds are made there."""
-    made = {**_checkpoints(folder), **_tensor_files(folder), **_texts(folder), **_results(folder), **_judge(folder)}
-    made |= {**_models(folder), **_calibrations(folder)}
+    made = {
+        **_checkpoints(folder),
+        **_tensor_files(folder),
+        **_texts(folder),
+        **results_targets(folder),
+        **judge_targets(folder),
+    }
+    made |= {**_models(folder), **_calibrations(folder), **compared_targets(folder), **answered_targets(folder)}
     sent = archives.packed(folder / "seeds" / "results")
     made["archive"] = Target(lambda draw: archives.damaged(sent, draw), partial(archives.read, folder / "archive"))
     return dict(sorted(made.items()))
-
-
-def _file(folder: Path, name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
-    path = folder / name
-
-    def reading(data: bytes) -> object:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return read(path)
-
-    return reading
 
 
 def _features(folder: Path) -> dict[str, tuple[int, int]]:
@@ -125,16 +100,16 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
         found |= {
             f"weights-{source.name}": Target(
                 lambda draw, data=weights: mutate.of_bytes(data, draw),
-                _file(folder / "weights" / source.name, "model.safetensors", read_weights),
+                file_read(folder / "weights" / source.name, "model.safetensors", read_weights),
             ),
             f"config-{source.name}": Target(
                 lambda draw, value=config: mutate.of_json(value, draw),
-                _file(folder / "configs" / source.name, "quantize_config.json", read_config),
+                file_read(folder / "configs" / source.name, "quantize_config.json", read_config),
                 config,
             ),
             f"index-{source.name}": Target(
                 lambda draw, value=index: mutate.of_json(value, draw),
-                _file(folder / "index" / source.name, "model.safetensors.index.json", read_index),
+                file_read(folder / "index" / source.name, "model.safetensors.index.json", read_index),
                 index,
             ),
         }
@@ -153,7 +128,7 @@ def _models(folder: Path) -> dict[str, Target]:
             IntactKVLM(str(path.parent), device="cpu", pivot="none")
 
         found[f"model-{name.partition('.')[0]}"] = Target(
-            lambda draw, value=content: mutate.of_json(value, draw), _file(place, name, read), content
+            lambda draw, value=content: mutate.of_json(value, draw), file_read(place, name, read), content
         )
     return found
 
@@ -168,10 +143,12 @@ def _calibrations(folder: Path) -> dict[str, Target]:
     return {
         "conversations": Target(
             lambda draw: mutate.of_json(draw.choice([talks, talks[:1] * 3]), draw),
-            _file(folder, "talks.json", lambda path: load_conversations(str(path))),
+            file_read(folder, "talks.json", lambda path: load_conversations(str(path))),
             talks,
         ),
-        "search": Target(lambda draw: mutate.of_bytes(held.getvalue(), draw), _file(folder, "search.pt", load_search)),
+        "search": Target(
+            lambda draw: mutate.of_bytes(held.getvalue(), draw), file_read(folder, "search.pt", load_search)
+        ),
     }
 
 
@@ -185,11 +162,11 @@ def _tensor_files(folder: Path) -> dict[str, Target]:
     return {
         "pivot": Target(
             lambda draw: mutate.of_bytes(seeds["pivot.safetensors"], draw),
-            _file(folder, "one.safetensors", PivotKV.load),
+            file_read(folder, "one.safetensors", PivotKV.load),
         ),
         "levels": Target(
             lambda draw: mutate.of_bytes(seeds["levels.safetensors"], draw),
-            _file(folder, "two.safetensors", KVLevels.load),
+            file_read(folder, "two.safetensors", KVLevels.load),
         ),
     }
 
@@ -215,74 +192,9 @@ def _texts(folder: Path) -> dict[str, Target]:
         return make
 
     return {
-        "cell": Target(yaml_of(cells), _file(folder, "cell.yaml", cell), yaml.safe_load(cells[0])),
-        "sweep": Target(yaml_of(sweeps), _file(folder, "sweep.yaml", sweep), yaml.safe_load(sweeps[0])),
+        "cell": Target(yaml_of(cells), file_read(folder, "cell.yaml", cell), yaml.safe_load(cells[0])),
+        "sweep": Target(yaml_of(sweeps), file_read(folder, "sweep.yaml", sweep), yaml.safe_load(sweeps[0])),
         "choice": Target(
-            lambda draw: mutate.of_json(choice, draw), _file(folder, "choice.json", ChoiceFile.load), choice
+            lambda draw: mutate.of_json(choice, draw), file_read(folder, "choice.json", ChoiceFile.load), choice
         ),
-    }
-
-
-def _results(folder: Path) -> dict[str, Target]:
-    seeds = folder / "seeds" / "results"
-    results = json.loads(next(seeds.glob("results_*.json")).read_text())
-    samples = next(seeds.glob("samples_*.jsonl"))
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    plan = [{"key": "a", "task": "ppl_x", "seed": None, "cell": results["config"]["intactkv"]["cell"], "hf_arguments": {},
-             "quantization": None}]  # fmt: skip
-    for name in ("one", "two", "three", "four"):
-        shutil.copytree(seeds, folder / name)
-    other = copy.deepcopy(results)  # the same measurement with another seed: the two are merged
-    for task in other["configs"].values():
-        task["metadata"] = {**task["metadata"], "seed": 2}
-
-    def report(path: Path) -> None:
-        runs, _ = collect([path.parent])
-        absent = absent_of([path.parent])
-        for make in FORMATS.values():
-            make(runs, absent).encode()
-        page(runs, (), absent).encode()
-
-    def jsonl(changed: object) -> bytes:
-        listed = changed if isinstance(changed, list) else [changed]
-        return b"\n".join(json.dumps(row).encode("utf-8", "surrogatepass") for row in listed)
-
-    def lines(draw: Random) -> bytes:
-        data = jsonl(mutate.of_value(rows, draw))
-        return mutate.of_bytes(data, draw) if draw.random() < 0.3 else data
-
-    return {
-        "results": Target(
-            lambda draw: mutate.of_json(results, draw),
-            _file(folder / "one", next(seeds.glob("results_*")).name, report),
-            results,
-        ),
-        "seeds": Target(
-            lambda draw: mutate.of_json(other, draw),
-            _file(folder / "four", "results_2026-01-01T00-00-00.json", report),
-            other,
-        ),
-        "samples": Target(lines, _file(folder / "two", samples.name, report), rows, jsonl),
-        "plan": Target(lambda draw: mutate.of_json(plan, draw), _file(folder / "three", "sweep.json", report), plan),
-    }
-
-
-def _judge(folder: Path) -> dict[str, Target]:
-    answer = {"question_id": 81, "answer_id": "x", "model_id": "m", "choices": [{"index": 0, "turns": ["a", "b"]}],
-              "tstamp": 1.0}  # fmt: skip
-    replies = [b"I rate it [[7]].", b"Rating: [[10]]", b"[[A]] or [[B]]", b"rating: [3.5]", b"nums[5] [[0]]"]
-
-    def verdicts(data: bytes) -> None:
-        text = data.decode("utf-8", "replace")
-        rating, winner = verdict_of("single", text), verdict_of("pairwise", text)
-        assert rating is None or 1 <= float(rating) <= 10
-        assert winner in {None, "A", "B", "tie"}
-
-    def reading(path: Path) -> None:
-        read_answers(path)
-        load_entries([path], "mt_bench")
-
-    return {
-        "answers": Target(lambda draw: mutate.of_json(answer, draw), _file(folder, "answers.jsonl", reading), answer),
-        "reply": Target(lambda draw: mutate.of_bytes(draw.choice(replies), draw), verdicts),
     }

@@ -104,7 +104,7 @@ def test_answers_go_out_and_come_back(runs, tmp_path):
         export_answers([runs], tmp_path, "vicuna_bench")
 
 
-@pytest.mark.parametrize("seed", ["/../../escaped", "/absolute", "..", "a\x00b"])
+@pytest.mark.parametrize("seed", ["/../../escaped", "/absolute", "..", "a\x00b", 10**300])
 def test_answers_stay_in_their_folder(runs, tmp_path, seed):
     edit(runs / "intact", lambda content: content["configs"]["mt_bench"]["metadata"].update(seed=seed))
     (path,) = export_answers([runs / "intact"], tmp_path / "deep" / "out", "mt_bench")
