@@ -3,6 +3,7 @@
 Knows cells and loaded models; changes neither.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,10 +93,10 @@ def check_belongs(
 def _check_computed(pivot: PivotKV, own: Computed, cell: CellSpec) -> None:
     """The same weights compute something else where the config was changed: RoPE, a norm, an activation."""
     trained = pivot.fingerprint.calibrated is not None
-    pairs = [(pivot.logits, own.logits)]
+    kinds: list[tuple[Sequence[Tensor], Sequence[Tensor]]] = [((pivot.logits,), (own.logits,))]
     if not trained:
-        pairs += [*zip(pivot.keys, own.keys, strict=True), *zip(pivot.values, own.values, strict=True)]
-    worst = max(_difference(found, expected) for found, expected in pairs)
+        kinds += [(pivot.keys, own.keys), (pivot.values, own.values)]
+    worst = max(_difference(found, expected) for found, expected in kinds)
     bound = _NOISE[own.logits.dtype]
     if worst > bound:
         raise PivotError(
@@ -106,9 +107,16 @@ def _check_computed(pivot: PivotKV, own: Computed, cell: CellSpec) -> None:
         )
 
 
-def _difference(found: Tensor, expected: Tensor) -> float:
-    expected = expected.cpu().double()
-    return float((found.cpu().double() - expected).norm() / expected.norm().clamp(min=torch.finfo(torch.float32).tiny))
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative to each layer's size, the root of the mean square over layers.
+
+    A pivot's values may be so small in one of them that it holds little else than rounding.
+    """
+    shares = []
+    for one, other in zip(found, expected, strict=True):
+        right = other.cpu().double()
+        shares.append((one.cpu().double() - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float(torch.stack(shares).square().mean().sqrt())
 
 
 def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:

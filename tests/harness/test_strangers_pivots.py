@@ -113,3 +113,16 @@ def test_a_file_of_a_config_that_was_changed(saved_llama, llama, tmp_path, dtype
     with_another_rope(saved_llama)
     with pytest.raises(PivotError, match="compute other logits" if trained else "compute other KV"):
         IntactKVLM(**cell)
+
+
+def test_a_layer_that_holds_little_else_than_rounding_is_no_other_config(saved_llama, llama, tmp_path):
+    """Sinks have values near zero, which another device computes otherwise; another config is other in all layers."""
+    llama = llama.to(torch.bfloat16)
+    file = tmp_path / "p.safetensors"
+    capture(llama, (BOS, 7), fingerprint_of(llama, "main")).save(file)
+    cell = {"pretrained": str(saved_llama), "dtype": "bfloat16", "device": "cpu", "pivot": str(file)}
+    changed(file, lambda name, tensor: tensor * 1.15 if name == "values.0" else tensor)
+    IntactKVLM(**cell)
+    changed(file, lambda name, tensor: tensor * 1.15 if name.startswith("values") else tensor)
+    with pytest.raises(PivotError, match="compute other KV"):
+        IntactKVLM(**cell)
