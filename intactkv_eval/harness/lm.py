@@ -24,7 +24,7 @@ from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, loading
+from intactkv_eval.harness.loading import check_layers, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -74,6 +74,8 @@ class IntactKVLM(PivotedTalks):
         with loading(f"pretrained={self.cell.model.pretrained!r}"):
             if loaded is None:
                 check_layers(self.cell.model.pretrained, self.cell.model.revision)
+                named = arguments.get("tokenizer")
+                check_tokens(named if isinstance(named, str) else self.cell.model.pretrained, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if self.built is None:
             self._build(lambda name, revision: self._model)

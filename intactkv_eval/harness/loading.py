@@ -1,20 +1,26 @@
 """What transformers makes of a folder that it cannot load, as one message."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers.utils.hub import cached_file
 
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
 
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_MOST_TOKENS = 10_000_000  # of a vocabulary; the largest has a quarter of a million
+_LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no such id
 _MOST = 1_000  # five times what the deepest model has; each is built before a tensor is read
 
 
@@ -66,6 +72,28 @@ def _check_window(pretrained: str, config: PretrainedConfig) -> None:
         raise CheckpointError(
             f"{pretrained}: config.json says sliding_window={str(window)[:20]}, and has layers of sliding_attention; "
             "expected a whole number of 2 or more"
+        )
+
+
+def check_tokens(pretrained: str, revision: str) -> None:
+    """Raise CheckpointError for a tokenizer.json with ids that no vocabulary has.
+
+    The tokenizers library makes a table up to the highest. What is damaged otherwise is left to it.
+    """
+    found: Any = None
+    with suppress(OSError, ValueError):
+        content = Path(cached_file(pretrained, "tokenizer.json", revision=revision) or "").read_bytes()
+        found = parse_json(content) if _LONG_NUMBER.search(content) else None
+    if not isinstance(found, dict):
+        return
+    model, added = found.get("model"), found.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    worst = max((token for token in ids if isinstance(token, int)), default=0)
+    if worst > _MOST_TOKENS:
+        raise CheckpointError(
+            f"{pretrained}: tokenizer.json has the token id {str(worst)[:20]}; expected at most {_MOST_TOKENS}"
         )
 
 

@@ -19,7 +19,7 @@ from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
-from intactkv_eval.harness.loading import check_layers, loading
+from intactkv_eval.harness.loading import check_layers, check_tokens, loading
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
@@ -235,6 +235,7 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     with loading(repr(source.pretrained)):
         check_layers(source.pretrained, source.revision)
+        check_tokens(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)
         if read_quantization(source.pretrained, config).summary is not None:
             raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")

@@ -58,6 +58,20 @@ def test_layers_that_no_model_has(saved_llama, said, message):
         make(saved_llama)
 
 
+def test_token_ids_that_no_vocabulary_has(saved_llama):
+    """The tokenizers library makes a table up to the highest: tens of gigabytes."""
+    path = saved_llama / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for damage in ("vocab", "added"):
+        said = json.loads(json.dumps(content))
+        (said["model"]["vocab"] if damage == "vocab" else said["added_tokens"][0])[
+            "a" if damage == "vocab" else "id"
+        ] = 2**31
+        path.write_text(json.dumps(said))
+        with pytest.raises(CheckpointError, match="token id 2147483648; expected at most"):
+            make(saved_llama)
+
+
 def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
     def breaks(*_arguments, **_named):
         raise KeyError("ours")
