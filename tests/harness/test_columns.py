@@ -25,8 +25,8 @@ COUNTING = {
         window_size=WINDOW, max_position_embeddings=512, **SPECIAL,
     ),
 }  # fmt: skip
-PHI = PhiConfig(vocab_size=VOCAB, pad_token_id=0, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                max_position_embeddings=512, **SPECIAL)  # fmt: skip
+PHI = PhiConfig(vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                max_position_embeddings=512, pad_token_id=0, **SPECIAL)  # fmt: skip
 HEAD = [(37 * place) % 250 for place in range(1, 25)]
 BODIES = [[*HEAD, 5, 9], HEAD + [(91 * place) % 250 for place in range(WINDOW)], [8, 80, 81], [*HEAD, 3, 200, 17, 40]]
 OPTIONS = {"do_sample": False, "pad_token_id": PAD}
