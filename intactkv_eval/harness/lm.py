@@ -96,9 +96,10 @@ class IntactKVLM(PivotedTalks):
 
     @property
     def max_length(self) -> int:
-        """The tokens that fit behind the pivot."""
+        """The tokens that fit behind the pivot. Raises ConfigError where the config says no number of positions."""
         taken = len(self.built.pivoted.token_ids) if self.built is not None else 0
-        return int(super().max_length) - taken
+        with loading(f"pretrained={self.cell.model.pretrained!r}"):  # older transformers take any text for a number
+            return int(super().max_length) - taken
 
     def get_model_info(self) -> dict[str, Any]:
         """What `hf` tells of a model, and the resolved cell under `intactkv`, for lm_eval's results JSON."""
