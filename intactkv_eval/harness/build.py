@@ -88,11 +88,7 @@ def build(
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
-    model = load(cell.model.pretrained, cell.model.revision)
-    check_supported(model)
-    check_resident(model)
-    if cell.weights.rotate:
-        check_rotatable(model)
+    model = _loaded(cell, load)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
     if pivot is not None:
@@ -118,6 +114,16 @@ def build(
     check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
+
+
+def _loaded(cell: CellSpec, load: Loader) -> PreTrainedModel:
+    """What `pretrained` names, which can have a pivot, and can be rotated where the cell asks for it."""
+    model = load(cell.model.pretrained, cell.model.revision)
+    check_supported(model)
+    check_resident(model)
+    if cell.weights.rotate:
+        check_rotatable(model)
+    return model
 
 
 def _in_basis(

@@ -26,13 +26,13 @@ def resolve_tokens(
     if spec.source == "auto" or spec.source.endswith(".safetensors"):
         raise PivotError(f"pivot={spec.source}: cannot be told here; name its tokens with tokens:ID+ID+...")
     if spec.token_ids is not None:
-        _check_vocabulary(spec.token_ids, vocab_size)
+        check_vocabulary(spec.token_ids, vocab_size)
         return spec.token_ids
     if spec.source == "prompt":
         return prompt_head(tokenizer, chat)
     if spec.source.endswith(".json"):
         chosen = ChoiceFile.load(Path(spec.source)).tokens
-        _check_vocabulary(chosen, vocab_size)
+        check_vocabulary(chosen, vocab_size)
         return chosen
     if tokenizer.bos_token_id is not None:
         return (int(tokenizer.bos_token_id),)
@@ -88,7 +88,8 @@ def _encoded(tokenizer: Any, prompt: str) -> list[int]:
     return encoded
 
 
-def _check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:
+def check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:
+    """Raise PivotError for a token that the model has no embedding of."""
     outside = [token for token in token_ids if token >= vocab_size]
     if outside:
         raise PivotError(f"pivot tokens {outside} are outside the model's vocabulary of {vocab_size}")

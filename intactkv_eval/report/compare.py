@@ -84,11 +84,9 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
 
 
 def _difference(one: Score, other: Score | None) -> Delta | None:
-    return None if other is None or not isfinite(one.value - other.value) else difference(one, other)
-
-
-def difference(one: Score, other: Score) -> Delta:
-    """one - other."""
+    """one - other; None where there is no other, or one of them is no number."""
+    if other is None or not isfinite(one.value - other.value):
+        return None
     test = _test(one, other)
     value = one.value - other.value
     return Delta(value, test.stderr, test) if test else Delta(value, _unpaired_stderr(one, other))

@@ -100,10 +100,7 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _indexed(folder: Path) -> dict[str, str]:
-    found = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-        raise CheckpointError(f"{folder / INDEX}: expected weight_map, the file of each tensor")
-    check_names(folder / INDEX, found.values())
+    found = _weight_map(folder / INDEX)
     held: dict[str, set[str]] = {}
     for file in sorted(set(found.values())):
         if not (folder / file).is_file():
@@ -113,23 +110,24 @@ def _indexed(folder: Path) -> dict[str, str]:
     absent = [name for name, file in found.items() if name not in held[file]]
     if absent:
         raise CheckpointError(f"{folder / found[absent[0]]}: {absent[0]} should be in it by {INDEX}, and is not")
-    return dict(found)
+    return found
 
 
 def check_indexes(folder: Path) -> None:
     """Raise CheckpointError where an index of shards in `folder`, of whatever format, names a file outside of it."""
     for index in sorted(folder.glob("*.index*.json")):
-        found = read_json(index).get("weight_map")
-        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
-            raise CheckpointError(f"{index}: expected weight_map, the file of each tensor")
-        check_names(index, found.values())
+        _weight_map(index)
 
 
-def check_names(index: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError unless each is the name of a file in the folder of `index`."""
-    for name in sorted(set(names)):
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, each in the folder of `index`."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise CheckpointError(f"{index}: expected weight_map, the file of each tensor")
+    for name in sorted(set(found.values())):
         if Path(name).name != name or len(name) > _LONGEST_NAME:
             raise CheckpointError(f"{index}: names {name[:80]!r}, which is outside the folder or no file's name")
+    return found
 
 
 def _opened(path: Path) -> Any:

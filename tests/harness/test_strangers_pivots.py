@@ -57,7 +57,7 @@ def test_a_pivot_of_other_shapes_or_another_dtype(saved_llama, pivot_file, chang
 @pytest.mark.parametrize("intact", [True, False])
 def test_a_pivot_of_tokens_that_the_model_does_not_know(saved_llama, pivot_file, intact):
     file = changed(pivot_file, lambda _, tensor: tensor, token_ids="[99999, 7]")
-    with pytest.raises(PivotError, match="token 99999 is outside the model's vocabulary of 259"):
+    with pytest.raises(PivotError, match=r"\[99999\] are outside the model's vocabulary of 259"):
         make(saved_llama, pivot=file, intact=intact)
 
 
@@ -121,8 +121,8 @@ def test_a_layer_that_holds_little_else_than_rounding_is_no_other_config(saved_l
     file = tmp_path / "p.safetensors"
     capture(llama, (BOS, 7), fingerprint_of(llama, "main")).save(file)
     cell = {"pretrained": str(saved_llama), "dtype": "bfloat16", "device": "cpu", "pivot": str(file)}
-    changed(file, lambda name, tensor: tensor * 1.15 if name == "values.0" else tensor)
+    changed(file, lambda name, tensor: tensor * 1.07 if name == "values.0" else tensor)
     IntactKVLM(**cell)
-    changed(file, lambda name, tensor: tensor * 1.15 if name.startswith("values") else tensor)
+    changed(file, lambda name, tensor: tensor * 1.07 if name.startswith("values") else tensor)
     with pytest.raises(PivotError, match="compute other KV"):
         IntactKVLM(**cell)
