@@ -13,11 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from intactkv_eval.compat.lm_eval_api import EvaluationTracker, TaskManager, simple_evaluate
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.report.collect import collect

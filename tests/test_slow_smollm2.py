@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.config import ActivationSpec, WeightSpec
 from intactkv_eval.demo import run_demo
 from intactkv_eval.harness.build import quantize
@@ -27,7 +27,7 @@ BIN = Path(sys.executable).parent
 
 
 def requests(kind, arguments):
-    return [Instance(kind, {}, args, i, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+    return [make_request(kind, args, i, task="task") for i, args in enumerate(arguments)]
 
 
 def test_demo_prints_the_table(tmp_path, smollm2):

@@ -10,10 +10,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig
 
+from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.demo import prepare_model
 from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.lm import IntactKVLM
@@ -67,7 +66,7 @@ def _difference(one: IntactKVLM, other: IntactKVLM) -> float:
 
 def _seconds(lm: Any) -> float:
     options = {"until": [], "max_gen_toks": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
-    request = Instance("generate_until", {}, (PROMPT, options), 0)
+    request = make_request("generate_until", (PROMPT, options))
     start = time.perf_counter()
     lm.generate_until([request], disable_tqdm=True)
     return time.perf_counter() - start

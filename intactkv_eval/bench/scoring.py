@@ -11,9 +11,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
+from intactkv_eval.compat.lm_eval_api import HFLM, TaskManager
 from intactkv_eval.demo import prepare_model
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import cache_folder, shipped_folder

@@ -11,10 +11,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 
 from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.calibrate.messages import Conversation, Message, filled, open_question
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import prepare_model
 from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.lm import IntactKVLM
@@ -68,7 +68,7 @@ def _plain(lm: IntactKVLM, asked: list[Conversation], tokens: int) -> tuple[Answ
 
 def _ours(lm: IntactKVLM, asked: list[Conversation], tokens: int) -> tuple[Answers, int]:
     options = [{"messages": [one._asdict() for one in each], "max_gen_toks": tokens} for each in asked]
-    requests: list[Any] = [Instance(REQUEST, {}, ("", one), place) for place, one in enumerate(options)]  # type: ignore[arg-type]
+    requests: list[Any] = [make_request(REQUEST, ("", one), place) for place, one in enumerate(options)]
     found = lm.generate_turns(requests, disable_tqdm=True)
     return [[turn[0] for turn in each] for each in found], sum(turn[3] for each in found for turn in each)
 

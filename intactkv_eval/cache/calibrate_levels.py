@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.cache.levels import Calibration, KVLevels
 from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.scheme import working
 from intactkv_eval.cache.writer import LayerKV
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.data import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.structure import layer_devices, text_config
@@ -141,19 +141,18 @@ def _sums(of: Tensor, size: int, numbers: Tensor) -> Tensor:
     return torch.zeros(size, dtype=torch.float64).index_add_(0, of, numbers)
 
 
-class _Watched(DynamicCache):
+class _Watched(CountingCache):
     """Shows every row that is written."""
 
     def __init__(self, seen: Callable[[Tensor, Tensor, int], None]) -> None:
         super().__init__()
         self._seen = seen
 
-    def update(
+    def store(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> LayerKV:
         self._seen(key_states, value_states, layer_idx)
-        updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return updated
+        return super().store(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -176,7 +175,7 @@ def _each(
 
     for text in texts:
         ids = torch.cat([torch.tensor(front, dtype=torch.long), text])[None].to(device)
-        model(input_ids=ids, past_key_values=_Watched(undone), use_cache=True)
+        run_with_cache(model, _Watched(undone), ids)
         bar.update()
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from intactkv_eval.cache.scheme import Scheme
 from intactkv_eval.cache.writer import LayerKV
+from intactkv_eval.compat.cache_use import CountingCache
+from intactkv_eval.compat.transformers_api import DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Groups:
         return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
-class _GroupCache(DynamicCache):
+class _GroupCache(CountingCache):
     """front: keys and values [H, P, D] of each layer, possibly none."""
 
     def __init__(self, front: Sequence[LayerKV], batch_size: int, scheme: Scheme, groups: Groups) -> None:
@@ -82,7 +83,7 @@ class SideBySideCache(_GroupCache):
     Right-padded rows need nothing else: no token sees a group that is not whole before it.
     """
 
-    def update(
+    def store(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> LayerKV:
         """Rows [B, H, T, D] -> keys and values [B, H, Q + P + T, D]; nothing is kept."""
@@ -107,7 +108,7 @@ class StreamCache(_GroupCache):
         super().__init__(front, batch_size, scheme, groups)
         self._done: dict[int, int] = {}  # of each layer, the column below which rows are quantized
 
-    def update(
+    def store(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> LayerKV:
         """Append rows [B, H, T, D]; returns all rows of the layer as these tokens see them."""
@@ -124,5 +125,4 @@ class StreamCache(_GroupCache):
                 torch.cat([old[:, :, :done], new, old[:, :, edge:]], dim=2)
                 for old, new in zip((layer.keys, layer.values), fake, strict=True)
             )
-        updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return updated
+        return super().store(key_states, value_states, layer_idx, *args, **kwargs)

@@ -14,10 +14,10 @@ from intactkv_eval.cache.writer import LayerKV
 class OnceCache(PivotCache):
     """The pivot's rows, in front of whatever is written. Takes what PivotCache takes, a pivot among it."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:
+    def store(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:
         """All rows of the layer, the new ones [B, H, T, D] behind the pivot's; the cache is left as it was."""
         layer = self.layers[layer_idx]
         before = dict(vars(layer))
-        rows = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        rows = super().store(key_states, value_states, layer_idx, *args, **kwargs)
         vars(layer).update(before)
         return rows

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.cache.writer import LayerKV, Writer
+from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.errors import PivotError
 
 
@@ -32,7 +32,7 @@ class FrontRows(Protocol):
         ...
 
 
-class PivotCache(DynamicCache):
+class PivotCache(CountingCache):
     """The KV cache [B, H, P + T, D] of one call.
 
     writer: what quantizes later rows, None for none. devices: of each layer, where its pivot rows go. padding: the left
@@ -65,9 +65,9 @@ class PivotCache(DynamicCache):
             return
         for layer, (key, value, device) in enumerate(zip(pivot.keys, pivot.values, devices, strict=True)):
             keys, values = (part.to(device).expand(batch_size, *part.shape[-3:]).clone() for part in (key, value))
-            super().update(keys, values, layer)
+            super().store(keys, values, layer)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:
+    def store(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:
         """Append rows [B, H, T, D], quantized first where the cell says so; returns all rows of the layer."""
         if self._writer is not None:
             positions = self._positions(self.get_seq_length(layer_idx), key_states)
@@ -75,8 +75,7 @@ class PivotCache(DynamicCache):
         if self._replacing is not None and not self.get_seq_length(layer_idx):
             key_states = _with_front(key_states, self._replacing.keys[layer_idx])
             value_states = _with_front(value_states, self._replacing.values[layer_idx])
-        updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return updated
+        return super().store(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _positions(self, start: int, states: Tensor) -> Tensor:
         """[B or 1, T]: the places of new tokens among their row's real ones."""

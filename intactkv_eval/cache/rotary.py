@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.cache.scheme import working
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.model.structure import text_config
 
@@ -106,10 +106,10 @@ def find_rotary(model: PreTrainedModel) -> Rotary:
 
 @torch.no_grad()
 def _keys_of_one_token(model: PreTrainedModel) -> list[Tensor]:
-    cache = DynamicCache()
+    cache = CountingCache()
     embeddings = model.get_input_embeddings().weight
     ids = torch.full((1, _TRIED), min(11, len(embeddings) - 1), device=embeddings.device)
-    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    run_with_cache(model, cache, ids)
     return [layer.keys for layer in cache.layers]
 
 

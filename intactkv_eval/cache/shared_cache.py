@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from intactkv_eval.cache.writer import LayerKV, Writer
+from intactkv_eval.compat.cache_use import CountingCache
+from intactkv_eval.compat.transformers_api import DynamicLayer
 
 
-class SharedCache(DynamicCache):
+class SharedCache(CountingCache):
     """prefix: keys and values [1, H, S, D] of each layer, possibly none.
 
     writer: what quantizes rows, None for nothing. positions: [B, T] of the tokens that will be written.
@@ -32,15 +33,14 @@ class SharedCache(DynamicCache):
             layer.keys, layer.values = (part.expand(batch_size, -1, -1, -1) for part in (keys, values))
             self.layers.append(layer)
 
-    def update(
+    def store(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> LayerKV:
         """Append rows [B, H, T, D], quantized where the cell says so; returns all rows of the layer."""
         if self._writer is not None:
             key_states, value_states = self._writer.write(key_states, value_states, layer_idx, self._positions)
         if self._keep:
-            updated: LayerKV = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-            return updated
+            return super().store(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx >= len(self.layers):
             return key_states, value_states
         layer = self.layers[layer_idx]

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
+from intactkv_eval.compat.cache_use import CountingCache, check_layer_call
+from intactkv_eval.compat.transformers_api import Cache
 from intactkv_eval.pivot.watch import hidden_of
 
 
@@ -25,11 +26,15 @@ class LayerCall(NamedTuple):
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         return hidden, cls(tuple(args[1:]), {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
-    def run(self, layer: nn.Module, hidden: Tensor, cache: Cache | None, device: torch.device) -> Tensor:
+    def run(self, layer: nn.Module, hidden: Tensor, cache: CountingCache | None, device: torch.device) -> Tensor:
         """What `layer`, which is on `device`, makes of `hidden` [1, T, C] with `cache` in the place of its own."""
         placed = [_placed(value, cache, device, hidden.dtype) for value in self.args]
         named = {key: _placed(value, cache, device, hidden.dtype) for key, value in self.kwargs.items()}
-        return hidden_of(layer(hidden.to(device), *placed, **named))
+        before = sum(cache.rows_given.values()) if cache is not None else 0
+        output = hidden_of(layer(hidden.to(device), *placed, **named))
+        if cache is not None:
+            check_layer_call(layer, cache, before, hidden.shape[1])
+        return output
 
 
 def _placed(value: Any, cache: Cache | None, device: torch.device, dtype: torch.dtype) -> Any:

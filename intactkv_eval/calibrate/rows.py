@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.cache.writer import Writer
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.pivot.kv import PivotKV
 
 
@@ -43,7 +44,7 @@ def run_behind(
     """
     ids = body[None].to(model.get_input_embeddings().weight.device)
     cache = OnceCache(model.config, 1, writer, rows, list(devices))
-    return module(input_ids=ids, past_key_values=cache, use_cache=True)
+    return run_with_cache(module, cache, ids)
 
 
 class TrainedRows:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.calibrate.layer_calls import LayerCall
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.method import Block
@@ -98,7 +99,7 @@ class BlockWalk:
         """The whole model, as it is now, on a sample [T] behind the pivot's rows; never on the pivot's own tokens."""
         cache = self._cache(self._model.dtype, self._devices)
         ids = sample[None].to(self._model.get_input_embeddings().weight.device)
-        self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        run_with_cache(self._model, cache, ids)
 
     @torch.no_grad()
     def _through(self, index: int, hidden: Sequence[Tensor]) -> list[Tensor]:
@@ -128,7 +129,7 @@ class BlockWalk:
             ids = sample[None].to(self._model.get_input_embeddings().weight.device)
             cache = self._cache(self._model.dtype, self._devices)
             try:
-                self._model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+                run_with_cache(self._model, cache, ids)
             except _Enough:
                 continue
             finally:

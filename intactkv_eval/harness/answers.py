@@ -6,10 +6,9 @@ messages (JSONL), so that the next run, or another cell, can take them as they a
 
 from pathlib import Path
 
-from lm_eval.api.instance import Instance
-
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.messages import Conversation, filled, waits
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.files import write_jsonl
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
@@ -18,7 +17,7 @@ from intactkv_eval.harness.lm_talks import REQUEST
 def answered(lm: IntactKVLM, found: Conversations, tokens: int, out: Path) -> Conversations:
     """`found` with every question answered in at most `tokens` tokens, as it is written to `out`."""
     waiting = [one for one in found.texts if waits(one)]
-    requests = [Instance(REQUEST, {}, (one[0].content, _options(one, tokens)), 0) for one in waiting]
+    requests = [make_request(REQUEST, (one[0].content, _options(one, tokens))) for one in waiting]
     turns = iter(lm.generate_turns(requests))
     whole = [filled(one, [turn[0] for turn in next(turns)]) if waits(one) else one for one in found.texts]
     write_jsonl(out, ({"messages": [message._asdict() for message in one]} for one in whole))

@@ -4,9 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
-
 from intactkv_eval.cell_arguments import CELL_KEYS
+from intactkv_eval.compat.lm_eval_api import HFLM
 from intactkv_eval.errors import ConfigError, unknown_key
 
 # What hf hands on to transformers' from_pretrained.

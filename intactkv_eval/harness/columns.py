@@ -12,8 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
+from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
+from intactkv_eval.compat.transformers_api import cache_layers
 from intactkv_eval.model.activations import activations_off
 from intactkv_eval.model.structure import text_config
 
@@ -51,7 +52,7 @@ class Columns:
     @cached_property
     def window(self) -> int | None:
         """The shortest sliding window among the layers, None where every layer sees all."""
-        layers = DynamicCache(config=self.model.config).layers
+        layers = cache_layers(self.model.config)
         return min((layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)), default=None)
 
     def counted(self, columns: int) -> bool:
@@ -90,19 +91,19 @@ class Columns:
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(embeddings.shape[0], (1, _KEPT + _TEXT), generator=draw).to(embeddings.device)
         kept, text = ids[:, :_KEPT], ids[:, _KEPT:]
-        cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=kept, past_key_values=cache, use_cache=True)
+        cache = CountingCache(config=self.model.config)
+        run_with_cache(self.model, cache, kept)
         for place, layer in enumerate(cache.layers if padding else ()):
             empty = (part.new_zeros(1, part.shape[1], padding, part.shape[3]) for part in (layer.keys, layer.values))
             cache.update(*empty, place)
-        made = self.model.generate(
-            input_ids=torch.cat([kept, kept[:, :1].expand(1, padding), text], dim=1),
+        made = generate_with_cache(
+            self.model,
+            cache,
+            torch.cat([kept, kept[:, :1].expand(1, padding), text], dim=1),
             attention_mask=torch.tensor([[1] * _KEPT + [0] * padding + [1] * _TEXT], device=ids.device),
-            past_key_values=cache,
             max_new_tokens=1,
             do_sample=False,
             num_beams=1,
-            use_cache=True,
             return_dict_in_generate=True,
             output_logits=True,
             pad_token_id=0,

@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.utils import setup_logging, simple_parse_args_string
-
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, simple_parse_args_string
 from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder

@@ -8,11 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
-from lm_eval.config.evaluate_config import DEFAULT_SEED
-from lm_eval.loggers import EvaluationTracker
-from lm_eval.tasks import TaskManager
-
+from intactkv_eval.compat.lm_eval_api import SEED_NAMES, EvaluationTracker, TaskManager, default_seeds, simple_evaluate
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.plugin import NAME
@@ -75,8 +71,7 @@ def evaluate_task(
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     told = {**model_args, **metadata}
-    seeds = DEFAULT_SEED if seed is None else [seed] * len(DEFAULT_SEED)
-    names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+    seeds = default_seeds() if seed is None else dict.fromkeys(SEED_NAMES, seed)
     tracker = EvaluationTracker(output_path=str(out))
     with cache_explained():
         results = simple_evaluate(
@@ -87,7 +82,7 @@ def evaluate_task(
             metadata=told,
             evaluation_tracker=tracker,
             log_samples=True,
-            **dict(zip(names, seeds, strict=True)),
+            **seeds,
             **settings,
         )
     samples = results.pop("samples")

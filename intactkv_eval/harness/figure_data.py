@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.cache.writer import Writer
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.calibrate.student import distance
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices
 from intactkv_eval.pivot.choose import nats_of
@@ -99,7 +100,7 @@ def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[st
     taken = () if pivoted.pivot is not None else pivoted.token_ids
     with torch.no_grad():
         row = _row(pivoted.model, [*taken, *ids])
-        pivoted.model.base_model(input_ids=row, past_key_values=cache, use_cache=True)
+        run_with_cache(pivoted.model.base_model, cache, row)
     held: Any = cache.layers[layer]
     keys, values = held.keys, held.values
     positions = torch.arange(keys.shape[2], device=keys.device)[None]

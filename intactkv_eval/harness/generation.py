@@ -19,6 +19,8 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, generate_with_cache
+from intactkv_eval.compat.transformers_api import set_output_cache
 from intactkv_eval.errors import NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
@@ -111,13 +113,13 @@ def _called(
 ) -> Tensor:
     """transformers' generate; what a broken row of `rows` is broken by is looked for."""
     try:
-        out: Tensor = pivoted.model.generate(
-            input_ids=ids,
+        out: Tensor = generate_with_cache(
+            pivoted.model,
+            cache,
+            ids,
             attention_mask=mask,
-            past_key_values=cache,
             max_new_tokens=how.new_tokens,
             stopping_criteria=how.stopping(ids.shape[1], len(ids)) if how.stopping else None,
-            use_cache=True,
             logits_processor=LogitsProcessorList([FiniteLogits(), *([how.sampler] if how.sampler else [])]),
             **how.options,
         )
@@ -201,15 +203,22 @@ def _from_nothing(pivoted: PivotedModel, bodies: Tensor, how: _How) -> Tensor:
     if pivoted.pivot is None and pivoted.writer is not None:
         every = ids.repeat_interleave(how.beams, 0)
         cache = pivoted.prefilled(every) if pivoted.writer.in_groups else pivoted.new_cache(len(every))
-    with _answering_as_captured(pivoted):
-        return _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, how)[:, ids.shape[1] :]
+    with _answering_as_captured(pivoted) as given:
+        made = _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, how)[:, ids.shape[1] :]
+    for one in given:
+        check_fresh_cache(pivoted.model, one, made.shape[1] - 1)
+    return made
 
 
 @contextmanager
-def _answering_as_captured(pivoted: PivotedModel) -> Iterator[None]:
-    """The next output of the model is what an intact pivot's capture says: its last logits, and its rows alone."""
+def _answering_as_captured(pivoted: PivotedModel) -> Iterator[list[CountingCache]]:
+    """The next output of the model is what an intact pivot's capture says: its last logits, and its rows alone.
+
+    Yields a list that then holds the cache of these rows.
+    """
+    given: list[CountingCache] = []
     if pivoted.pivot is None:
-        yield
+        yield given
         return
 
     def replaced(module: Any, args: Any, output: Any) -> Any:
@@ -218,14 +227,15 @@ def _answering_as_captured(pivoted: PivotedModel) -> Iterator[None]:
         output.logits = pivoted.pivot_logits[-1:].expand(rows, 1, -1)
         if pivoted.writer is not None and pivoted.writer.in_groups:
             ids = torch.tensor([[*pivoted.token_ids, 0]]).expand(rows, -1)
-            output.past_key_values = pivoted.prefilled(ids)  # of all but the last, which are the pivot's
+            given.append(pivoted.prefilled(ids))  # of all but the last, which are the pivot's
         else:
-            output.past_key_values = pivoted.new_cache(rows)
+            given.append(pivoted.new_cache(rows))
+        set_output_cache(output, given[0])
         return output
 
     hook = pivoted.model.register_forward_hook(replaced)
     try:
-        yield
+        yield given
     finally:
         hook.remove()
 

@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.compat.lm_eval_api import Instance, rolling_text
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
@@ -192,10 +192,10 @@ class IntactKVLM(PivotedTalks):
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scored
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows that leave room for the pivot."""
-        self._longest = max((len(self.tok_encode(request.args[0])) for request in requests), default=None)
-        rolled: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Any]:
+        """Log-likelihood of whole texts, in windows that leave room for the pivot, in the form of lm_eval's release."""
+        self._longest = max((len(self.tok_encode(rolling_text(request))) for request in requests), default=None)
+        rolled: list[Any] = super().loglikelihood_rolling(requests, disable_tqdm)
         return rolled
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:

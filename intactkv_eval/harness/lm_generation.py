@@ -6,13 +6,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 from transformers import StoppingCriteriaList
 
+from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs, stop_sequences_criteria
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.framing import Framing

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import hash_args
 from tqdm import tqdm
 
 from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.calibrate.messages import Conversation, Message, filled, open_question, waits
+from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.batching import kv_bytes_per_token
 from intactkv_eval.harness.generation import eos_ids

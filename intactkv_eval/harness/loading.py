@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, PretrainedConfig
-from transformers.utils.hub import cached_file
+from transformers import PretrainedConfig
 
+from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 

@@ -10,8 +10,8 @@ are and how many were cut; what they are worth, `intactkv judge` finds out from 
 from typing import Any
 
 from datasets import Dataset
-from lm_eval.api.instance import Instance
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.lm_talks import OPTIONS, REQUEST, number
 from intactkv_eval.harness.python_task import PythonTask
@@ -56,20 +56,19 @@ class MTBenchTask(PythonTask):
         """The first question; the chat template is the model's to apply, in every turn."""
         return self.doc_to_text(doc)
 
-    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Instance]:
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> list[Any]:
         """One conversation for each choice."""
-        kwargs.pop("apply_chat_template", None)
-        kwargs.pop("chat_template", None)
         system = [{"role": "system", "content": self._system}] if self._system else []
         asked = [{"role": "user", "content": turn} for turn in doc["turns"]]
         options = {"messages": system + asked, **self._generation(doc)}
         return [
-            Instance(
-                request_type=REQUEST,  # type: ignore[arg-type]
-                doc=doc,
-                arguments=(ctx, {**options, "seed": f"{self._seed}/{doc['question_id']}/{index}"}),
-                idx=index,
-                **kwargs,
+            make_request(
+                REQUEST,
+                (ctx, {**options, "seed": f"{self._seed}/{doc['question_id']}/{index}"}),
+                index,
+                doc,
+                self.config.task,
+                kwargs,
             )
             for index in range(self._choices)
         ]

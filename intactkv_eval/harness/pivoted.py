@@ -19,6 +19,7 @@ from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
 from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
@@ -159,11 +160,11 @@ class PivotedModel:
             front = torch.tensor(self.token_ids, dtype=torch.long, device=ids.device).expand(len(ids), -1)
             whole, front_rows = torch.cat([front, ids], dim=1), self.front_rows
             replacing = PivotCache(self.model.config, len(ids), self.writer, front_rows, self.devices, computed=True)
-            return self.model(input_ids=whole, past_key_values=replacing, use_cache=True)
+            return run_with_cache(self.model, replacing, whole)
         if self.writer is not None and self.writer.in_groups:
             return self.forward_in_groups(ids, self.writer)
         cache = self.new_cache(len(ids)) if self.pivot is not None or self.writer is not None else None
-        return self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
+        return run_with_cache(self.model, cache, ids)
 
     @torch.no_grad()
     def forward_in_groups(self, ids: Tensor, writer: Writer) -> Any:
@@ -178,9 +179,7 @@ class PivotedModel:
         }
         positions = torch.arange(first, total, device=self.device).expand(len(ids), -1)
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self.model(
-            input_ids=ids, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions
-        )
+        return run_with_cache(self.model, cache, ids, attention_mask=mask, position_ids=positions)
 
     @torch.no_grad()
     def prefilled(self, ids: Tensor) -> StreamCache:
@@ -193,7 +192,7 @@ class PivotedModel:
         groups = self._groups(self.writer)
         cache = StreamCache(self.front_layers(), len(ids), self.writer.scheme, groups)
         for start, stop in groups.chunks(cache.get_seq_length(), ids.shape[1] - 1):
-            self.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
+            run_with_cache(self.model, cache, ids[:, start:stop])
         return cache
 
     def body_logits(self, bodies: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ For tasks whose requests depend on the model's tokenizer or on --metadata.
 import logging
 from typing import Any
 
-from lm_eval.api.task import ConfigurableTask
+from intactkv_eval.compat.lm_eval_api import ConfigurableTask
 
 logger = logging.getLogger(__name__)
 
 
 class PythonTask(ConfigurableTask):
-    """ConfigurableTask, built from a YAML that has a `class` key (lm_eval 0.4.13 hands that key on unread)."""
+    """ConfigurableTask, built from a YAML that has a `class` key (lm_eval hands that key on unread)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})

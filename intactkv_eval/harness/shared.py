@@ -18,10 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.cache.writer import LayerKV
+from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.compat.transformers_api import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    attention_implementation,
+    cache_layers,
+)
 from intactkv_eval.harness.batching import kv_bytes_per_token
 from intactkv_eval.harness.columns import TRIAL_ERRORS, disagreement, is_tested
 from intactkv_eval.harness.head import Head
@@ -90,11 +96,12 @@ class SharedModel:
         device = self.pivoted.device
         positions = depths + self.root.length
         cache = SharedCache(prefix.rows, len(rows), self.pivoted.writer, positions, keep)
-        arguments: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        arguments: dict[str, Any] = {}
         if not all(row.is_chain for row in rows):
             masks = self._masks(rows, positions, prefix.length)
-            arguments |= {"attention_mask": masks, "position_ids": positions.to(device)}
-        return self.pivoted.model(input_ids=ids.to(device), **arguments), cache.rows() if keep else []
+            arguments = {"attention_mask": masks, "position_ids": positions.to(device)}
+        output = run_with_cache(self.pivoted.model, cache, ids.to(device), **arguments)
+        return output, cache.rows() if keep else []
 
     @torch.no_grad()
     def plain_forward(self, rows: Sequence[Row]) -> Any:
@@ -136,12 +143,12 @@ class SharedModel:
         return Sharing.TREES
 
     def _why_no_prefix(self) -> str | None:
-        layers = DynamicCache(config=self.pivoted.model.config).layers
+        layers = cache_layers(self.pivoted.model.config)
         other = next((layer for layer in layers if type(layer) not in {DynamicLayer, DynamicSlidingWindowLayer}), None)
         return None if other is None else f"it keeps its past in a {type(other).__name__}"
 
     def _why_no_tree(self) -> str | None:
-        used = getattr(self.pivoted.model.config, "_attn_implementation", None)
+        used = attention_implementation(self.pivoted.model)
         if used not in {"sdpa", "eager"}:
             return f"attention {used!r} takes no mask of its own"
         unknown = set(self.pivoted.windows) - KNOWN_LAYERS

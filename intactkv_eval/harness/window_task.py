@@ -15,8 +15,8 @@ from math import exp
 from typing import Any
 
 from datasets import Dataset
-from lm_eval.api.instance import Instance
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.data import origin
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.python_task import PythonTask
@@ -55,12 +55,10 @@ class WindowTask(PythonTask):
         """w_2 .. w_{N-1}, the tokens that are scored."""
         return self._text(self._windows[doc["window"]][2:])
 
-    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Instance:
+    def construct_requests(self, doc: dict[str, Any], ctx: str, **kwargs: Any) -> Any:
         """One log-likelihood a window. A chat template or few-shot examples have no place in this protocol."""
-        kwargs.pop("apply_chat_template", None)
-        kwargs.pop("chat_template", None)
         arguments = (self.doc_to_text(doc), self.doc_to_target(doc))
-        return Instance(request_type="loglikelihood", doc=doc, arguments=arguments, idx=0, **kwargs)
+        return make_request("loglikelihood", arguments, 0, doc, self.config.task, kwargs)
 
     def fewshot_context(self, doc: dict[str, Any], *args: Any, **kwargs: Any) -> str:
         """The context alone."""

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.weights.gradient import straight_through

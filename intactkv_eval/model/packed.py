@@ -16,9 +16,8 @@ from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_max_memory, set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D, ignored_tensors, no_init_weights, tied_tensors
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.activations import InputStage
 from intactkv_eval.model.linear import QuantizedLinear
@@ -216,7 +215,7 @@ def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Coll
 
 def _tie(model: PreTrainedModel) -> None:
     """Tied tensors are one, whichever of the two names was stored; stored apart and unlike, they stay apart."""
-    pairs: Mapping[str, str] = dict(model.all_tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    pairs: Mapping[str, str] = tied_tensors(model)
     for target, source in pairs.items():
         one, other = model.get_parameter(target), model.get_parameter(source)
         if other.is_meta and not one.is_meta:
@@ -229,9 +228,9 @@ def _tie(model: PreTrainedModel) -> None:
 
 
 def _check_whole(model: PreTrainedModel, names: _Names) -> None:
-    tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tied = set(tied_tensors(model))
     missing = sorted(name for name, tensor in model.state_dict().items() if tensor.is_meta and name not in tied)
-    ignored = [*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [*_COMPUTED, *ignored_tensors(model)]
     left = [name for name in sorted(names.unread) if not any(re.search(pattern, name) for pattern in ignored)]
     left = [name for name in left if name not in tied]
     if missing or left:

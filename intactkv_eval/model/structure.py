@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.model.activations import StagedLinear
 

@@ -4,15 +4,15 @@ Knows no quantizer; what it returns does not share storage with the model.
 """
 
 import hashlib
-import inspect
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
+from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot.kv import Fingerprint, PivotKV
 
@@ -46,9 +46,9 @@ def computed(model: PreTrainedModel, token_ids: tuple[int, ...]) -> Computed:
     if limit is not None and len(token_ids) >= limit:
         raise PivotError(f"a pivot of {len(token_ids)} tokens leaves no room in a model of {limit} positions")
     # Without the config every layer keeps all rows, sliding ones too: they cut their window when a cache is made.
-    cache = DynamicCache()
+    cache = CountingCache()
     inputs = torch.tensor([token_ids], device=model.get_input_embeddings().weight.device)
-    logits = model(input_ids=inputs, past_key_values=cache, use_cache=True).logits[0]
+    logits = run_with_cache(model, cache, inputs).logits[0]
     rows: list[Any] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if not rows or any(key is None or key.ndim != 4 or key.shape[2] != len(token_ids) for key, _ in rows):
         raise UnsupportedModelError(f"{type(model).__name__} does not fill a KV cache [B, H, T, D] in every layer")
@@ -64,9 +64,11 @@ def check_supported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
-    if other or not getattr(config, "num_attention_heads", None) or not _takes_cache(model):
+    if other or not getattr(config, "num_attention_heads", None):
         reason = f"layers of type {', '.join(sorted(other))}" if other else "no attention KV cache"
         raise UnsupportedModelError(f"{name} has {reason}: a state-space or hybrid model holds no pivot KV")
+    if not takes_cache(model):
+        raise UnsupportedModelError(f"{name} takes no KV cache: {unknown_cache_argument(type(model).forward)}")
 
 
 def fingerprint_of(model: PreTrainedModel, revision: str) -> Fingerprint:
@@ -101,7 +103,3 @@ def weight_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
         step = max(1, flat.numel() // _SAMPLE)
         digest.update(flat[::step][:_SAMPLE].to(torch.float64).cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
-
-
-def _takes_cache(model: PreTrainedModel) -> bool:
-    return "past_key_values" in inspect.signature(type(model).forward).parameters

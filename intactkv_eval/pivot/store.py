@@ -10,8 +10,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers.utils.hub import cached_file
-
+from intactkv_eval.compat.transformers_api import cached_file
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import cache_folder
 from intactkv_eval.pivot.kv import PivotKV

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.quantized import QuantizedWeight
 

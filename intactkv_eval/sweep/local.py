@@ -14,8 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
-from lm_eval.utils import setup_logging
-
+from intactkv_eval.compat.lm_eval_api import setup_logging
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit

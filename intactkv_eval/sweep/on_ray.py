@@ -18,8 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_eval.utils import setup_logging
-
+from intactkv_eval.compat.lm_eval_api import setup_logging
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError, IntactKVError
 from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.evaluate import check_written

@@ -8,9 +8,9 @@ import torch
 from kv_cells import CHANNEL_KEY, pivoted
 from tiny import BOS, FAMILIES, PAD, build_model
 from transformers import BloomConfig, BloomForCausalLM
-from transformers.cache_utils import DynamicCache
 
 from intactkv_eval.cache.group_cache import Groups
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.generation import generate
@@ -59,10 +59,10 @@ def decoded(made, ids, exempt):
     logits = []
     for token in ids.tolist():
         column = full[0][0].shape[2] if full else 0
-        cache = DynamicCache()
+        cache = CountingCache()
         for layer, (keys, values) in enumerate(full):
             cache.update(*as_stored(keys, values, column, exempt, made.kv), layer)
-        logits.append(made.model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0, -1])
+        logits.append(run_with_cache(made.model, cache, torch.tensor([[token]])).logits[0, -1])
         new = [(layer.keys[:, :, -1:], layer.values[:, :, -1:]) for layer in cache.layers]
         old = full or [(k[:, :, :0], v[:, :, :0]) for k, v in new]
         full = [
@@ -94,7 +94,7 @@ def test_scoring_is_decoding(family, cell):
         cache = made.prefilled(torch.cat([torch.tensor(TOKENS), BODY[:length]])[None])
         for place in range(length - 1, len(BODY)):
             with torch.no_grad():
-                step = made.model(BODY[None, place : place + 1], past_key_values=cache, use_cache=True).logits[0, -1]
+                step = run_with_cache(made.model, cache, BODY[None, place : place + 1]).logits[0, -1]
             torch.testing.assert_close(step, expected[front + place], rtol=1e-9, atol=1e-9)
     if made.pivot is None:
         torch.testing.assert_close(made.pivot_logits, expected[:front], rtol=1e-9, atol=1e-9)
@@ -140,7 +140,7 @@ def test_a_prefill_across_a_boundary_is_not_taken():
     made = pivoted(build_model("llama"), TOKENS, *CELLS["intact"])
     cache = made.prefilled(torch.tensor([[*TOKENS, 5]]))
     with pytest.raises(AssertionError, match="do not see the same rows"):
-        made.model(BODY[None], past_key_values=cache, use_cache=True)
+        run_with_cache(made.model, cache, BODY[None])
 
 
 def test_nothing_is_shared_and_it_is_said_once(caplog):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from intactkv_eval.cache.calibrate_levels import BINS, calibrate_levels, k_means
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cli import app
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError
 from intactkv_eval.harness.kv_levels_command import levels_of_text
 from intactkv_eval.harness.lm import IntactKVLM
@@ -72,8 +73,8 @@ def test_ranges_are_those_of_the_rows_that_count(left_out):
     keys = []
     for text in texts:
         with torch.no_grad():
-            layers = model(torch.cat([torch.tensor([BOS]), text])[None], use_cache=True).past_key_values.layers
-        keys.append(layers[1].keys[0, :, left_out:])
+            run_with_cache(model, cache := CountingCache(), torch.cat([torch.tensor([BOS]), text])[None])
+        keys.append(cache.layers[1].keys[0, :, left_out:])
     both = torch.cat(keys, dim=1)
     torch.testing.assert_close(levels.low[1], both.amin(dim=1))
     torch.testing.assert_close(levels.high[1], both.amax(dim=1))

@@ -5,6 +5,7 @@ import torch
 from kv_cells import pivoted, spec
 from tiny import BOS, FAMILIES, PAD, build_model
 
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared import SharedModel
@@ -27,10 +28,10 @@ def rows_after(made):
     with torch.no_grad():
         if made.writer.in_groups:
             cache = made.prefilled(ids)
-            made.model(BODY[:, -1:], past_key_values=cache, use_cache=True)
+            run_with_cache(made.model, cache, BODY[:, -1:])
         else:
             cache = made.new_cache(2)
-            made.model(ids[:, cache.get_seq_length() :], past_key_values=cache, use_cache=True)
+            run_with_cache(made.model, cache, ids[:, cache.get_seq_length() :])
     return cache.layers
 
 

@@ -11,6 +11,7 @@ from intactkv_eval.cache.pre_rope import PreRope
 from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.token_head import TokenHead
 from intactkv_eval.cache.writer import Writer, writer_of
+from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 
@@ -73,7 +74,8 @@ def test_rope_is_undone_and_redone(family):
     ]
     ids = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        layers = model(ids, use_cache=True).past_key_values.layers
+        run_with_cache(model, cache := CountingCache(), ids)
+    layers = cache.layers
     for hook in hooks:
         hook.remove()
     assert len(seen) == len(layers) == 3

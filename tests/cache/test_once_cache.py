@@ -6,6 +6,7 @@ from tiny import BOS, FAMILIES, build_model
 
 from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
@@ -19,7 +20,7 @@ def test_the_forward_is_the_same_and_the_rows_are_let_go(family):
     for kind in (PivotCache, OnceCache):
         cache = kind(model.config, 1, None, pivot, layer_devices(model))
         with torch.no_grad():
-            logits.append(model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+            logits.append(run_with_cache(model, cache, ids).logits)
     assert torch.equal(*logits)
     for layer, keys, values in zip(cache.layers, pivot.keys, pivot.values, strict=True):
         assert torch.equal(layer.keys[0], keys)

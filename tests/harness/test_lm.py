@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
@@ -15,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from tiny import BOS, EOS, build_model
 from tokenizers.processors import TemplateProcessing
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, IntactKVError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 
@@ -22,7 +22,7 @@ RTN = {"weights": "rtn", "bits": 4, "group_size": 32}
 
 
 def requests(kind, arguments):
-    return [Instance(kind, {}, args, i, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+    return [make_request(kind, args, i, task="task") for i, args in enumerate(arguments)]
 
 
 PAIRS = [

@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 from lm_eval import simple_evaluate
-from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 from tiny import EOS
 
 from intactkv_eval.bench import talks
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, DataError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
@@ -101,7 +101,7 @@ def test_rows_are_counted_by_what_a_conversation_may_come_to(saved_llama, monkey
     monkeypatch.setattr(lm, "_rows_that_fit", lambda tokens: asked.append(tokens) or 2)
     said = [{"role": "user", "content": "One."}, {"role": "user", "content": "Two and three."}]
     options = [{"messages": said[:many], "max_gen_toks": 4} for many in (1, 2)]
-    turns = lm.generate_turns([Instance(REQUEST, {}, ("One.", one), 0) for one in options])
+    turns = lm.generate_turns([make_request(REQUEST, ("One.", one), 0) for one in options])
     nothing = {"role": "assistant", "content": ""}
     longest = tokenizer.apply_chat_template([said[0], nothing, said[1], nothing], tokenize=False)
     assert [len(found) for found in turns] == [1, 2]

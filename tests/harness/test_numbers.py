@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kv_cells import levels_of
-from lm_eval.api.instance import Instance
 from tiny import BOS, build_model
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import IntactKVError, NumericsError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 
@@ -17,9 +17,9 @@ def lm_of(model, tokenizer, **cell):
 def requests(kind):
     if kind == "generate_until":
         texts = [("one two", {"max_gen_toks": 4, "until": []}), ("three", {"max_gen_toks": 4, "until": []})]
-        return [Instance(kind, {}, text, number) for number, text in enumerate(texts)]
+        return [make_request(kind, text, number) for number, text in enumerate(texts)]
     texts = [("one two", " three"), ("one two", " four"), ("five", " six")]
-    return [Instance(kind, {}, text, number) for number, text in enumerate(texts)]
+    return [make_request(kind, text, number) for number, text in enumerate(texts)]
 
 
 def poison(model, name, value):
@@ -53,7 +53,7 @@ def test_the_row_that_breaks_is_the_one_that_is_looked_at(tokenizer):
         with torch.no_grad():
             model.model.embed_tokens.weight[token] = float("nan")
         with pytest.raises(NumericsError, match=r"in model\.embed_tokens\.weight"):
-            lm.generate_until([Instance("generate_until", {}, (text, options), 0) for text in texts])
+            lm.generate_until([make_request("generate_until", (text, options), 0) for text in texts])
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(held)
 

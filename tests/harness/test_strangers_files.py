@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM, hash_args
 from safetensors.torch import load_file, save_file
 from sqlitedict import SqliteDict
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 from intactkv_eval.harness.lm import IntactKVLM
 
@@ -93,7 +93,7 @@ class Runs:
 def test_a_strangers_response_cache_runs_nothing(saved_llama, tmp_path, key):
     """lm_eval unpickles what it finds there."""
     database, trace = str(tmp_path / "cache.db"), tmp_path / "trace.txt"
-    CachingLM(make(saved_llama), database).loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+    CachingLM(make(saved_llama), database).loglikelihood([make_request("loglikelihood", ("a", " b"), 0)])
     with SqliteDict(database, autocommit=True) as held:
         held[key] = Runs(trace)
     with pytest.raises(ConfigError, match="something that is no answer"):
@@ -118,7 +118,7 @@ def test_a_response_cache_cannot_bring_answers_in_later(saved_llama, tmp_path):
     with SqliteDict(other, autocommit=True) as held:
         held[key] = Runs(trace)
     with pytest.raises(pickle.UnpicklingError, match="it names"):
-        lm.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+        lm.loglikelihood([make_request("loglikelihood", ("a", " b"), 0)])
     assert not trace.exists()
 
 

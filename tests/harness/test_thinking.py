@@ -3,13 +3,13 @@
 import copy
 
 import pytest
-from lm_eval.api.instance import Instance
 from lm_eval.models.utils import postprocess_generated_text
 from tiny import build_model
 
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.calibrate.messages import Message
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness import talks
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
@@ -33,7 +33,7 @@ def test_conversations_get_the_arguments_that_other_requests_get(tokenizer, argu
     lm = make(tokenizer, **arguments)
     expected = lm.apply_chat_template(OPTIONS["messages"])
     assert ("/no_think" in expected) == bool(arguments)
-    ((turn,),) = lm.generate_turns([Instance(REQUEST, {}, ("hi", OPTIONS), 0)], True)
+    ((turn,),) = lm.generate_turns([make_request(REQUEST, ("hi", OPTIONS), 0)], True)
     assert turn[1] == expected
 
 

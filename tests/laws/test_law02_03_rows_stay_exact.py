@@ -6,6 +6,8 @@ from tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.writer import writer_of
+from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.compat.transformers_api import Cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.harness import pivoted as pivoted_module
 from intactkv_eval.harness.generation import generate
@@ -34,8 +36,8 @@ def assert_rows_exact(cache, pivot):
 def test_after_a_forward_and_a_second_one(made):
     cache = made.new_cache(2)
     with torch.no_grad():
-        made.model(torch.randint(0, 256, (2, 2)), past_key_values=cache, use_cache=True)
-        made.model(torch.randint(0, 256, (2, 1)), past_key_values=cache, use_cache=True)
+        run_with_cache(made.model, cache, torch.randint(0, 256, (2, 2)))
+        run_with_cache(made.model, cache, torch.randint(0, 256, (2, 1)))
     assert_rows_exact(cache, made.pivot)
     body = cache.layers[0].keys[0, :, len(TOKENS) :]
     assert len(body[0, 0].unique()) <= 2**3, "body rows are quantized"
@@ -69,7 +71,9 @@ def test_long_bodies_see_the_same_rows(family, bits, monkeypatch):
     monkeypatch.setattr(made.model, "forward", lambda **given: caches.append(given) or plain(**given))
     torch.testing.assert_close(made.body_logits(body), expected)
     assert caches[0]["input_ids"][:, : len(TOKENS)].tolist() == [list(TOKENS)] * 2
-    for layer, key in zip(caches[0]["past_key_values"].layers, made.pivot.keys, strict=True):
+    for layer, key in zip(
+        next(v for v in caches[0].values() if isinstance(v, Cache)).layers, made.pivot.keys, strict=True
+    ):
         assert getattr(layer, "is_sliding", False) or torch.equal(layer.keys[1, :, : len(TOKENS)], key)
     requests = [Request(row[:-4], row[-4:]) for row in body.tolist()]
     found = score(SharedModel(made), requests, lambda tokens: 2, share=False)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import BOS, build_model
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness.lm import IntactKVLM
 
 PAIRS = [("", " one"), ("A question", " yes"), ("A question", " no"), ("x", " a longer answer"), ("trailing ", "space")]
@@ -15,7 +15,7 @@ TEXTS = ["short", "a text of more than one hundred and twenty-eight bytes " * 4]
 
 
 def instances(kind, arguments):
-    return [Instance(kind, {}, args, i, metadata=("task", i, 1)) for i, args in enumerate(arguments)]
+    return [make_request(kind, args, i, task="task") for i, args in enumerate(arguments)]
 
 
 class HFWithBos(HFLM):

@@ -3,8 +3,8 @@
 import torch
 from tiny import build_model
 from torch import nn
-from transformers import DynamicCache
 
+from intactkv_eval.compat.transformers_api import DynamicCache, cache_argument
 from intactkv_eval.quantize.method import Block, install
 from intactkv_eval.quantize.rtn import quantize_rtn
 
@@ -53,7 +53,7 @@ def runner(model, module, front=None):
         if front is not None:
             cache = DynamicCache()
             cache.update(front.keys.to(hidden.dtype), front.values.to(hidden.dtype), module.self_attn.layer_idx)
-            options["past_key_values"] = cache
+            options |= cache_argument(module, cache)
         output = module(hidden, **options)
         return output[0] if isinstance(output, tuple) else output
 

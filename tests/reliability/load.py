@@ -13,15 +13,16 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 
-from lm_eval.api.instance import Instance
 from tiny import build_model, byte_tokenizer
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness.lm import IntactKVLM
 
 CALL = 2000
@@ -29,12 +30,12 @@ LENGTH = 4096  # tokens
 BYTE = 1.0  # a request
 
 
-def requests(count: int, draw: random.Random, length: int = 24) -> list[Instance]:
+def requests(count: int, draw: random.Random, length: int = 24) -> list[Any]:
     """Questions with four choices each; the texts are drawn anew."""
     found = []
     for number in range(count // 4):
         question = "".join(draw.choices("abcdefghij ", k=length))
-        found += [Instance("loglikelihood", {}, (question, f" {choice}"), number) for choice in "ABCD"]
+        found += [make_request("loglikelihood", (question, f" {choice}"), number) for choice in "ABCD"]
     return found
 
 
@@ -90,7 +91,7 @@ def long_contexts(process: psutil.Process) -> float:
     model = build_model("llama")
     model.config.max_position_embeddings = LENGTH
     lm = IntactKVLM(pretrained=model, tokenizer=byte_tokenizer(), pivot="bos", batch_size=4, device="cpu")
-    long = [Instance("loglikelihood", {}, (f"{n} " * LENGTH, " y"), n) for n in range(8)]
+    long = [make_request("loglikelihood", (f"{n} " * LENGTH, " y"), n) for n in range(8)]
     lm.loglikelihood(long, disable_tqdm=True)
     before = resident(process)
     for _ in range(20):

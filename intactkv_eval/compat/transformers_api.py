@@ -1,0 +1,133 @@
+"""The seam to transformers: argument names, cache classes and helpers that differ from release to release.
+
+Supported are transformers 5.0 to the newest release that pyproject.toml allows. The rest of the package imports these
+names from here, and nothing else of transformers but what its documentation calls public at the top level. Knows no
+model of ours.
+
+    past_key_values -> cache    the argument and the output field of every forward, renamed in transformers 5.24
+"""
+
+import inspect
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file
+
+from intactkv_eval.errors import UnsupportedModelError
+
+__all__ = [
+    "CONFIG_MAPPING",
+    "Cache",
+    "Conv1D",
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "attention_implementation",
+    "cache_argument",
+    "cache_layers",
+    "cached_file",
+    "generate_cache_argument",
+    "ignored_tensors",
+    "no_init_weights",
+    "set_output_cache",
+    "takes_cache",
+    "tied_tensors",
+    "unknown_cache_argument",
+]
+
+_CACHE_NAMES = ("cache", "past_key_values")  # the newest first: a model that knows both warns of the older one
+
+
+def _cache_name(function: Any) -> str | None:
+    """The name under which `function` takes a KV cache, or None where it takes none."""
+    parameters = inspect.signature(function).parameters
+    return next((name for name in _CACHE_NAMES if name in parameters), None)
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether the forward of `module` takes a KV cache."""
+    return _cache_name(type(module).forward) is not None
+
+
+def unknown_cache_argument(function: Any) -> str:
+    """The reason why a cache cannot be handed to `function`, as a part of a sentence."""
+    names = " or ".join(_CACHE_NAMES)
+    return f"{function.__qualname__} has no argument named {names} (transformers {version('transformers')})"
+
+
+def cache_argument(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
+    """The keyword argument that hands `cache` to the forward of `module`, with `use_cache` set accordingly.
+
+    Args:
+        module: A transformers model or layer, or a wrapper that passes its arguments on.
+        cache: The cache to hand over, or None for a forward without a cache.
+
+    Returns:
+        Keyword arguments for the forward. The name of the cache is read from the signature, so that the code of a
+        checkpoint may still use the older one.
+
+    Raises:
+        UnsupportedModelError: The forward names its arguments, and none of them is a cache.
+    """
+    if cache is None:
+        return {"use_cache": False}
+    forward = type(module).forward
+    name = _cache_name(forward)
+    if name is None and "input_ids" in inspect.signature(forward).parameters:
+        raise UnsupportedModelError(f"{type(module).__name__} takes no KV cache: {unknown_cache_argument(forward)}")
+    return {name or _CACHE_NAMES[0]: cache, "use_cache": True}
+
+
+def generate_cache_argument(cache: Cache | None) -> dict[str, Any]:
+    """The keyword argument that hands `cache` to transformers' `generate`; with None, generate makes its own cache.
+
+    Raises:
+        UnsupportedModelError: This release of transformers names the cache in a way that is not known here.
+    """
+    if cache is None:
+        return {"use_cache": True}
+    # `generate` passes model arguments on by name, and names the cache as its own helper does.
+    helper = GenerationMixin.prepare_inputs_for_generation
+    name = _cache_name(helper)
+    if name is None:
+        raise UnsupportedModelError(f"generate takes no KV cache: {unknown_cache_argument(helper)}")
+    return {name: cache, "use_cache": True}
+
+
+def set_output_cache(output: Any, cache: Cache) -> None:
+    """Replace the KV cache in the output of a forward, from which `generate` goes on.
+
+    Raises:
+        UnsupportedModelError: The output has no field for a cache.
+    """
+    name = next((name for name in _CACHE_NAMES if hasattr(output, name)), None)
+    if name is None:
+        raise UnsupportedModelError(f"{type(output).__name__} has no field named {' or '.join(_CACHE_NAMES)}")
+    setattr(output, name, cache)
+
+
+def cache_layers(config: PretrainedConfig) -> list[Any]:
+    """The cache layers that transformers makes for a model of `config`: their kinds and number, without any rows."""
+    layers: list[Any] = DynamicCache(config=config).layers
+    return layers
+
+
+def attention_implementation(model: PreTrainedModel) -> str | None:
+    """The name of the attention function that `model` calls: "sdpa", "eager", "flash_attention_2", ..."""
+    name: str | None = getattr(model.config, "_attn_implementation", None)
+    return name
+
+
+def tied_tensors(model: PreTrainedModel) -> dict[str, str]:
+    """The tensors of `model` that are another tensor, by name; none where its config does not tie them."""
+    return dict(model.all_tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+
+
+def ignored_tensors(model: PreTrainedModel) -> list[str]:
+    """Regular expressions of the tensors that checkpoints of this architecture may hold without any use."""
+    return list(model._keys_to_ignore_on_load_unexpected or ())
