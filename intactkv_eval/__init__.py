@@ -3,4 +3,4 @@
 This file imports nothing: it is loaded at every start of Python by the registration hook.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"

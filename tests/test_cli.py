@@ -47,7 +47,7 @@ def test_help_and_version():
     assert shown.returncode == 0
     for command in ("demo", "eval", "capture", "report", "tasks"):
         assert command in shown.stdout
-    assert intactkv("--version").stdout.strip() == "0.1.0"
+    assert intactkv("--version").stdout.strip() == "0.1.0.dev0"
     assert Path(intactkv("tasks").stdout.strip()) == ROOT / "tasks"
 
 

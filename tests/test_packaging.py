@@ -33,7 +33,7 @@ def wheel(tmp_path_factory):
 def test_contents(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
-    assert tops == {"intactkv_eval", "intactkv_kernels", "intactkv_eval_hook.pth", "intactkv_eval-0.1.0.dist-info"}
+    assert tops == {"intactkv_eval", "intactkv_kernels", "intactkv_eval_hook.pth", "intactkv_eval-0.1.0.dev0.dist-info"}
     assert not [name for name in names if re.search(r"(^|/)(tests?|__pycache__)/|/(test_|conftest)", name)]
     others = {
         name.partition("/")[2] for name in names if "dist-info/" not in name and not name.endswith((".py", ".yaml"))

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.formulas import current, recorded, stale
 from intactkv_eval.pivot.kv import Fingerprint
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-kv-levels-1"
+_FORMULA = "codebook"
 _FIX = "the file is damaged or another model's. Calibrate anew: intactkv kv-levels"
 
 
@@ -135,6 +137,7 @@ class KVLevels:
             "bits": str(self.bits),
             "fingerprint": self.fingerprint.model_dump_json(),
             "calibration": json.dumps(vars(self.calibration)),
+            "formulas": json.dumps(current([_FORMULA])),
         }
         write_tensor_file(path, tensors, metadata)
 
@@ -153,6 +156,9 @@ class KVLevels:
         try:
             layers = sum(key.startswith("low.") for key in tensors)
             done = parse_json(metadata["calibration"])
+            old = stale(recorded([_FORMULA], parse_json(metadata.get("formulas", "{}"))))
+            if old:
+                raise ConfigError(f"kv_levels={path}: made by the formula {old[0]}; calibrate anew")
             return cls(
                 bits=int(metadata["bits"]),
                 key_levels=tensors["key_levels"],

@@ -31,7 +31,10 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
     if owner is None and len(answers):
         raise ConfigError("--use_cache: this file was filled by another model class; name a new file for this cell")
     if owner not in {None, identity}:
-        raise ConfigError("--use_cache: this file holds the answers of another cell; name one file for each cell")
+        raise ConfigError(
+            "--use_cache: this file holds the answers of another cell, or of this cell by an older revision of a "
+            "formula; name one file for each cell, and a new file after an update of intactkv-eval"
+        )
     answers[_KEY] = identity
     answers.commit()
 

@@ -54,4 +54,7 @@ def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization
 
 
 def _is_record(made: object) -> bool:
-    return isinstance(made, dict) and all(isinstance(made.get(key, {}), dict) for key in ("job", "source"))
+    if not isinstance(made, dict):
+        return False
+    parts = [made.get(key, {}) for key in ("job", "source", "formulas")]
+    return all(isinstance(part, dict) for part in parts) and all(type(one) is int for one in parts[-1].values())

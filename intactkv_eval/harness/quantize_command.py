@@ -19,6 +19,7 @@ from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
+from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.loading import check_layers, check_tokens, loading
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
@@ -177,9 +178,10 @@ def _record(
     job: Job, source: Source, model: PreTrainedModel, samples: Samples | None, pivot: PivotKV | None
 ) -> dict[str, Any]:
     """All that the checkpoint's bytes depend on."""
-    found = versions()
+    found, asked = versions(), job.model_dump(mode="json")
     return {
-        "job": job.model_dump(mode="json"),
+        "job": asked,
+        "formulas": current(names_of_job(asked)),
         "source": fingerprint_of(model, source.revision).model_dump(mode="json", exclude={"embedding_sample"}),
         "samples": samples.record() if samples else None,
         "pivot_tokens": list(pivot.token_ids) if pivot else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from intactkv_eval import __version__
 from intactkv_eval.config import CellSpec
+from intactkv_eval.formulas import formulas_of
 from intactkv_eval.harness.build import Built
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
@@ -18,6 +19,7 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
     pivoted, pivot = built.pivoted, built.pivoted.pivot
     return {
         "cell": cell.model_dump(mode="json"),
+        "formulas": formulas_of(cell, built.quantization),
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,

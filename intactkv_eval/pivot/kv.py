@@ -15,6 +15,7 @@ from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
+from intactkv_eval.formulas import current, recorded, stale
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
@@ -149,6 +150,11 @@ class PivotKV:
                     f"this PivotKV's {name} are {_form(own)}, and this model computes {_form(other)}: {_FIX}"
                 )
 
+    @property
+    def formula(self) -> str:
+        """The name of the formula that made these rows: the model's own forward, or a training."""
+        return "pivot" if self.fingerprint.calibrated is None else "calibration"
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""
         tensors = {"logits": self.logits.contiguous()}
@@ -158,6 +164,7 @@ class PivotKV:
             "format": FORMAT,
             "token_ids": json.dumps(list(self.token_ids)),
             "fingerprint": self.fingerprint.model_dump_json(),
+            "formulas": json.dumps(current([self.formula])),
         }
         write_tensor_file(path, tensors, metadata)
 
@@ -174,15 +181,20 @@ class PivotKV:
             raise PivotError(f"{path} is no PivotKV file (format {metadata.get('format')!r}, expected {FORMAT!r})")
         try:
             layers = sum(key.startswith("keys.") for key in tensors)
-            return cls(
+            found = cls(
                 token_ids=_token_ids(metadata["token_ids"]),
                 keys=tuple(tensors[f"keys.{layer}"] for layer in range(layers)),
                 values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
                 logits=tensors["logits"],
                 fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
             )
+            old = stale(recorded([found.formula], parse_json(metadata.get("formulas", "{}"))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
             raise PivotError(f"pivot file {path} is damaged ({error}): capture it anew") from None
+        if old:
+            again = "capture it" if found.formula == "pivot" else "train it"
+            raise PivotError(f"pivot file {path} was made by the formula {old[0]}: {again} anew")
+        return found
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

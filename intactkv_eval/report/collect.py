@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
 
@@ -28,7 +29,8 @@ class Identity:
 
     checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
     awq_search: the digest of the search result that was applied. made_from: the model that a checkpoint of ours is of,
-    job: how it was made, but for `behind`: the pivot that it was calibrated behind.
+    job: how it was made, but for `behind`: the pivot that it was calibrated behind. formulas: those that decided its
+    figures, with the revisions that the run recorded.
     """
 
     cell: CellSpec
@@ -39,6 +41,12 @@ class Identity:
     made_from: str | None = None
     job: str | None = None
     behind: str | None = None
+    formulas: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def stale(self) -> list[str]:
+        """The formulas whose revision is no longer today's, each as a phrase."""
+        return stale(dict(self.formulas))
 
     @property
     def is_full_precision(self) -> bool:
@@ -97,7 +105,14 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
         made_from=_text(made.get("model")),
         job=_plain_job(job) if job else None,
         behind=_behind(job),
+        formulas=_formulas(cell, record, ours),
     )
+
+
+def _formulas(cell: CellSpec, record: Mapping[str, Any], made: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
+    """Runs from before revisions were recorded used revision 1 of every formula."""
+    own = recorded(names_of_cell(cell), record.get("formulas"))
+    return tuple(sorted({**own, **formulas_of_checkpoint(made)}.items()))
 
 
 def _text(value: Any) -> str | None:

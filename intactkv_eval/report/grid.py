@@ -78,6 +78,11 @@ class Grid:
         ]
 
     @property
+    def stale(self) -> list[str]:
+        """The cells that were measured by an older revision of a formula, and of which; one line each."""
+        return [f"{', '.join(row.labels)}: {'; '.join(row.identity.stale)}" for row in self.rows if row.identity.stale]
+
+    @property
     def gaps(self) -> list[str]:
         """What a sweep lacks, and why; one line each."""
         return [
@@ -110,7 +115,7 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     for identity, scored in _by_cell(runs):
         entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
         rows.append(Row(identity, named[identity], entries))
-    rows = _pivots_told_apart(rows)
+    rows = [_marked_stale(row) for row in _pivots_told_apart(rows)]
     gaps = tuple((named[identity], one) for identity, one in lacking)
     shown = {row.labels for row in rows}
     rows += [
@@ -146,6 +151,14 @@ def _told_apart(identities: Iterable[Identity]) -> dict[Identity, tuple[str, str
             more = identity.cell.model.pretrained if identity.made_from else identity.source_hash[:8]
             labels[identity] = (f"{name} [{more}]", others[0], others[1], others[2])
     return labels
+
+
+def _marked_stale(row: Row) -> Row:
+    """A row of an older revision says so beside its weights, so that no table shows it as one of today's."""
+    if not row.identity.stale:
+        return row
+    name, weights, kv, pivot = row.labels
+    return replace(row, labels=(name, f"{weights} [stale]", kv, pivot))
 
 
 def _pivots_told_apart(rows: Sequence[Row]) -> list[Row]:

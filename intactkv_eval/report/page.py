@@ -17,7 +17,7 @@ from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
-from intactkv_eval.report.tables import NOTES, records
+from intactkv_eval.report.tables import NOTES, STALE, records
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _MORE = {
@@ -51,6 +51,8 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
         notes=" ".join([NOTES.replace("\\*", "*").replace("`", ""), *more]),
         refusals=grid.refusals,
         gaps=grid.gaps,
+        stale=grid.stale,
+        stale_title=STALE,
         published=published_rows(beside(grid)),
         figures=[_figure(path) for path in _pictures(figures)],
         data=Markup(_safe(json.dumps(found, ensure_ascii=False, allow_nan=False))),

@@ -46,5 +46,6 @@ def _flat(identity: Identity) -> dict[str, Any]:
 
     put("", identity.cell.model_dump(mode="json"))
     put("hf", dict(identity.hf_arguments))
+    put("formula revision", dict(identity.formulas))
     found |= {"weights' hash": identity.source_hash, "checkpoint": identity.checkpoint, "search": identity.awq_search}
     return found

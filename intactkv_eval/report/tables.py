@@ -28,6 +28,11 @@ significant at 5% after Holm's correction over the table (paired bootstrap-t; Mc
 recovered: share of the baseline's loss to full precision that the intact pivot gives back, with its 95% interval; empty
 where that loss is not significant, or within two standard errors."""
 
+STALE = (
+    "Stale: measured by an older revision of a formula, and compared with nothing of another revision. Run these cells "
+    "again:"
+)
+
 
 def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     """The table of all runs, what it means, and what was not compared. Raises ConfigError where there is no run."""
@@ -37,6 +42,7 @@ def markdown(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
     lines += [markdown_row(row) for row in _texts(grid)]
     refused = [f"- {_marked_down(line)}" for line in grid.refusals]
     said = ["", "Not compared with a baseline:", *refused] if refused else []
+    said += ["", STALE, *(f"- {_marked_down(line)}" for line in grid.stale)] if grid.stale else []
     said += (
         ["", "Missing or failed cells of a sweep:", *(f"- {_marked_down(line)}" for line in grid.gaps)]
         if grid.absent
@@ -149,6 +155,8 @@ def records(grid: Grid) -> list[dict[str, object]]:
                 "cell": row.identity.cell.model_dump(mode="json"),
                 "hf_arguments": dict(row.identity.hf_arguments),
                 "checkpoint": row.identity.checkpoint,
+                "formulas": dict(row.identity.formulas),
+                "stale": row.identity.stale,
                 "pivot_tokens": entry.run.pivot_tokens,
                 **dict(zip(HEAD, row.labels, strict=True)),
                 **_figures(grid.titles[column], entry),

@@ -10,6 +10,7 @@ import torch
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.harness.command import check_tasks
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.sweep.estimate import estimate
@@ -129,6 +130,7 @@ def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
         "task": unit.task.task,
         "seed": unit.seed,
         "cell": cell.model_dump(mode="json"),
+        "formulas": current(names_of_cell(cell)),
         "hf_arguments": {key: str(value) for key, value in arguments.items() if key not in CELL_KEYS},
         "quantization": None if quantize is None else _quantization(quantize),
     }
@@ -146,5 +148,9 @@ def _quantization(quantize: Quantize) -> dict[str, Any]:
         "mixed": False,
         "activations": job.activations.model_dump(mode="json"),
         "rotation": {} if not job.rotate else {"rotated": True},
-        "made": {"job": job.model_dump(mode="json"), "source": {"model": str(quantize.model["pretrained"])}},
+        "made": {
+            "job": job.model_dump(mode="json"),
+            "source": {"model": str(quantize.model["pretrained"])},
+            "formulas": current(names_of_job(job.model_dump(mode="json"))),
+        },
     }

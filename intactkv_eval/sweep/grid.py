@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
+from intactkv_eval.formulas import current, names_of_cell
 from intactkv_eval.harness import record
 from intactkv_eval.harness.arguments import check_hf_arguments
 from intactkv_eval.sweep.identity import key_of
@@ -63,7 +64,8 @@ class Unit:
         """What its result is kept under."""
         made = [preparation.name for preparation in self.preparations]
         task = self.task.model_dump(exclude={"seeds"})
-        said = {"arguments": dict(self.arguments), "made": made, "task": task, "seed": self.seed}
+        formulas = current(names_of_cell(self.cell))
+        said = {"arguments": dict(self.arguments), "made": made, "task": task, "seed": self.seed, "formulas": formulas}
         return key_of({**said, "versions": versions()})
 
     @property

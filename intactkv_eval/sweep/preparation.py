@@ -12,6 +12,7 @@ from typing import Any
 
 from intactkv_eval.calibrate.train import Settings
 from intactkv_eval.files import locked
+from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
 from intactkv_eval.harness.command import split_model_args
 from intactkv_eval.harness.kv_levels_command import levels_of_text
@@ -42,6 +43,7 @@ class Quantize:
         """The folder of the checkpoint."""
         job = self.job()
         said = {"model": self.model, "job": job.model_dump(), "format": self.asked.format, "dtype": self._dtype}
+        said["formulas"] = current(names_of_job(job.model_dump(mode="json")))
         return f"{job.method}-w{job.bits}{_group(job)}-{key_of(said)}"
 
     @property
@@ -82,7 +84,7 @@ class Levels:
     def name(self) -> str:
         """The file of the levels."""
         said = {"model": self.model, "pivot": self.pivot, "bits": self.bits, "keep": self.keep, "exempt": self.exempt}
-        return f"kv{self.bits}-{key_of({**said, **self.asked.model_dump()})}.safetensors"
+        return f"kv{self.bits}-{key_of({**said, **self.asked.model_dump(), **_made_by('codebook')})}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
@@ -104,7 +106,8 @@ class Calibrate:
     @property
     def name(self) -> str:
         """The file of the trained pivot."""
-        return f"calibrated-{key_of({'cell': self.arguments, **self.asked.model_dump()})}.safetensors"
+        said = {"cell": self.arguments, **self.asked.model_dump(), **_made_by("calibration")}
+        return f"calibrated-{key_of(said)}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
@@ -140,3 +143,8 @@ def prepare(preparation: Preparation, folder: Path, device: str) -> Path:
 
 def _group(job: Job) -> str:
     return "" if job.group_size == -1 else f"g{job.group_size}"
+
+
+def _made_by(formula: str) -> dict[str, Any]:
+    """The part of a name by which files of two revisions of a formula differ."""
+    return {"formulas": current([formula])}

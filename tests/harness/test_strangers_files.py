@@ -1,5 +1,6 @@
 """A model's folder and a response cache from elsewhere: one message, and no code of theirs runs."""
 
+import hashlib
 import json
 import pickle
 import sqlite3
@@ -11,6 +12,7 @@ from lm_eval.api.model import CachingLM, hash_args
 from safetensors.torch import load_file, save_file
 from sqlitedict import SqliteDict
 
+from intactkv_eval import formulas
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 from intactkv_eval.harness.lm import IntactKVLM
@@ -99,6 +101,23 @@ def test_a_strangers_response_cache_runs_nothing(saved_llama, tmp_path, key):
     with pytest.raises(ConfigError, match="something that is no answer"):
         CachingLM(make(saved_llama), database)
     assert not trace.exists()
+
+
+def test_a_response_cache_of_an_older_revision_is_refused(saved_llama, tmp_path, monkeypatch):
+    """Neither one of another revision, nor one from before revisions were in a cell's identity."""
+    database, cell = str(tmp_path / "cache.db"), {"kv_bits": 4}
+    CachingLM(make(saved_llama, **cell), database)
+    CachingLM(make(saved_llama, **cell), database)  # a control: the same revision goes on
+    with monkeypatch.context() as changed:
+        changed.setattr(formulas, "REVISIONS", {**formulas.REVISIONS, "kv.token_head": 1})
+        with pytest.raises(ConfigError, match="older revision of a formula"):
+            CachingLM(make(saved_llama, **cell), database)
+    before = {key: value for key, value in make(saved_llama, **cell)._identity().items() if key != "formulas"}
+    old = str(tmp_path / "old.db")
+    with SqliteDict(old, tablename="unnamed", autocommit=True) as held:
+        held["intactkv_cell"] = hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()
+    with pytest.raises(ConfigError, match="older revision of a formula"):
+        CachingLM(make(saved_llama, **cell), old)
 
 
 def test_a_response_cache_cannot_bring_answers_in_later(saved_llama, tmp_path):

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from intactkv_eval import formulas
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, computed, fingerprint_of, weight_hash
-from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.kv import Calibrated, PivotKV
 
 
 @pytest.fixture
@@ -194,3 +195,20 @@ def test_store(pivot, saved_llama, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("INTACTKV_CACHE", str(saved_llama / "config.json"))
     store.keep(pivot, identity, "float32")
     assert "not kept" in caplog.text
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_file_of_an_older_revision_is_refused(pivot, tmp_path, monkeypatch, calibrated):
+    """Files from before revisions were written are of revision 1."""
+    said = Calibrated(quantized="q", cell="c", data="d", settings={}, held_out={})
+    if calibrated:
+        pivot = replace(pivot, fingerprint=pivot.fingerprint.model_copy(update={"calibrated": said}))
+    formula = "calibration" if calibrated else "pivot"
+    monkeypatch.setattr(formulas, "REVISIONS", {**formulas.REVISIONS, formula: 1})
+    file = damaged(pivot, tmp_path / "p.safetensors", formulas="{}")
+    assert PivotKV.load(file).token_ids == pivot.token_ids
+    monkeypatch.setattr(formulas, "REVISIONS", {**formulas.REVISIONS, formula: 2})
+    pivot.save(tmp_path / "new.safetensors")
+    assert PivotKV.load(tmp_path / "new.safetensors").token_ids == pivot.token_ids
+    with pytest.raises(PivotError, match=rf"{formula} of revision 1, now 2: (capture|train) it anew"):
+        PivotKV.load(file)

@@ -7,6 +7,7 @@ import pytest
 
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.formulas import formulas_of
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.tables import markdown
@@ -29,6 +30,7 @@ def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=Tr
     }
     record = {
         "pivot_tokens": [1],
+        "formulas": formulas_of(cell_from_args(cell), (record or {}).get("quantization")),
         **(record or {}),
         "cell": cell_from_args(cell).model_dump(mode="json"),
         "dtype": "float32",

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from grids import RTN, TASK, grid, units
 
+from intactkv_eval import formulas
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module
+from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.preparation import Calibrate, Levels, Quantize
 from intactkv_eval.sweep.spec import read_sweep
 
@@ -158,3 +160,43 @@ def test_every_shipped_sweep_expands(file):
 
 def expand_file(file: Path):
     return grid_module.expand(read_sweep(file.read_text(), file.name))
+
+
+KV = {"kv": [{"kv_bits": 4}]}
+MADE = [
+    ("weights.rtn", {"weights": [RTN]}),
+    ("kv.token_head", KV),
+    (
+        "weights.gptq.small_groups",
+        {"weights": [{"quantize": {**GPTQ["quantize"], "options": {"static_groups": False}}}]},
+    ),
+    ("codebook", {"kv": [{"kv_bits": 4, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}]}),
+    ("calibration", {"pivots": [{"pivot": "bos", "calibrate": {"data": "answers.jsonl"}}]}),
+]
+
+
+@pytest.mark.parametrize(("formula", "parts"), MADE, ids=[name for name, _ in MADE])
+def test_a_result_of_an_older_revision_is_not_reused(saved_llama, tmp_path, monkeypatch, formula, parts):
+    """A sweep's folder from before a formula changed: its cells are measured anew, and its files made anew."""
+    folder = SweepFolder(tmp_path / "out")
+    given = grid(saved_llama, weights=[{}], **{key: value for key, value in parts.items() if key != "weights"})
+    given |= {key: value for key, value in parts.items() if key == "weights"}
+    before = units(given)
+    made = {one.name for unit in before for one in unit.preparations}
+    for unit in before:
+        folder.start(unit.key)
+        folder.place(unit.key, {"seconds": 1.0})
+    assert all(folder.is_done(unit.key) for unit in units(given)), "a control: without a change all of it is reused"
+    revisions = {**formulas.REVISIONS, formula: formulas.REVISIONS[formula] + 1}
+    monkeypatch.setattr(formulas, "REVISIONS", revisions)
+    after = units(given)
+    assert not any(folder.is_done(unit.key) for unit in after)
+    assert not made & {one.name for unit in after for one in unit.preparations}
+
+
+def test_a_result_from_before_revisions_is_not_reused(saved_llama):
+    """The keys of the releases before had no formulas in them."""
+    unit = units(grid(saved_llama, weights=[{}], **KV))[0]
+    made = [preparation.name for preparation in unit.preparations]
+    said = {"arguments": dict(unit.arguments), "made": made, "task": unit.task.model_dump(exclude={"seeds"})}
+    assert unit.key != grid_module.key_of({**said, "seed": unit.seed, "versions": grid_module.versions()})
