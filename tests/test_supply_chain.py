@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -34,6 +36,27 @@ def test_every_dependency_has_a_lower_bound_and_a_reason():
         assert "#" in line, f"{requirement}: why it, and why from this version"
     for listed in EXTRAS.values():
         assert all(">=" in requirement for requirement in listed)
+
+
+# Releases of these have broken the package, or changed its numbers, before.
+BOUNDED = ("lm-eval", "pyyaml", "torch", "transformers")
+
+
+def test_what_broke_before_has_an_upper_bound_that_the_pins_keep():
+    pinned = {
+        canonicalize_name(line.split("==")[0]): line.split(" ;")[0].split("==")[1]
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    asked = {canonicalize_name(one.name): one for one in map(Requirement, PROJECT["dependencies"])}
+    for name in BOUNDED:
+        assert any(part.operator == "<" for part in asked[name].specifier), name
+        assert asked[name].specifier.contains(pinned[name]), name
+
+
+def test_what_is_installed_is_within_the_bounds():
+    for one in map(Requirement, PROJECT["dependencies"]):
+        assert one.specifier.contains(distribution(one.name).version, prereleases=True), one
 
 
 # torch for CUDA asks for one release of Triton; torch for the CPU for none, so that no install on a machine without a

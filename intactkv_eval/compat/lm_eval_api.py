@@ -8,6 +8,8 @@ package imports lm_eval from here alone. Knows no model and no task of ours.
     a request                      metadata=(task, document, N)      task_name=, doc_id=, repeats=
     a rolling request's arguments  (text,)                           ("", text)
     a rolling request's answer     a log-likelihood                  (log-likelihood, False)
+    the class of a task            one for all                       one for each output_type
+    max_cpu_memory                 goes into the device map          is forgotten
 """
 
 from collections.abc import Mapping
@@ -45,6 +47,8 @@ __all__ = [
     "simple_evaluate",
     "simple_parse_args_string",
     "stop_sequences_criteria",
+    "task_base",
+    "with_cpu_memory",
 ]
 
 _BY_METADATA = Instance.__dataclass_fields__["task_name"].default is not MISSING
@@ -84,6 +88,20 @@ def make_request(
         if kind == _ROLLING and len(arguments) == 1:
             arguments = ("", *arguments)
     return Instance(request_type=kind, doc=dict(doc or {}), arguments=arguments, idx=index, **named)
+
+
+def task_base(output_type: str | None) -> type:
+    """The class of lm_eval's own tasks of an output type, such as "multiple_choice"."""
+    classes: Mapping[str, type] = getattr(ConfigurableTask, "_registry", {})
+    return classes.get(str(output_type), ConfigurableTask)
+
+
+def with_cpu_memory(arguments: Mapping[str, Any], limit: Any) -> dict[str, Any]:
+    """hf's arguments of `from_pretrained`, with the CPU's share of the device map that 0.5.0.dev1 leaves out."""
+    memory = arguments.get("max_memory")
+    if limit is None or memory is None:
+        return dict(arguments)
+    return {**arguments, "max_memory": {**memory, "cpu": limit}}
 
 
 def rolling_text(request: Any) -> str:

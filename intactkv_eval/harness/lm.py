@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.compat.lm_eval_api import Instance, rolling_text
+from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, with_cpu_memory
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, check_hf_arguments
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
@@ -167,6 +167,9 @@ class IntactKVLM(PivotedTalks):
     def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
         assert self._layout is not None
         return PackedCheckpoint(auto_class, self._layout, self._config, self.cell.backend)
+
+    def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return with_cpu_memory(super()._get_accelerate_args(*args, **kwargs), kwargs.get("max_cpu_memory"))
 
     def _build(self, load: Any) -> None:
         changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from tiny import BOS, EOS, build_model
 from tokenizers.processors import TemplateProcessing
 
-from intactkv_eval.compat.lm_eval_api import make_request
+from intactkv_eval.compat.lm_eval_api import make_request, rolling_value
 from intactkv_eval.errors import ConfigError, IntactKVError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 
@@ -54,7 +54,10 @@ def test_batch_sizes_agree(saved_llama, batch_size):
     texts = [lm.generate_until(requests("generate_until", prompts), disable_tqdm=True) for lm in (one, many)]
     assert texts[0] == texts[1]
     rolling = [("a" * 300,), ("b",)]
-    rolled = [lm.loglikelihood_rolling(requests("loglikelihood_rolling", rolling), True) for lm in (one, many)]
+    rolled = [
+        [rolling_value(answer) for answer in lm.loglikelihood_rolling(requests("loglikelihood_rolling", rolling), True)]
+        for lm in (one, many)
+    ]
     assert rolled[0] == pytest.approx(rolled[1], abs=5e-4)
 
 
@@ -174,7 +177,8 @@ def test_empty_texts(saved_llama):
         with pytest.raises(ConfigError, match="empty continuation"):
             likelihoods(lm, [(context, "")])
     assert likelihoods(lm, [("", "abc")])[0] < 0
-    assert lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("",)]), True) == [0]
+    (answer,) = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("",)]), True)
+    assert rolling_value(answer) == 0
 
 
 def test_beams_are_those_of_the_plain_model(llama, tokenizer):

@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 from tiny import BOS
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.compat.lm_eval_api import ConfigurableTask, task_base
 from intactkv_eval.data import load_dataset
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.files import shipped_folder
@@ -28,7 +29,7 @@ def evaluate(tasks, folder, metadata=None, **arguments):
     )
     arguments = {"pretrained": str(folder), "dtype": "float32", "pivot": "none", **arguments}
     return simple_evaluate(
-        "intactkv", arguments, tasks, batch_size=4, device="cpu", task_manager=manager, bootstrap_iters=1
+        "intactkv", arguments, tasks, batch_size=4, device="cpu", task_manager=manager, bootstrap_iters=2
     )
 
 
@@ -163,7 +164,8 @@ def test_mmlu_prompt_and_dropped_shots(saved_llama, tmp_path, monkeypatch):
         doc, 1, apply_chat_template=True, fewshot_as_multiturn=True, chat_template=lambda m: str([x["role"] for x in m])
     )
     assert chat == "['user', 'assistant', 'user']"
-    requests = task.construct_requests(doc, prompt, metadata=("t", 0, 1))
+    handed_on = {"metadata": ("t", 0, 1)} if ConfigurableTask is task_base("multiple_choice") else {"doc_id": 0}
+    requests = task.construct_requests(doc, prompt, **handed_on)
     assert [request.args[1] for request in requests] == [" A", " B", " C", " D"]
 
 
@@ -186,7 +188,7 @@ def test_a_damaged_csv_names_the_row(tmp_path, monkeypatch, saved_llama):
     monkeypatch.setenv("INTACTKV_DATA", str(root))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(saved_llama)})
     with pytest.raises(DataError, match=r"anatomy_test\.csv, row 1"):
-        manager.load(["mmlu_0shot_anatomy"])
+        len(manager.load(["mmlu_0shot_anatomy"])["tasks"]["mmlu_0shot_anatomy"].eval_docs)  # loaded here, or before
 
 
 def test_law_13_every_task_is_indexed():

@@ -7,7 +7,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from tiny import BOS, build_model
 
-from intactkv_eval.compat.lm_eval_api import make_request
+from intactkv_eval.compat.lm_eval_api import make_request, rolling_value
 from intactkv_eval.harness.lm import IntactKVLM
 
 PAIRS = [("", " one"), ("A question", " yes"), ("A question", " no"), ("x", " a longer answer"), ("trailing ", "space")]
@@ -16,6 +16,11 @@ TEXTS = ["short", "a text of more than one hundred and twenty-eight bytes " * 4]
 
 def instances(kind, arguments):
     return [make_request(kind, args, i, task="task") for i, args in enumerate(arguments)]
+
+
+def rolled(lm, texts):
+    answers = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]), True)
+    return [rolling_value(answer) for answer in answers]
 
 
 class HFWithBos(HFLM):
@@ -44,7 +49,7 @@ def test_log_likelihoods(pair):
 def test_rolling(pair, model, tokenizer):
     """`hf` puts BOS in front of a rolling text by itself, whatever add_bos_token says."""
     both = pair[0], HFLM(pretrained=model, tokenizer=tokenizer)
-    ours, hf = (lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(TEXTS[0],)]), True) for lm in both)
+    ours, hf = (rolled(lm, TEXTS[:1]) for lm in both)
     assert ours == pytest.approx(hf, abs=1e-4)
 
 
@@ -71,7 +76,4 @@ def test_no_front_at_all_where_the_model_has_no_bos(tokenizer):
     assert ours.pivoted_model.token_ids == ()
     one, other = (lm.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True) for lm in (ours, hf))
     assert [value for value, _ in one] == pytest.approx([value for value, _ in other], abs=1e-5)
-    rolled = [
-        lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in TEXTS]), True) for lm in (ours, hf)
-    ]
-    assert rolled[0] == pytest.approx(rolled[1], abs=1e-4)
+    assert rolled(ours, TEXTS) == pytest.approx(rolled(hf, TEXTS), abs=1e-4)

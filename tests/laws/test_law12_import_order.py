@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "intactkv_eval"
 RANK = {
-    "errors": 0, "documents": 0, "compat": 1, "files": 1, "config_files": 2, "config": 3, "cell_arguments": 4, "data": 3, "mt_bench": 4, "tensor_file": 3, "weights": 4, "quantize": 5, "model": 6, "pivot": 6,
+    "errors": 0, "documents": 0, "compat": 1, "files": 1, "config_files": 2, "config": 3, "cell_arguments": 4, "formulas": 4, "data": 3, "mt_bench": 4, "tensor_file": 3, "weights": 4, "quantize": 5, "model": 6, "pivot": 6,
     "cache": 7, "calibrate": 8, "harness": 9, "report": 10, "sweep": 11, "judge": 11, "demo": 11, "bench": 12, "pivot_commands": 12, "judge_commands": 12, "sweep_commands": 12, "cli": 13,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -53,6 +53,24 @@ def test_rooms(path):
         if there is None:
             continue
         assert RANK[there] < RANK[here] or there == here, f"{relative} imports {name}"
+
+
+SEAMS = {"transformers": "transformers_api.py", "lm_eval": "lm_eval_api.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
+def test_one_seam_to_each_neighbour(path):
+    """What depends on a release of transformers or lm_eval is in one module for each."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            library, _, inner = name.partition(".")
+            if library in SEAMS and path.name not in {SEAMS[library], "plugin.py"}:
+                assert library == "transformers", f"{name}: import it from compat/{SEAMS[library]}"
+                assert not inner, f"{name}: import it from compat/{SEAMS[library]}"
+    assert path.name == SEAMS["transformers"] or "past_key_values" not in text
 
 
 def test_kernels_know_nothing_of_us():
