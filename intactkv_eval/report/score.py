@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import exp, inf, isclose, isfinite
@@ -53,6 +54,7 @@ class Score:
 def read_scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:
     """The main figure of each task and filter, of groups instead of what they hold unless `leaves`."""
     children = content.get("group_subtasks", {})
+    named = _without_groups(content["results"])
     shown: set[str] = set()
     for task in _in_order(content["results"], children, leaves):
         by_filter = _by_filter(content["results"][task])
@@ -64,7 +66,17 @@ def read_scores(path: Path, content: dict[str, Any], record: dict[str, Any], lea
         drawn = content["config"].get("fewshot_seed") if settings["num_fewshot"] else None
         for name, (metric, figures) in by_filter.items():
             score = _score(path, content, task, inside, metric, figures, name if len(by_filter) > 1 else None)
-            yield replace(score, settings=settings, drawn=drawn)
+            yield replace(score, task=score.task.replace(task, named[task], 1), settings=settings, drawn=drawn)
+
+
+def _without_groups(tasks: Iterable[str]) -> dict[str, str]:
+    """Each task by its own name, which lm_eval 0.5.0 writes behind its group's (`mmlu::anatomy`).
+
+    A name that two groups hold stays whole, since their settings may differ.
+    """
+    short = {task: task.rpartition("::")[2] for task in tasks}
+    count = Counter(short.values())
+    return {task: name if count[name] == 1 else task for task, name in short.items()}
 
 
 def _score(
@@ -83,7 +95,8 @@ def _score(
     made = float(figures[source])
     # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
     whole = source != "perplexity" and (not of_nll or isclose(value, _exp(made), rel_tol=_SAME))
-    logged = {leaf: _sample_values(path, leaf, source, name) for leaf in leaves if whole}
+    short = _without_groups(leaves)
+    logged = {short[leaf]: _sample_values(path, leaf, source, name) for leaf in leaves if whole}
     values, weights = _values(logged, made) if whole else ({}, {})
     direction = content["higher_is_better"].get(task, {}).get(metric)
     return Score(

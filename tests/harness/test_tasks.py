@@ -28,9 +28,11 @@ def evaluate(tasks, folder, metadata=None, **arguments):
         include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(folder), **(metadata or {})}
     )
     arguments = {"pretrained": str(folder), "dtype": "float32", "pivot": "none", **arguments}
-    return simple_evaluate(
+    found = simple_evaluate(
         "intactkv", arguments, tasks, batch_size=4, device="cpu", task_manager=manager, bootstrap_iters=2
     )
+    by_name = {name.rpartition("::")[2]: figures for name, figures in found["results"].items()}
+    return {**found, "results": by_name}  # the newest lm_eval names a task behind its group
 
 
 @pytest.fixture
