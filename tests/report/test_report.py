@@ -30,7 +30,7 @@ def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=Tr
     }
     record = {
         "pivot_tokens": [1],
-        "formulas": formulas_of(cell_from_args(cell), (record or {}).get("quantization")),
+        "formulas": formulas_of(cell_from_args(cell)),
         **(record or {}),
         "cell": cell_from_args(cell).model_dump(mode="json"),
         "dtype": "float32",
