@@ -1,7 +1,8 @@
 """From conversations to examples: the tokens behind the pivot, and which of them are the assistant's.
 
 An assistant's tokens are found by the chat template itself: what a message adds to the text of those before it, behind
-the words that invite an answer. Plain text is cut into windows that count whole. Knows tokenizers, no models.
+the words that invite an answer. Vicuna's conversations are made as by IntactKV's released code (vicuna.py). Plain text
+is cut into windows that count whole. Knows tokenizers, no models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.messages import Conversation, is_plain
+from intactkv_eval.calibrate.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data import digest_of
 from intactkv_eval.errors import DataError
 from intactkv_eval.pivot.choose import nats_of
@@ -90,6 +92,8 @@ def _example(tokens: list[int], mine: list[bool], body: Body) -> Example:
 
 def _marked(conversation: Conversation, tokenizer: Any, chat: Mapping[str, Any] | None) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which are the assistant's."""
+    if is_vicuna(tokenizer):
+        return released_tokens(conversation, tokenizer, lambda asked: rendered(asked, tokenizer, True, chat))
     text = rendered(conversation, tokenizer, chat=chat)
     spans = []
     for place, message in enumerate(conversation):

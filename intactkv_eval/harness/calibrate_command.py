@@ -24,6 +24,7 @@ from intactkv_eval.calibrate.run_state import RunState
 from intactkv_eval.calibrate.student import Quality, Student
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
+from intactkv_eval.calibrate.vicuna import is_vicuna
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
@@ -125,6 +126,8 @@ def _train(
     record |= {"assistant": asked.assistant, "recompute": asked.recompute, "processes": ranks.world}
     if asked.conversations is not None:
         record["conversations"] = asked.conversations
+    if is_vicuna(lm.tokenizer):
+        record["targets"] = "released"
     digest = quantized_digest(pivoted.model)
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
     job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),

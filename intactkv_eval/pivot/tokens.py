@@ -53,7 +53,7 @@ def prompt_head(tokenizer: Any, chat: Mapping[str, Any] | None = None) -> tuple[
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PivotError("pivot=prompt: this tokenizer has no chat template; name one: chat_template=vicuna_v1.1")
-    encoded = [_encoded(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or {})]
+    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or {})]
     shortest = min(len(tokens) for tokens in encoded)
     length = next((i for i in range(shortest) if len({tokens[i] for tokens in encoded}) > 1), shortest)
     if not length:
@@ -79,10 +79,11 @@ def opens_messages(tokenizer: Any, token: int, chat: Mapping[str, Any]) -> bool:
         prompts = prompts_of(tokenizer, _PROBES[:1], chat)
     except PivotError:
         return False  # no chat prompt is made with such a template
-    return _encoded(tokenizer, prompts[0]).count(token) > 1
+    return encoded_prompt(tokenizer, prompts[0]).count(token) > 1
 
 
-def _encoded(tokenizer: Any, prompt: str) -> list[int]:
+def encoded_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The tokens of a chat prompt: one that begins with BOS as text gets no second one."""
     has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
     encoded: list[int] = tokenizer.encode(prompt, **({"add_special_tokens": False} if has_bos else {}))
     return encoded

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import exp, inf, isclose, isfinite
 from pathlib import Path
@@ -164,7 +164,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any], leaves
         "data": metadata.get("data"),
         "seed": metadata.get("seed"),
         "sampling_seed": content["config"].get("torch_seed") if _is_sampled(task, content) else None,
-        "version": content.get("versions", {}).get(task),
+        "version": _version(content.get("versions", {}), [task, *leaves]),
         "gen_kwargs": content["config"].get("gen_kwargs") or None,
         "chat_template": template,
         "system_instruction": content.get("system_instruction_sha"),
@@ -179,6 +179,13 @@ def _shared(values: Iterable[Any]) -> Any:
     """What all have, or each of what they have."""
     found = list(dict.fromkeys(map(_plain, values)))
     return found[0] if len(found) == 1 else sorted(map(str, found))
+
+
+def _version(versions: Mapping[str, Any], tasks: Sequence[str]) -> Any:
+    """The version that a group and all of its tasks have, or each one's: a group keeps its own where a task changes."""
+    found = {task: _plain(versions.get(task)) for task in tasks}
+    alike = set(found.values())
+    return alike.pop() if len(alike) == 1 else [f"{task} {version}" for task, version in found.items()]
 
 
 def _plain(value: Any) -> Any:

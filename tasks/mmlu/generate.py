@@ -27,7 +27,7 @@ aggregate_metric_list:
     aggregation: mean
     weight_by_size: true
 metadata:
-  version: 1.0
+  version: 2.0
 """
 SUBJECT = """include: ../_template
 task: mmlu_{shots}shot_{subject}

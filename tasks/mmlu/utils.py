@@ -4,7 +4,10 @@
 
     question / A. .. D. / "Answer: X"  for each shot, then the question up to "Answer:"
 
-Shots are dropped from the front until the prompt fits `max_prompt_tokens` (2048) of the model's own tokens.
+The last shots are dropped until the prompt fits `max_prompt_tokens` (2048) of the model's own tokens, so the first ones
+stay, as in IntactKV's released evaluation. Tokens are counted as the tokenizer makes them, with the BOS that it adds
+itself. A question that does not fit even without shots is asked whole: the model cuts its beginning, and the results
+count it as `truncated` (the released loop does not end on such a question).
 """
 
 import csv
@@ -66,19 +69,25 @@ class MMLU(PythonTask):
         chat_template: Any = None,
         gen_prefix: str | None = None,
     ) -> str:
-        """The longest prompt that fits; with a chat template the same text as messages."""
+        """The prompt with the most shots that fits; with a chat template the same text as messages."""
         examples = self.dataset["dev"].select(range(num_fewshot))
         shots = [(question(row), f" {LETTERS[row['answer']]}") for row in examples]
-        for dropped in range(num_fewshot + 1):
-            kept = shots[dropped:]
+        for count in range(len(shots), -1, -1):
+            kept = shots[:count]
             if apply_chat_template:
                 prompt = chat_template(self._messages(doc, kept, system_instruction, fewshot_as_multiturn))
             else:
                 lead = f"{system_instruction}\n\n" if system_instruction else ""
                 prompt = lead + self._header() + "".join(f"{q}{a}\n\n" for q, a in kept) + question(doc)
-            if len(self._tokenizer(prompt).input_ids) <= self._most:
+            if self._length(prompt) <= self._most:
                 break
         return prompt
+
+    def _length(self, prompt: str) -> int:
+        """Tokens of a prompt as it will be asked: a chat template that wrote BOS gets no second one."""
+        bos = self._tokenizer.bos_token
+        has_bos = bos is not None and prompt.startswith(bos)
+        return len(self._tokenizer(prompt, **({"add_special_tokens": False} if has_bos else {})).input_ids)
 
     def _header(self) -> str:
         subject = "".join(f" {word}" for word in self._subject.split("_"))

@@ -70,6 +70,18 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
         IntactKVLM(str(saved_llama), pivot=str(out), pivot_transfer=True, **own)
 
 
+def test_a_file_tells_that_vicunas_targets_are_the_released_ones(saved_llama, talks, tmp_path):
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        content = json.loads((saved_llama / name).read_text()) | {key: 512}
+        (saved_llama / name).write_text(json.dumps(content))
+    for template, said in ((None, None), ("vicuna_v1.1", "released")):
+        cell = f"pretrained={saved_llama},{CELL},pivot=prompt" + (f",chat_template={template}" if template else "")
+        result = calibrate(cell, talks, tmp_path / "p.safetensors", "--tokens", 400)
+        assert result.exit_code == 0, result.output
+        made = PivotKV.load(tmp_path / "p.safetensors").fingerprint.calibrated
+        assert made.settings.get("targets") == said
+
+
 def test_two_processes_train_what_one_does(saved_llama, talks, tmp_path):
     """Started as `accelerate launch` starts them on GPUs. One of them writes, and speaks."""
     cell = f"pretrained={saved_llama},{CELL},pivot=bos"

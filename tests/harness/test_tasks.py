@@ -10,6 +10,7 @@ from datasets import Dataset
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from tiny import BOS
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from intactkv_eval.compat.lm_eval_api import ConfigurableTask, task_base
@@ -156,9 +157,7 @@ def test_mmlu_prompt_and_dropped_shots(saved_llama, tmp_path, monkeypatch):
     assert prompt.endswith("What, is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
     task._most = len(prompt) - 1
     shorter = task.fewshot_context(doc, 5)
-    assert shorter.startswith(
-        "The following are multiple choice questions (with answers) about  abstract algebra.\n\nShot 1?"
-    )
+    assert [i for i in range(5) if f"Shot {i}?" in shorter] == [0, 1, 2, 3], "the last shot goes, as released"
     task._most = 10
     assert "Shot" not in task.fewshot_context(doc, 5)
     task._most = 2048
@@ -169,6 +168,27 @@ def test_mmlu_prompt_and_dropped_shots(saved_llama, tmp_path, monkeypatch):
     handed_on = {"metadata": ("t", 0, 1)} if ConfigurableTask is task_base("multiple_choice") else {"doc_id": 0}
     requests = task.construct_requests(doc, prompt, **handed_on)
     assert [request.args[1] for request in requests] == [" A", " B", " C", " D"]
+
+
+def test_bos_that_a_chat_template_writes_is_counted_once(saved_llama, tmp_path, monkeypatch):
+    """As lm_eval encodes such a prompt, also with a tokenizer that would put its own BOS in front."""
+    rows = [[f"Q{i}", "a", "b", "c", "d", "A"] for i in range(2)]
+    _write_mmlu(tmp_path / "csv", "anatomy", {"dev": rows, "test": rows})
+    monkeypatch.setenv("INTACTKV_DATA", str(tmp_path / "csv"))
+    manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(saved_llama)})
+    task = manager.load(["mmlu_5shot_anatomy"])["tasks"]["mmlu_5shot_anatomy"]
+    processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    task._tokenizer.backend_tokenizer.post_processor = processor
+
+    def ask(most, template):
+        task._most = most
+        return task.fewshot_context(task.test_docs()[0], 2, apply_chat_template=True, chat_template=template)
+
+    for template in (lambda messages: "<s>" + messages[0]["content"], lambda messages: messages[0]["content"]):
+        whole = ask(2048, template)
+        tokens = 1 + len(whole.removeprefix("<s>"))
+        assert ask(tokens, template) == whole
+        assert len(ask(tokens - 1, template)) < len(whole)
 
 
 def test_mmlu_groups_are_weighted_by_questions(saved_llama, tmp_path, monkeypatch):

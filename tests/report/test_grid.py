@@ -200,6 +200,36 @@ def test_a_group_is_paired_over_the_documents_of_its_tasks(tmp_path, macro):
         assert found.test.method == "McNemar, exact"
 
 
+@pytest.mark.parametrize("changed", ["group", "large"])
+def test_a_group_is_not_paired_across_versions_of_it_or_of_its_tasks(tmp_path, changed):
+    """A group of the user's keeps its own version when a task in it gets another one."""
+    for date, cell in enumerate((NONE, BOS), 1):
+        path = group(tmp_path, cell, [1.0] * 60 + [0.0] * 60, date, macro=False)
+        content = json.loads(path.read_text())
+        content["versions"] = {"group": 1.0, "small": 1.0, "large": 1.0}
+        path.write_text(json.dumps(content))
+    assert compare(*_last(tmp_path, "group")).to_baseline.value == 0
+    content["versions"][changed] = 2.0
+    path.write_text(json.dumps(content))
+    assert compare(*_last(tmp_path, "group")).to_baseline is None
+    refused = markdown(collect([tmp_path])[0]).split("Not compared with a baseline:")[1]
+    assert f"version (['group {1.0 + (changed == 'group')}', 'large {1.0 + (changed == 'large')}'" in refused
+
+
+def test_two_versions_of_a_task_are_not_paired(tmp_path):
+    write(tmp_path, NONE, [3.0, 3.1], 1)
+    path = write(tmp_path, BOS, [3.0, 3.1], 2)
+    assert compare(*_last(tmp_path, "ppl_x")).to_baseline.value == 0
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"ppl_x": 2.0}}))
+    assert compare(*_last(tmp_path, "ppl_x")).to_baseline is None
+    assert "version (2.0, 1.0)" in markdown(collect([tmp_path])[0]).split("Not compared with a baseline:")[1]
+
+
+def _last(folder, task):
+    runs, _ = collect([folder])
+    return runs[-1], task, runs
+
+
 def test_a_group_that_is_made_otherwise_is_not_paired(tmp_path):
     path = group(tmp_path, BOS, [1.0] * 60 + [0.0] * 60, 1, macro=False)
     content = json.loads(path.read_text())
