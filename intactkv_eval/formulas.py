@@ -29,8 +29,11 @@ REVISIONS: Mapping[str, int] = MappingProxyType(
         "codebook": 1,
         "pivot": 1,
         "calibration": 1,
+        "calibration.vicuna": 2,  # 2: the released tokens and targets of conversations; before, FastChat's template
     }
 )
+VICUNA = "vicuna_v1.1"
+"""The chat template of the conversations that IntactKV's released code trains on."""
 _BLOCK = 128
 """Columns that GPTQ quantizes before it applies their errors to the columns behind them."""
 
@@ -40,19 +43,27 @@ def current(names: Iterable[str]) -> dict[str, int]:
     return {name: REVISIONS[name] for name in sorted(names)}
 
 
-def formulas_of(cell: CellSpec, quantization: Mapping[str, Any] | None = None) -> dict[str, int]:
+def formulas_of(
+    cell: CellSpec, quantization: Mapping[str, Any] | None = None, is_calibrated: bool = False
+) -> dict[str, int]:
     """The formulas that decide the figures of a cell, with their revisions.
 
     Args:
         cell: The cell. Formulas that it applies while it runs have today's revision.
         quantization: What the checkpoint says of its own quantization. A checkpoint of ours says which revisions it
             was made by; one that says none was made by revision 1.
+        is_calibrated: Whether the pivot's KV was trained.
     """
     made = (quantization or {}).get("made") or {}
-    return {**current(names_of_cell(cell)), **formulas_of_checkpoint(made)}
+    return {**current(names_of_cell(cell, is_calibrated)), **formulas_of_checkpoint(made)}
 
 
-def names_of_cell(cell: CellSpec) -> list[str]:
+def calibration_name(is_vicuna: bool) -> str:
+    """The formula by which a pivot's KV is trained, on Vicuna's conversations or on others."""
+    return "calibration.vicuna" if is_vicuna else "calibration"
+
+
+def names_of_cell(cell: CellSpec, is_calibrated: bool = False) -> list[str]:
     """The formulas that a cell applies while it runs, whatever its checkpoint was made by."""
     weights, names = cell.weights, []
     if weights.method != "none":
@@ -65,6 +76,8 @@ def names_of_cell(cell: CellSpec) -> list[str]:
         names.append(f"activations.{cell.activations.scheme}")
     if cell.kv.bits < 16:
         names.append(f"kv.{cell.kv.scheme}")
+    if is_calibrated:
+        names.append(calibration_name(cell.pivot.chat_template == VICUNA))
     return names
 
 

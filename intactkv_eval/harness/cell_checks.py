@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.formulas import REVISIONS, VICUNA
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
@@ -128,6 +129,11 @@ def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> 
         if cell.pivot.transfer:
             raise ConfigError(f"pivot_transfer: does nothing, {cell.pivot.source} is not calibrated; drop it")
         return
+    if cell.pivot.chat_template == VICUNA and "targets" not in trained.settings:
+        raise PivotError(
+            f"{cell.pivot.source} was made by the formula calibration.vicuna of revision 1, now "
+            f"{REVISIONS['calibration.vicuna']}: Vicuna's targets are the released ones now, so train it anew"
+        )
     same = trained.quantized == quantized_digest(model)
     if same and cell.pivot.transfer:
         raise ConfigError(f"pivot_transfer: does nothing, {cell.pivot.source} was calibrated for this model; drop it")

@@ -19,7 +19,9 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
     pivoted, pivot = built.pivoted, built.pivoted.pivot
     return {
         "cell": cell.model_dump(mode="json"),
-        "formulas": formulas_of(cell, built.quantization),
+        "formulas": formulas_of(
+            cell, built.quantization, pivot is not None and pivot.fingerprint.calibrated is not None
+        ),
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,

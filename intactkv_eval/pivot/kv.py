@@ -15,7 +15,7 @@ from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
-from intactkv_eval.formulas import current, recorded, stale
+from intactkv_eval.formulas import calibration_name, current, recorded, stale
 from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
@@ -153,7 +153,8 @@ class PivotKV:
     @property
     def formula(self) -> str:
         """The name of the formula that made these rows: the model's own forward, or a training."""
-        return "pivot" if self.fingerprint.calibrated is None else "calibration"
+        calibrated = self.fingerprint.calibrated
+        return "pivot" if calibrated is None else calibration_name("targets" in calibrated.settings)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""

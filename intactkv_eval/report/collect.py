@@ -111,7 +111,8 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
 
 def _formulas(cell: CellSpec, record: Mapping[str, Any], made: Mapping[str, Any]) -> tuple[tuple[str, int], ...]:
     """Runs from before revisions were recorded used revision 1 of every formula."""
-    own = recorded(names_of_cell(cell), record.get("formulas"))
+    is_calibrated = bool((record.get("pivot_fingerprint") or {}).get("calibrated"))
+    own = recorded(names_of_cell(cell, is_calibrated), record.get("formulas"))
     return tuple(sorted({**own, **formulas_of_checkpoint(made)}.items()))
 
 

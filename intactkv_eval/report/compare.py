@@ -211,7 +211,9 @@ def baseline_of(identity: Identity) -> Identity:
     pivot = cell.pivot.model_copy(update={"intact": False, "source": _ANY, "transfer": False})
     model = cell.model.model_copy(update={"reference": None})
     kv = cell.kv.model_copy(update={"exempt": True})  # of intact rows alone
-    return replace(identity, cell=cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv}))
+    formulas = tuple(one for one in identity.formulas if not one[0].startswith("calibration"))  # of the intact rows
+    cell = cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv})
+    return replace(identity, cell=cell, formulas=formulas)
 
 
 def full_precision_of(identity: Identity) -> Identity:

@@ -106,7 +106,7 @@ class Calibrate:
     @property
     def name(self) -> str:
         """The file of the trained pivot."""
-        said = {"cell": self.arguments, **self.asked.model_dump(), **_made_by("calibration")}
+        said = {"cell": self.arguments, **self.asked.model_dump(), **_made_by("calibration", "calibration.vicuna")}
         return f"calibrated-{key_of(said)}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
@@ -145,6 +145,6 @@ def _group(job: Job) -> str:
     return "" if job.group_size == -1 else f"g{job.group_size}"
 
 
-def _made_by(formula: str) -> dict[str, Any]:
-    """The part of a name by which files of two revisions of a formula differ."""
-    return {"formulas": current([formula])}
+def _made_by(*formulas: str) -> dict[str, Any]:
+    """The part of a name by which files of two revisions of their formulas differ."""
+    return {"formulas": current(formulas)}

@@ -197,13 +197,13 @@ def test_store(pivot, saved_llama, tmp_path, caplog, monkeypatch):
     assert "not kept" in caplog.text
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_a_file_of_an_older_revision_is_refused(pivot, tmp_path, monkeypatch, calibrated):
+@pytest.mark.parametrize("formula", ["pivot", "calibration", "calibration.vicuna"])
+def test_a_file_of_an_older_revision_is_refused(pivot, tmp_path, monkeypatch, formula):
     """Files from before revisions were written are of revision 1."""
-    said = Calibrated(quantized="q", cell="c", data="d", settings={}, held_out={})
-    if calibrated:
+    settings = {"targets": "released"} if formula == "calibration.vicuna" else {}
+    said = Calibrated(quantized="q", cell="c", data="d", settings=settings, held_out={})
+    if formula != "pivot":
         pivot = replace(pivot, fingerprint=pivot.fingerprint.model_copy(update={"calibrated": said}))
-    formula = "calibration" if calibrated else "pivot"
     monkeypatch.setattr(formulas, "REVISIONS", {**formulas.REVISIONS, formula: 1})
     file = damaged(pivot, tmp_path / "p.safetensors", formulas="{}")
     assert PivotKV.load(file).token_ids == pivot.token_ids

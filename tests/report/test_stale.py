@@ -89,3 +89,16 @@ def test_a_damaged_revision_is_a_damaged_file(tmp_path, wrong):
     write(tmp_path, {**NONE, **KV}, LOSSES, 1, record={"formulas": {"kv.token_head": wrong}})
     with pytest.raises(ConfigError, match="revision"):
         collect([tmp_path])
+
+
+@pytest.mark.parametrize("recorded", [{}, {"calibration.vicuna": 2}])
+def test_a_pivot_that_was_trained_is_paired_with_its_baseline_whenever_it_was(tmp_path, recorded):
+    """The baseline has no trained rows, so their revision is none of its own; it is named all the same."""
+    vicuna = {"chat_template": "vicuna_v1.1"}
+    fingerprint = {"weight_hash": "w", "basis": "plain", "calibrated": {"quantized": "q"}}
+    write(tmp_path, {**NONE, **vicuna}, LOSSES, 1)
+    write(tmp_path, {**BOS, **vicuna}, BETTER, 2, record={"pivot_fingerprint": fingerprint, "formulas": recorded})
+    found = compared(tmp_path)
+    assert found.to_baseline is not None
+    stale = [run.identity.stale for run in runs_of(tmp_path)]
+    assert stale == [[], [] if recorded else ["calibration.vicuna of revision 1, now 2"]]
