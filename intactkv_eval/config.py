@@ -63,19 +63,20 @@ class ActivationSpec(Spec):
 class KVSpec(Spec):
     """How the KV cache is quantized at the moment of writing; bits 16 is off.
 
-    token_head: asymmetric min/max over each token's head_dim, keys after RoPE (the IntactKV paper's).
-    channel_key: keys by channel over `group` tokens, values by token, the newest `recent` tokens in full (KIVI's).
+    token_head: asymmetric, an integer zero point for each token's head_dim, keys after RoPE (the IntactKV paper's).
+    channel_key: keys by channel over `group` tokens, values by token (KIVI's). Of T tokens in front of a query the
+    newest T mod `recent` keys and the newest `recent` values are in full.
     pre_rope: keys before RoPE, at the uneven `levels` of a calibration file (KVQuant's).
     `keep` first tokens are left alone although the evaluated model computed them; `exempt`: intact pivot rows are.
     rotate: keys are quantized behind a Hadamard transform of head_dim, as QuaRot does; clip: the share of each row's
-    range, zero among it, that is kept (both of token_head).
+    range that is kept. Both are of token_head, and either of them makes its range QuaRot's.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
     scheme: Literal["token_head", "channel_key", "pre_rope"] = "token_head"
     keep: int = Field(default=0, ge=0)
     group: int | None = Field(default=None, ge=2)
-    recent: int | None = Field(default=None, ge=0)
+    recent: int | None = Field(default=None, ge=1)
     levels: str | None = None
     exempt: bool = True
     rotate: bool = False

@@ -54,6 +54,7 @@ def test_none_is_the_baseline_and_not_the_default(none):
         ({"pretrained": "m", "kv_bits": 4, "kv_group": 32}, "kv_group and kv_recent: do nothing"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope", "kv_recent": 32}, "kv_group and kv_recent"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_recent": 100}, "kv_recent=100 is no multiple"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_recent": 0}, "kv_recent=0"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_group": 1}, "kv_group=1"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_levels": "f"}, "no other takes it"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope"}, "needs kv_levels=FILE"),

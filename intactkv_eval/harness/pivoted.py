@@ -27,6 +27,7 @@ from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
+_PIECE = 512  # tokens of a prompt that are computed at once in front of a cache that is quantized in groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +168,15 @@ class PivotedModel:
         return run_with_cache(self.model, cache, ids)
 
     @torch.no_grad()
-    def forward_in_groups(self, ids: Tensor, writer: Writer) -> Any:
-        """The same, with each row of the cache quantized by `writer` and in full side by side."""
-        groups, front = self._groups(writer), self.front_layers()
-        cache = SideBySideCache(front, len(ids), writer.scheme, groups)
-        first = front[0][0].shape[1] if front else 0
+    def forward_in_groups(self, ids: Tensor, writer: Writer, cache: SideBySideCache | None = None) -> Any:
+        """The same, with each row of the cache quantized by `writer` and in full side by side.
+
+        cache: what stands in front and, if it keeps rows, gets these too; without it the pivot's rows stand in front.
+        """
+        groups = self._groups(writer)
+        if cache is None:
+            cache = SideBySideCache(self.front_layers(), len(ids), writer.scheme, groups)
+        first = cache.get_seq_length()
         total = first + ids.shape[1]
         masks = {
             kind: groups.mask(first, total, window, self.model.dtype).to(self.device).expand(len(ids), -1, -1, -1)
@@ -185,15 +190,14 @@ class PivotedModel:
     def prefilled(self, ids: Tensor) -> StreamCache:
         """The cache of rows [B, P + T] without padding, the pivot's tokens among them, computed but for the last token.
 
-        For schemes that quantize in groups: chunk by chunk, each as its tokens would see the cache one at a time.
+        For schemes that quantize in groups: each token sees the cache as it would one at a time.
         """
         assert self.writer is not None, "nothing is quantized"
-        ids = ids.to(self.device)
-        groups = self._groups(self.writer)
-        cache = StreamCache(self.front_layers(), len(ids), self.writer.scheme, groups)
-        for start, stop in groups.chunks(cache.get_seq_length(), ids.shape[1] - 1):
-            run_with_cache(self.model, cache, ids[:, start:stop])
-        return cache
+        ids, groups = ids.to(self.device), self._groups(self.writer)
+        cache = SideBySideCache(self.front_layers(), len(ids), self.writer.scheme, groups, keep=True)
+        for start in range(cache.get_seq_length(), ids.shape[1] - 1, _PIECE):  # long masks are large
+            self.forward_in_groups(ids[:, start : min(start + _PIECE, ids.shape[1] - 1)], self.writer, cache)
+        return StreamCache(cache.rows(), len(ids), self.writer.scheme, groups)
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
@@ -227,4 +231,4 @@ class PivotedModel:
         return torch.cat([front.to(body.device), body], dim=1)
 
     def _groups(self, writer: Writer) -> Groups:
-        return Groups(self.exempt, writer.scheme.group, writer.scheme.recent)
+        return Groups(self.exempt, writer.scheme.recent)

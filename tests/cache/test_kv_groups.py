@@ -1,7 +1,6 @@
 """channel_key: scoring, prefill in chunks and one token at a time see the same cache; against decoding written here."""
 
 import logging
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from intactkv_eval.cache.group_cache import Groups
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.harness import pivoted as pivoted_model
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -26,7 +26,7 @@ GROUP = 4
 CELLS = {
     "intact": (True, KVSpec(bits=2, **CHANNEL_KEY)),
     "intact, pivot too": (True, KVSpec(bits=2, **CHANNEL_KEY, exempt=False)),
-    "computed": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "recent": 0})),
+    "computed": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "group": 3, "recent": 3})),
     "computed, keep 2": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "recent": 8}, keep=2)),
 }
 BODY = torch.randint(0, 256, (23,), generator=torch.Generator().manual_seed(3))
@@ -41,13 +41,14 @@ def rounded(rows, bits, dim):
 
 def as_stored(keys, values, column, exempt, kv):
     """What a query in `column` sees of full rows [1, H, S, D]."""
-    edge = max(0, (max(column - exempt, 0) // kv.group) * kv.group - kv.recent)
+    older = max(column - exempt, 0)
     keys, values = keys.clone(), values.clone()
-    for first in range(exempt, exempt + edge, kv.group):
+    for first in range(exempt, exempt + older - older % kv.recent, kv.group):
         block = slice(first, first + kv.group)
         keys[:, :, block] = rounded(keys[:, :, block], kv.bits, 2)
-        for at in range(0, values.shape[3], kv.group):
-            values[:, :, block, at : at + kv.group] = rounded(values[:, :, block, at : at + kv.group], kv.bits, 3)
+    block = slice(exempt, max(exempt, exempt + older - kv.recent))
+    for at in range(0, values.shape[3], kv.group):
+        values[:, :, block, at : at + kv.group] = rounded(values[:, :, block, at : at + kv.group], kv.bits, 3)
     return keys, values
 
 
@@ -76,7 +77,8 @@ EXEMPT = {"intact": 3, "intact, pivot too": 0, "computed": 0, "computed, keep 2"
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_scoring_is_decoding(family, cell):
+def test_scoring_is_decoding(family, cell, monkeypatch):
+    monkeypatch.setattr(pivoted_model, "_PIECE", 5)  # so that prompts are computed in several
     made = pivoted(build_model(family, dtype=torch.float64), TOKENS, *CELLS[cell])
     front = 0 if made.pivot is not None else len(TOKENS)
     whole = torch.cat([torch.tensor(TOKENS), BODY])
@@ -125,15 +127,26 @@ def test_eager_attention():
     )
 
 
-def test_chunks_change_where_the_boundary_does():
-    for exempt, size, recent in [(0, 4, 4), (3, 4, 0), (2, 3, 9)]:
-        groups = Groups(exempt, size, recent)
-        for start in range(12):
-            pieces = list(groups.chunks(start, 40))
-            assert [column for first, last in pieces for column in range(first, last)] == list(range(start, 40))
-            for first, last in pieces:
-                assert groups.boundary(first) == groups.boundary(last - 1)
-            assert all(groups.boundary(a) != groups.boundary(b) for (a, _), (b, _) in pairwise(pieces))
+@pytest.mark.parametrize(("exempt", "residual"), [(0, 4), (3, 4), (2, 9)])
+def test_every_query_sees_one_copy_of_each_row_before_it(exempt, residual):
+    """Whole or in pieces, with a window or without: of each older column the copy that its age says, and no other."""
+    groups = Groups(exempt, residual)
+    for first, total in [(0, 1), (0, 30), (3, 30), (9, 13), (17, 30), (29, 30)]:
+        quantized, mixed, full = (list(range(part.start, part.stop)) for part in groups.copies(first, total))
+        columns = [*quantized, *mixed, *range(min(exempt, total)), *full]
+        for window in (None, 6):
+            seen = groups.mask(first, total, window, torch.float32)[0, 0] == 0
+            assert seen.shape == (total - first, len(columns))
+            for query, row in enumerate(seen.tolist(), start=first):
+                assert sorted(column for column, there in zip(columns, row, strict=True) if there) == list(
+                    range(0 if window is None else max(0, query - window + 1), query + 1)
+                )
+                keys_to, values_to = groups.boundaries(query)
+                for place, there in enumerate(row):
+                    column, kind = columns[place], (place >= len(quantized)) + (place >= len(quantized) + len(mixed))
+                    old = column >= exempt
+                    expected = 0 if old and column < values_to else 1 if old and column < keys_to else 2
+                    assert not there or kind == expected
 
 
 def test_a_prefill_across_a_boundary_is_not_taken():

@@ -35,13 +35,41 @@ def by_hand(numbers, bits):
     return [low + round((number - low) / step) * step for number in numbers] if step else list(numbers)
 
 
+def around_zero(numbers, bits, clip=1.0, with_zero=False):
+    """A flat list of numbers, at whole multiples of the step."""
+    ends = [*numbers, 0.0] if with_zero else numbers
+    low, high = min(ends) * clip, max(ends) * clip
+    step = (high - low) / (2**bits - 1)
+    zero = round(-low / step)
+    return [(min(max(round(number / step) + zero, 0), 2**bits - 1) - zero) * step for number in numbers]
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_token_head(bits):
     rows = states(2, 2, 5, 8)
-    found = TokenHead(bits).keys(rows, 0, torch.arange(5)[None])
+    rows[1, 1, 4] += 9  # no zero among them
+    found, clipped = TokenHead(bits), TokenHead(bits, clip=0.9)
     for b, h, t in [(0, 0, 0), (1, 1, 4), (0, 1, 3)]:
-        expected = torch.tensor(by_hand(rows[b, h, t].tolist(), bits), dtype=torch.float64)
-        torch.testing.assert_close(found[b, h, t], expected, rtol=0, atol=1e-12)
+        row = rows[b, h, t].tolist()
+        for scheme, keys, values in [
+            (found, around_zero(row, bits), around_zero(row, bits)),
+            (clipped, around_zero(row, bits, 0.9, with_zero=True), around_zero(row, bits, 0.9)),
+        ]:
+            assert scheme.keys(rows, 0, torch.zeros(1, 1))[b, h, t].tolist() == pytest.approx(keys, abs=1e-12)
+            assert scheme.values(rows, 0, torch.zeros(1, 1))[b, h, t].tolist() == pytest.approx(values, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "scheme", [TokenHead(4), TokenHead(4, clip=0.9), TokenHead(4, rotate=True), ChannelKey(4, 2, 2)]
+)
+@pytest.mark.parametrize("broken", [float("inf"), float("-inf"), float("nan")])
+def test_broken_rows_stay_broken_and_others_whole(scheme, broken):
+    """The bounds of a step would make a number of an infinite one."""
+    rows = states(1, 1, 4, 8, dtype=torch.float32)
+    rows[0, 0, 1, 3] = broken
+    for out in (scheme.keys(rows, 0, torch.zeros(1, 1)), scheme.values(rows, 0, torch.zeros(1, 1))):
+        assert not out[0, 0, 1, 3].isfinite()
+        assert out[0, 0, 2:].isfinite().all()
 
 
 @pytest.mark.parametrize(("group", "width"), [(4, 10), (16, 10), (32, 8)])

@@ -173,8 +173,9 @@ def test_keys_are_quantized_rotated_and_stay_in_the_plain_basis():
     turned = (keys.double() @ turn).float()
     low, high = (end.clamp(**{bound: 0}) * 0.95 for end, bound in zip(torch.aminmax(turned, dim=-1, keepdim=True), ("max", "min"), strict=True))  # fmt: skip
     step = (high - low) / 15
-    codes = ((turned - low) / step).round().clamp(0, 15)
-    expected = ((codes * step + low).double() @ turn.t()).float()
+    zero = (-low / step).round()
+    codes = ((turned / step).round() + zero).clamp(0, 15)
+    expected = (((codes - zero) * step).double() @ turn.t()).float()
     scheme = TokenHead(spec.bits, spec.rotate, spec.clip)
     found = scheme.keys(keys, 0, torch.arange(5)[None])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
