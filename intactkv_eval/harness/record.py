@@ -18,6 +18,7 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
     pivoted, pivot = built.pivoted, built.pivoted.pivot
     return {
         "cell": cell.model_dump(mode="json"),
+        "symmetric_formula": cell.weights.symmetric_formula,
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,

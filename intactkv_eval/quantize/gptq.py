@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block, check_settings
@@ -41,7 +42,7 @@ class GPTQ:
 
     bits: int
     group_size: int
-    symmetric: bool = False
+    symmetric: SymmetricFormula | None = None
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.05

@@ -47,4 +47,5 @@ def _flat(identity: Identity) -> dict[str, Any]:
     put("", identity.cell.model_dump(mode="json"))
     put("hf", dict(identity.hf_arguments))
     found |= {"weights' hash": identity.source_hash, "checkpoint": identity.checkpoint, "search": identity.awq_search}
+    found["symmetric formula"] = identity.symmetric_formula
     return found

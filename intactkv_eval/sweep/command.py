@@ -129,6 +129,7 @@ def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
         "task": unit.task.task,
         "seed": unit.seed,
         "cell": cell.model_dump(mode="json"),
+        "symmetric_formula": cell.weights.symmetric_formula,
         "hf_arguments": {key: str(value) for key, value in arguments.items() if key not in CELL_KEYS},
         "quantization": None if quantize is None else _quantization(quantize),
     }

@@ -57,7 +57,7 @@ def assert_eliminated(weight, hessian, options):
 
 
 @pytest.mark.parametrize("group_size", [16, -1])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [None, "gptq", "quarot"])
 @pytest.mark.parametrize(("act_order", "static_groups"), [(False, False), (True, False), (True, True), (False, True)])
 def test_it_is_optimal_brain_quantization(group_size, symmetric, act_order, static_groups):
     weight, _, hessian = problem()
@@ -129,7 +129,7 @@ def test_a_block_of_every_family(family):
         assert not layer._forward_pre_hooks
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [None, "gptq", "quarot"])
 def test_a_shrunk_range_errs_no_more(symmetric):
     """Against every share of the range tried one by one, in the norm of 2.4."""
     weight = problem()[0]
