@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from intactkv_eval.quantize.gptq import GPTQ, gptq
-from intactkv_eval.quantize.rtn import group_range, quantize_in_range
+from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_in_range
 from intactkv_eval.quantize.shrink import shrunk_range
 
 DATA = Path(__file__).parents[1] / "data" / "released"
@@ -37,7 +37,7 @@ def in_released_range(weight, case):
     size = case["group"]
     low, high = group_range(weight, size)
     if case["shares"]:
-        low, high = (end * RTN[side][: weight.numel() // size].sigmoid().view(low.shape)
+        low, high = (end * RTN[side][: low.numel()].sigmoid().view(low.shape)
                      for end, side in ((low, "low"), (high, "high")))  # fmt: skip
     if case["clip"]:
         low, high = shrunk_range(weight, case["bits"], size, formula(case), torch.float32)
@@ -54,6 +54,22 @@ def test_ranges_scales_and_rounding(name):
     assert torch.equal(found.dequantize()[rows], RTN[f"{name}.out"][rows])
     if not case["symmetric"]:
         assert torch.equal(found.zeros[rows].float(), RTN[f"{name}.zero"][rows])
+
+
+@pytest.mark.parametrize("name", [name for name, case in RTN_CASES.items() if case["shares"]])
+def test_gradients_of_learned_clips(name):
+    """OmniQuant's: by the strengths of both ends, through its rounding."""
+    case, rows = RTN_CASES[name], RTN_CASES[name]["rows"]
+    weight = RTN["weight"][:rows]
+    low, high = group_range(weight, case["group"])
+    strengths = [RTN[side][: low.numel()].clone().requires_grad_() for side in ("low", "high")]
+    shares = [strength.sigmoid().view(low.shape) for strength in strengths]
+    out = fake_quantize(
+        weight, low * shares[0], high * shares[1], case["bits"], case["group"], torch.float32, formula(case)
+    )
+    found = torch.autograd.grad((out * weight).sum(), strengths, allow_unused=False)
+    for slope, side in zip(found, ("low", "high"), strict=True):
+        torch.testing.assert_close(slope, RTN[f"{name}.{side}_slope"][: low.numel()], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", GPTQ_CASES)

@@ -19,6 +19,7 @@ assertion that cannot be evaluated.
 weights_rtn.safetensors   `weight` [5, 64], whose last row lies below the floor of the symmetric formulas, and
     <case>.out     the dequantized matrix as the released quantizer gives it
     <case>.scale   its scales [5, G], fp32;  <case>.zero  its zero points, where it has some
+    <case>.low_slope, .high_slope  where clips are learned: the gradients of sum(out * weight) by `low` and `high`
     `cases`        in the metadata: {case: {by, bits, group, symmetric, clip, shares}}; only `rows` rows are meant
     `low`, `high`  the strengths that OmniQuant's clipping is given, [5 * G, 1], before its sigmoid
 
@@ -61,6 +62,7 @@ UNUSED_OF_AUTOAWQ = {
     "awq.modules.linear": "WQLinear_GEMM WQLinear_GEMV WQLinear_Marlin WQLinear_GEMVFast",
     "awq.utils.module": "append_str_prefix get_op_name get_named_linears set_op_by_name exclude_layers_to_not_quantize",
 }
+KEYS = ("out", "scale", "zero", "low_slope", "high_slope")
 HERE = Path(__file__).parent
 SEED, DAMP, UNUSED = 4, 0.01, 77  # of 3 to 8 the seed whose codes survive changes of a millionth in H
 
@@ -131,11 +133,15 @@ def by_omniquant(code, weight, case, strengths):
         count = weight.numel() // case["group"]
         quantizer.lowbound_factor.data = strengths["low"][:count]
         quantizer.upbound_factor.data = strengths["high"][:count]
-    with torch.no_grad():
-        out = quantizer(weight)
-    zeros = quantizer.round_zero_point
-    rows = len(weight)
-    return out, quantizer.scale.view(rows, -1), None if zeros is None else zeros.view(rows, -1)
+    out = quantizer(weight)
+    if case["shares"]:
+        (out * weight)[: case["rows"]].sum().backward()
+        slopes = [quantizer.lowbound_factor.grad, quantizer.upbound_factor.grad]
+    else:
+        slopes = [None, None]
+    zeros, rows = quantizer.round_zero_point, len(weight)
+    zeros = None if zeros is None else zeros.view(rows, -1)
+    return [None if t is None else t.detach() for t in (out, quantizer.scale.view(rows, -1), zeros, *slopes)]
 
 
 def by_awq(code, weight, case):
@@ -166,7 +172,7 @@ def rtn(code):
                         found = (by_quarot if by == "quarot" else by_awq)(code, weight, case)
                     name = f"{by}-w{bits}g{group}-{'sym' if symmetric else 'asym'}{f'-{option}' if on else ''}"
                     cases[name] = case
-                    tensors |= {f"{name}.{key}": t.contiguous() for key, t in zip(("out", "scale", "zero"), found, strict=True)
+                    tensors |= {f"{name}.{key}": t.contiguous() for key, t in zip(KEYS, found, strict=False)
                                 if t is not None}  # fmt: skip
     return tensors, cases
 
