@@ -10,6 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from intactkv_eval.errors import ConfigError
 
+SymmetricFormula = Literal["gptq", "quarot", "omniquant", "awq"]
+"""Whose released formula gives symmetric weights their scale; quantize/rtn.py writes the formulas out."""
+
+
+def formula_of(method: str, rotate: bool) -> SymmetricFormula:
+    """The formula of symmetric weights that `method` makes: that of its own released code, QuaRot's if rotated."""
+    own: dict[str, SymmetricFormula] = {"omniquant": "omniquant", "awq": "awq"}
+    return "quarot" if rotate else own.get(method, "gptq")
+
 
 class Spec(BaseModel):
     """Base of all specs: frozen, and no field that is not declared."""
@@ -39,6 +48,11 @@ class WeightSpec(Spec):
     symmetric: bool = False
     search: str | None = None
     rotate: bool = False
+
+    @property
+    def symmetric_formula(self) -> SymmetricFormula | None:
+        """Whose formula the symmetric weights follow; None where they are asymmetric."""
+        return formula_of(self.method, self.rotate) if self.symmetric else None
 
     @field_validator("group_size")
     @classmethod

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from intactkv_eval.config import CellSpec
+from intactkv_eval.config import CellSpec, formula_of
 
 REVISIONS: Mapping[str, int] = MappingProxyType(
     {
@@ -19,7 +19,9 @@ REVISIONS: Mapping[str, int] = MappingProxyType(
         "weights.awq": 1,
         "weights.omniquant": 1,
         "symmetric.gptq": 1,
-        "symmetric.quarot": 2,  # 2: QuaRot's and OmniQuant's range; before, GPTQ's was taken
+        "symmetric.quarot": 2,  # 2 of these three: each method's own range; before, GPTQ's was taken
+        "symmetric.omniquant": 2,
+        "symmetric.awq": 2,
         "rotation": 1,
         "activations.token": 1,
         "activations.tensor": 1,
@@ -69,7 +71,7 @@ def names_of_cell(cell: CellSpec, is_calibrated: bool = False) -> list[str]:
     if weights.method != "none":
         names.append(f"weights.{weights.method}")
         if weights.symmetric:
-            names.append("symmetric.quarot" if weights.rotate else "symmetric.gptq")
+            names.append(f"symmetric.{weights.symmetric_formula}")
     if weights.rotate:
         names.append("rotation")
     if cell.activations.bits < 16:
@@ -89,7 +91,7 @@ def names_of_job(job: Mapping[str, Any]) -> list[str]:
     if method == "gptq" and 0 < size < _BLOCK and not options.get("static_groups"):
         names.append("weights.gptq.small_groups")
     if job.get("symmetric"):
-        names.append("symmetric.quarot" if job.get("rotate") or method == "omniquant" else "symmetric.gptq")
+        names.append(f"symmetric.{formula_of(str(method), bool(job.get('rotate')))}")
     if job.get("rotate"):
         names.append("rotation")
     return [name for name in names if name in REVISIONS]

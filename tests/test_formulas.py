@@ -21,7 +21,7 @@ JOBS = [
     ({"method": "gptq", "group_size": -1, "options": {}}, ["weights.gptq"]),
     ({"method": "gptq", "group_size": 64, "options": {"static_groups": True}}, ["weights.gptq"]),
     ({"method": "gptq", "group_size": 64, "options": {}}, ["weights.gptq", "weights.gptq.small_groups"]),
-    ({"method": "omniquant", "group_size": 64, "symmetric": True}, ["weights.omniquant", "symmetric.quarot"]),
+    ({"method": "omniquant", "group_size": 64, "symmetric": True}, ["weights.omniquant", "symmetric.omniquant"]),
     ({"method": "gptq", "group_size": -1, "symmetric": True}, ["weights.gptq", "symmetric.gptq"]),
     (
         {"method": "gptq", "group_size": -1, "symmetric": True, "rotate": True},

@@ -220,6 +220,6 @@ def quantize(
     bits, size, clips = weights.bits, weights.group_size, search.clips if search else {}
 
     def quantizer(matrix: Tensor, name: str) -> QuantizedWeight:
-        return quantize_rtn(clipped(matrix, clips.get(name)), bits, size, weights.symmetric, name)
+        return quantize_rtn(clipped(matrix, clips.get(name)), bits, size, weights.symmetric_formula, name)
 
     return quantized_model(model, quantizer, backend, stages)

@@ -132,7 +132,8 @@ def _scheme(
     kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
     ordered = any(weight.order is not None for weight in layers.values())
     made_by = f"intactkv_eval:{__version__} {job.method}"
-    return Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, job.activations, rotation, ordered)
+    formula = job.symmetric_formula
+    return Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, job.activations, rotation, ordered, formula)
 
 
 def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
@@ -142,7 +143,9 @@ def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
     scheme = Scheme(job.bits, job.group_size, job.symmetric, "")
     shapes = {tuple(matrix_of(layer).shape): name for name, layer in linear_layers(model).items()}
     for (outputs, inputs), name in shapes.items():
-        zeros = quantize_rtn(torch.zeros(outputs, inputs), job.bits, job.group_size, job.symmetric, name, torch.float16)
+        zeros = quantize_rtn(
+            torch.zeros(outputs, inputs), job.bits, job.group_size, job.symmetric_formula, name, torch.float16
+        )
         if ordered and zeros.group_size < inputs:
             zeros = replace(zeros, order=torch.arange(inputs, dtype=torch.int32))
         try:

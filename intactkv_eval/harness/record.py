@@ -22,6 +22,7 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "formulas": formulas_of(
             cell, built.quantization, pivot is not None and pivot.fingerprint.calibrated is not None
         ),
+        "symmetric_formula": cell.weights.symmetric_formula,
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,

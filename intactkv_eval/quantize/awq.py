@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.awq_search import clipped
 from intactkv_eval.quantize.method import Block, check_settings, install
@@ -40,7 +41,7 @@ class AWQ:
 
     bits: int
     group_size: int
-    symmetric: bool = False
+    symmetric: SymmetricFormula | None = None
     grid: int = 20
     clip: bool = True
     wants_full_inputs: ClassVar[bool] = False

@@ -1,23 +1,30 @@
 """GPTQ: columns are rounded one after another, and what is left of each error is put into the columns to come.
 
-    H = mean of x x^T over the inputs of the layer (+ damping),  U = upper Cholesky factor of its inverse
+    H = 2 / samples * sum of x x^T over the inputs of the layer (+ damping),  U = upper Cholesky factor of its inverse
     q_j = round(w_j),  e = (w_j - q_j) / U[j, j],  w_k -= e U[j, k] for all k > j
 
 Act-order takes columns by falling H[j, j]; groups then are of columns in that order, or with static groups of the
-columns as they lie, with scales fixed beforehand. Otherwise scales are min/max of a group, taken when its first
-column's turn comes: when the errors of all columns before it are put in, which widens the ranges of those that come
-last. Static groups are the default, since in 3 bits they are far better (docs/quantizers.md). Source: Frantar et al.
-2023, algorithm 1; act-order and static groups as GPTQ's released code has them, whose own defaults the presets keep.
+columns as they lie, with scales fixed beforehand. Otherwise the scale of a group is the min/max of its columns as they
+stood when the block of 128 columns began in which the group begins: with the errors of all blocks before in them, which
+widens the ranges of the last groups, but not those of columns of the same block. Inputs that are always zero count as
+H[j, j] = 1, and their weights as 0 except in the range of whole rows. Static groups are the default, since in 3 bits
+they are far better (docs/quantizers.md).
+
+Source: Frantar et al. 2023, algorithm 1; blocks, act-order, static groups and unused inputs as in the released code
+(GPTQ's, AutoGPTQ's and QuaRot's agree), whose own defaults the presets keep. One thing differs: scales are rounded to
+fp16, in which checkpoints hold them, before columns are rounded with them, so that this rounding is compensated too.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block, check_settings
@@ -28,7 +35,7 @@ from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 128  # of a lazy batch
+COLUMNS = 128  # of a block: errors inside of it reach later blocks, and the ranges of groups, only at its end
 _DAMPS = (1, 10, 100)  # times the damping that was asked, where the matrix is not positive definite
 
 
@@ -41,7 +48,7 @@ class GPTQ:
 
     bits: int
     group_size: int
-    symmetric: bool = False
+    symmetric: SymmetricFormula | None = None
     act_order: bool = True
     static_groups: bool = True
     damp: float = 0.05
@@ -76,19 +83,31 @@ class GPTQ:
 
 
 @torch.no_grad()
-def gptq(weight: Tensor, hessian: Tensor, options: GPTQ, name: str = "the layer") -> QuantizedWeight:
-    """Quantize `weight` [O, I] for inputs with mean outer product `hessian` [I, I] (fp32). Scales in fp16."""
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    options: GPTQ,
+    name: str = "the layer",
+    scale_dtype: torch.dtype = torch.float16,
+) -> QuantizedWeight:
+    """Quantize `weight` [O, I] for inputs whose outer products sum to `hessian` [I, I] (fp32, see `hessians`).
+
+    scale_dtype: that of the scales that columns are rounded with; the released code has fp32.
+    """
     size = check_group_size(weight.shape[1], options.group_size, name)
-    matrix, diagonal = weight.float().clone(), torch.diagonal(hessian)
-    matrix[:, diagonal == 0] = 0  # inputs that are always zero
+    find = partial(_in_range, options=options, size=size, name=name, scale_dtype=scale_dtype)
+    matrix, unused = weight.float().clone(), torch.diagonal(hessian) == 0
+    whole = find(matrix) if options.group_size == -1 else None  # the released code reads whole rows first
+    matrix[:, unused] = 0
+    hessian = hessian + torch.diag(unused.to(hessian.dtype))
     # stable: of equal columns the order, and so the bytes, must not depend on the sort
-    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True) if options.act_order else None
     static = options.static_groups or size == weight.shape[1]
-    fixed = _in_range(matrix, options, size, name) if static else None
+    fixed = whole or (find(matrix) if static else None)
     place = torch.arange(weight.shape[1], device=weight.device) if order is None else order
     if order is not None:
         matrix, hessian = matrix[:, order], hessian[order][:, order]
-    rounding = _Rounding(options, size, fixed, place, name)
+    rounding = _Rounding(2**options.bits - 1, size, place, fixed, find)
     codes = _columns(matrix, inverse_root(hessian, options.damp, name), rounding)
     if order is not None and static:
         codes, order = codes[:, torch.argsort(order)], None
@@ -98,50 +117,53 @@ def gptq(weight: Tensor, hessian: Tensor, options: GPTQ, name: str = "the layer"
     )
 
 
-def _in_range(weight: Tensor, options: GPTQ, size: int, name: str) -> QuantizedWeight:
+def _in_range(weight: Tensor, options: GPTQ, size: int, name: str, scale_dtype: torch.dtype) -> QuantizedWeight:
     """Rounded to nearest: its scales and zeros are those that GPTQ rounds with."""
-    find = shrunk_range(weight, options.bits, size, options.symmetric, torch.float16) if options.shrink else None
+    find = shrunk_range(weight, options.bits, size, options.symmetric, scale_dtype) if options.shrink else None
     low, high = find or group_range(weight, size)
-    return quantize_in_range(weight, low, high, options.bits, size, torch.float16, options.symmetric, name)
+    return quantize_in_range(weight, low, high, options.bits, size, scale_dtype, options.symmetric, name)
 
 
 def _columns(matrix: Tensor, root: Tensor, rounding: "_Rounding") -> Tensor:
-    """Codes [O, I] of `matrix` [O, I], which is used up; lazy batches that end where groups do."""
-    inputs, size = matrix.shape[1], rounding.size
-    step = size if size <= COLUMNS else COLUMNS
+    """Codes [O, I] of `matrix` [O, I], which is used up; block by block."""
+    inputs = matrix.shape[1]
     rows, codes = matrix.t().contiguous(), torch.empty(inputs, matrix.shape[0], dtype=torch.uint8, device=matrix.device)
-    start = 0
-    while start < inputs:
-        stop = min(start + step, inputs, (start // size + 1) * size)
-        if start % size == 0:
-            rounding.begin(start // size, rows[start : start + size])
+    for start in range(0, inputs, COLUMNS):
+        stop = min(start + COLUMNS, inputs)
+        rounding.begin(rows, start, stop)
         part, errors = rows[start:stop], torch.empty_like(rows[start:stop])
         for j in range(stop - start):
             codes[start + j], rounded = rounding.column(part[j], start + j)
             errors[j] = (part[j] - rounded) / root[start + j, start + j]
             part[j + 1 :].addr_(root[start + j, start + j + 1 : stop], errors[j], alpha=-1)
         rows[stop:] -= root[start:stop, stop:].t() @ errors
-        start = stop
     return codes.t().contiguous()
 
 
 class _Rounding:
-    """Scale and zero of each column. fixed: those of all groups, known beforehand; else each group's when it begins.
-
-    place: where each column lies in the layer.
+    """Scale and zero of each column. top: the largest code. size: columns of a group. place: where each column lies in
+    the layer. fixed: scales and zeros of all groups, known beforehand; where it is None, `find` makes each group's.
     """
 
-    def __init__(self, options: GPTQ, size: int, fixed: QuantizedWeight | None, place: Tensor, name: str) -> None:
-        self.options, self.size, self.fixed, self.name = options, size, fixed, name
-        self.top = 2**options.bits - 1
+    def __init__(
+        self,
+        top: int,
+        size: int,
+        place: Tensor,
+        fixed: QuantizedWeight | None,
+        find: Callable[[Tensor], QuantizedWeight],
+    ) -> None:
+        self.top, self.size, self.fixed, self._find = top, size, fixed, find
         self._group = (place // size).tolist()
         self._scales = list(fixed.scales.t()) if fixed is not None else []
         self._zeros = list(fixed.zeros.t()) if fixed is not None else []
 
-    def begin(self, group: int, rows: Tensor) -> None:
-        """The columns [S, O] of a group as they are now."""
-        if self.fixed is None:
-            made = _in_range(rows.t(), self.options, len(rows), self.name)
+    def begin(self, rows: Tensor, start: int, stop: int) -> None:
+        """Read the ranges of the groups that begin in the block of columns start to stop, from `rows` [I, O] as they
+        stand before its first column is rounded."""
+        first = -(-start // self.size) * self.size
+        for column in range(first, stop, self.size) if self.fixed is None else ():
+            made = self._find(rows[column : column + self.size].t())
             self._scales.append(made.scales[:, 0])
             self._zeros.append(made.zeros[:, 0])
 
@@ -162,12 +184,10 @@ def inverse_root(hessian: Tensor, damp: float, name: str) -> Tensor:
 
     Raises CheckpointError where it is not positive definite even with 100 times the damping.
     """
-    diagonal = torch.diagonal(hessian)
-    fixed = hessian + torch.diag((diagonal == 0).to(hessian.dtype))
-    mean = diagonal.mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+    mean = torch.diagonal(hessian).mean().clamp(min=torch.finfo(hessian.dtype).tiny)
     for factor in _DAMPS:
         share = min(damp * factor, 1.0)
-        lower, info = torch.linalg.cholesky_ex(fixed + share * mean * torch.eye(len(fixed), device=fixed.device))
+        lower, info = torch.linalg.cholesky_ex(hessian + share * mean * torch.eye(len(hessian), device=hessian.device))
         if not int(info):
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(info) and torch.isfinite(upper).all():
@@ -200,9 +220,11 @@ def input_groups(block: Block) -> list[list[str]]:
 
 
 def hessians(block: Block, groups: Sequence[list[str]]) -> list[Tensor]:
-    """Mean outer products [I, I] (fp32) of each group's inputs over all samples."""
+    """2 / samples times the sum of outer products [I, I] (fp32) of each group's inputs over all samples.
+
+    The factor is the released code's. It matters only where an input is always zero and counts as 1.
+    """
     sums: dict[str, Tensor] = {}
-    tokens = 0
 
     def note(name: str, x: Tensor) -> None:
         stage = getattr(block.layers[name], "prepare", None)  # of a rotated model: what its product is given
@@ -210,7 +232,6 @@ def hessians(block: Block, groups: Sequence[list[str]]) -> list[Tensor]:
         rows = x.reshape(-1, x.shape[-1]).float()
         sums[name] = sums[name].addmm_(rows.t(), rows) if name in sums else rows.t() @ rows
 
-    for sample, hidden in enumerate(block.inputs):
+    for sample in range(len(block.inputs)):
         run_noting(block, sample, [names[0] for names in groups], note)
-        tokens += hidden.shape[1]
-    return [sums[names[0]] / tokens for names in groups]
+    return [sums[names[0]] * (2 / len(block.inputs)) for names in groups]

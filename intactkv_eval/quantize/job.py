@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from intactkv_eval.config import ActivationSpec, PivotSpec, Spec
+from intactkv_eval.config import ActivationSpec, PivotSpec, Spec, SymmetricFormula, formula_of
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ
@@ -34,12 +34,16 @@ class CalibrationSpec(Spec):
 
 
 class Job(Spec):
-    """One quantized checkpoint. options: the method's own. rotate: the model is rotated first, as QuaRot does."""
+    """One quantized checkpoint. options: the method's own. rotate: the model is rotated first, as QuaRot does.
+
+    symmetric_formula: whose formula symmetric weights follow, None for asymmetric ones; `job_from` chooses it.
+    """
 
     method: str
     bits: int
     group_size: int = 128
     symmetric: bool = False
+    symmetric_formula: SymmetricFormula | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     calibration: CalibrationSpec | None = None
     rotate: bool = False
@@ -52,7 +56,7 @@ class Job(Spec):
 
     def made(self) -> Method:
         """The method with its options."""
-        method: Method = METHODS[self.method](self.bits, self.group_size, self.symmetric, **self.options)
+        method: Method = METHODS[self.method](self.bits, self.group_size, self.symmetric_formula, **self.options)
         return method
 
 
@@ -107,6 +111,7 @@ def job_from(given: Mapping[str, Any], options: list[str], preset: str | None = 
     calibration = {key: flat.pop(key) for key in _OF_CALIBRATION if key in flat}
     activations = {field: flat.pop(key) for key, field in _ACTIVATIONS.items() if key in flat}
     common["rotate"] = bool(flat.pop("rotate", False))
+    common["symmetric_formula"] = formula_of(method, common["rotate"]) if common.get("symmetric") else None
     _check_stages(method, common["rotate"], activations)
     own = _options(method, {**flat, **dict(_pair(text) for text in options)})
     try:

@@ -1,38 +1,47 @@
 """Round to nearest (RTN): min/max of each group, nothing searched, nothing calibrated.
 
-    asymmetric: s = (max(w, 0) - min(w, 0)) / (2**b - 1),  z = round(-min(w, 0) / s)
-    symmetric:  s = 2 max|w| / (2**b - 1),                  z = 2**(b-1)
-    q = clamp(round(w / s) + z, 0, 2**b - 1)
+    q = clamp(round(w / s) + z, 0, 2**b - 1),  w' = (q - z) s
+    asymmetric:           s = (max(w, 0) - min(w, 0)) / (2**b - 1),  z = round(-min(w, 0) / s)
+    symmetric, z = 2**(b-1):
+        gptq              s = 2 max|w| / (2**b - 1)
+        quarot, awq       s = max(max|w|, 1e-5) / (2**(b-1) - 1)
+        omniquant         s = clamp(max|w| / (2**(b-1) - 1), 1e-5, 1e4)
 
 Zero is kept inside the range of every group, so the zero point always has a code. Scales are rounded to the weight's
 own dtype (or that of the checkpoint that will hold them) before the codes are chosen. The same formula serves ranges
 that others have chosen, and lets their gradient through.
-Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric form is GPTQ's. The gradient of what is
-rounded is that of what is not (Bengio et al. 2013); the zero point has none.
+Source: the setting of the IntactKV tables (asymmetric, min/max); the symmetric forms are those of the released code of
+AutoGPTQ, QuaRot, llm-awq and OmniQuant (run with --symmetric --disable_zero_point). The gradient of what is rounded is
+that of what is not (Bengio et al. 2013); the zero point has none.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.quantize.matrices import finite_matrix
 from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
+
+_LEAST, _GREATEST = 1e-5, 1e4  # the bounds that the released code puts on a range or a scale
 
 
 def quantize_rtn(
     weight: Tensor,
     bits: int,
     group_size: int,
-    symmetric: bool = False,
+    symmetric: SymmetricFormula | None = None,
     layer: str = "the layer",
     scale_dtype: torch.dtype | None = None,
 ) -> QuantizedWeight:
     """Quantize `weight` [O, I] in groups of `group_size` inputs (-1: the whole row). Scales in `scale_dtype`.
 
+    symmetric: whose formula the symmetric scales follow; None for asymmetric ones.
     Raises ConfigError for bits or a group_size that do not fit; `layer` is its name in that message.
     """
     check_bits(bits)
@@ -48,7 +57,7 @@ def quantize_in_range(
     bits: int,
     group_size: int,
     scale_dtype: torch.dtype,
-    symmetric: bool = False,
+    symmetric: SymmetricFormula | None = None,
     layer: str = "the layer",
 ) -> QuantizedWeight:
     """Quantize `weight` [O, I] to codes that reach from `low` to `high` [O, G]; what is beyond gets the outermost ones.
@@ -63,7 +72,13 @@ def quantize_in_range(
 
 
 def fake_quantize(
-    weight: Tensor, low: Tensor, high: Tensor, bits: int, size: int, scale_dtype: torch.dtype, symmetric: bool
+    weight: Tensor,
+    low: Tensor,
+    high: Tensor,
+    bits: int,
+    size: int,
+    scale_dtype: torch.dtype,
+    symmetric: SymmetricFormula | None,
 ) -> Tensor:
     """What `quantize_in_range` stands for, [O, I] in fp32, unpacked; with a gradient for weight and range."""
     codes, steps, zeros = _rounded(_grouped(weight, size), low, high, bits, symmetric, scale_dtype)
@@ -77,22 +92,51 @@ def group_range(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _rounded(
-    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, scale_dtype: torch.dtype
+    groups: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: SymmetricFormula | None, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [O, G, size], steps (the scales as rounded) and zeros [O, G], all in fp32."""
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
-    spread = 2 * torch.maximum(-low, high) if symmetric else high - low
     # A group of zeros has no spread; and a scale must stay a normal number in its dtype, or w / s overflows.
     # fp16 is held to 2**-20, where it still has four bits: its normal numbers end within reach of real weights.
     smallest = 2**-20 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
-    exact = (spread / top).clamp(min=smallest)
+    exact = _exact_step(low, high, bits, symmetric).clamp(min=smallest)
     steps = straight_through(exact, exact.detach().to(scale_dtype).to(torch.float32))
     with torch.no_grad():
-        zeros = torch.full_like(steps, 2 ** (bits - 1)) if symmetric else torch.round(-low / steps).clamp(0, top)
+        middle = torch.full_like(steps, 2 ** (bits - 1))
+        zeros = torch.round(-low / steps).clamp(0, top) if symmetric is None else middle
     ratios = groups / steps.unsqueeze(-1)
     codes = (straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1)).clamp(0, top)
     return codes, steps, zeros
+
+
+def _exact_step(low: Tensor, high: Tensor, bits: int, symmetric: SymmetricFormula | None) -> Tensor:
+    """The scale of each group before it is rounded to its dtype."""
+    step: Tensor = (high - low) / (2**bits - 1)
+    return step if symmetric is None else _SYMMETRIC_STEPS[symmetric](torch.maximum(-low, high), bits)
+
+
+def _full_range_step(reach: Tensor, bits: int) -> Tensor:
+    step: Tensor = 2 * reach / (2**bits - 1)
+    return step
+
+
+def _floored_reach_step(reach: Tensor, bits: int) -> Tensor:
+    step: Tensor = reach.clamp(min=_LEAST) / (2 ** (bits - 1) - 1)
+    return step
+
+
+def _clamped_step(reach: Tensor, bits: int) -> Tensor:
+    step: Tensor = reach / (2 ** (bits - 1) - 1)
+    return step.clamp(_LEAST, _GREATEST)
+
+
+_SYMMETRIC_STEPS: Mapping[SymmetricFormula, Callable[[Tensor, int], Tensor]] = {
+    "gptq": _full_range_step,
+    "quarot": _floored_reach_step,
+    "awq": _floored_reach_step,
+    "omniquant": _clamped_step,
+}
 
 
 def _grouped(weight: Tensor, size: int) -> Tensor:
@@ -105,7 +149,7 @@ class RTN:
 
     bits: int
     group_size: int
-    symmetric: bool = False
+    symmetric: SymmetricFormula | None = None
     wants_full_inputs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ Source: QuaRot, weight clipping of its GPTQ (grid 100, shrunk by up to 0.8, norm
 import torch
 from torch import Tensor
 
+from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.quantize.rtn import fake_quantize, group_range
 
 _GRID, _MOST, _NORM = 100, 0.8, 2.4
@@ -15,7 +16,7 @@ _GRID, _MOST, _NORM = 100, 0.8, 2.4
 
 @torch.no_grad()
 def shrunk_range(
-    weight: Tensor, bits: int, size: int, symmetric: bool, scale_dtype: torch.dtype
+    weight: Tensor, bits: int, size: int, symmetric: SymmetricFormula | None, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The range [O, G] each (lowest, highest) of the groups of `size` inputs of `weight` [O, I]."""
     low, high = group_range(weight, size)

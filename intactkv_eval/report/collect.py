@@ -28,7 +28,8 @@ class Identity:
     """Which model answered: the cell, what else was asked of `hf`, and the weights it was made from.
 
     checkpoint: how `pretrained` itself is quantized (`gptq w4g128`), None where it is in full precision.
-    awq_search: the digest of the search result that was applied. made_from: the model that a checkpoint of ours is of,
+    awq_search: the digest of the search result that was applied. symmetric_formula: whose formula made the symmetric
+    weights of the cell itself, None where it has none. made_from: the model that a checkpoint of ours is of,
     job: how it was made, but for `behind`: the pivot that it was calibrated behind. formulas: those that decided its
     figures, with the revisions that the run recorded.
     """
@@ -38,6 +39,7 @@ class Identity:
     source_hash: str | None = None
     checkpoint: str | None = None
     awq_search: str | None = None
+    symmetric_formula: str | None = None
     made_from: str | None = None
     job: str | None = None
     behind: str | None = None
@@ -102,6 +104,7 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
         source_hash=_text(record.get("source_hash")),
         checkpoint=_checkpoint_label(record),
         awq_search=_text(record.get("awq_search")),
+        symmetric_formula=_formula(record, cell.weights.symmetric),
         made_from=_text(made.get("model")),
         job=_plain_job(job) if job else None,
         behind=_behind(job),
@@ -162,14 +165,27 @@ def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
         method = found["method"] if found else record.get("quant_method")
         return method and f"{method} checkpoint"
     group = "" if found["group_size"] == -1 else f"g{found['group_size']}"
-    flags = [word for word, key in (("sym", "symmetric"), ("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
     said = ActivationSpec.model_validate(found.get("activations") or {})
     rotated = ["rotated"] if found.get("rotation") else []
     job = (found.get("made") or {}).get("job") or {}  # of our own: the method, whatever format holds it
+    flags = symmetric_label(_formula(job, found["symmetric"]))
+    flags += [word for word, key in (("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
     behind = _behind(job)
     aware = [f"calibrated behind {behind}"] if behind else []
     method = job.get("method", found["method"])
     return " ".join([method, f"w{found['bits']}{group}", *flags, *activations_label(said), *rotated, *aware])
+
+
+def _formula(record: Mapping[str, Any], symmetric: bool) -> str | None:
+    """Whose formula made symmetric weights. Records that do not name one are older than the choice: all were GPTQ's."""
+    return (_text(record.get("symmetric_formula")) or "gptq") if symmetric else None
+
+
+def symmetric_label(formula: str | None) -> list[str]:
+    """`sym` for weights by GPTQ's formula, `sym-quarot` for those by another's; nothing for asymmetric ones."""
+    if formula is None:
+        return []
+    return ["sym" if formula == "gptq" else f"sym-{formula}"]
 
 
 def _behind(job: Mapping[str, Any]) -> str | None:

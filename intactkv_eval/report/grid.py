@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, activations_label, identity_of
+from intactkv_eval.report.collect import Identity, Run, activations_label, identity_of, symmetric_label
 from intactkv_eval.report.compare import Comparison, Delta, compare
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import why_unpaired
@@ -233,7 +233,8 @@ def weights_label(identity: Identity) -> str:
     if weights.method == "none":
         return " ".join([identity.checkpoint or "fp", *stages])
     group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
-    return " ".join([f"{weights.method} w{weights.bits}{group}{' sym' if weights.symmetric else ''}", *stages])
+    formula = symmetric_label(identity.symmetric_formula)
+    return " ".join([f"{weights.method} w{weights.bits}{group}", *formula, *stages])
 
 
 def pivot_label(cell: CellSpec) -> str:

@@ -133,6 +133,8 @@ def _unlike_theirs(identity: Identity, one: Published) -> list[str]:
         said.append("ours: another KV scheme")
     if rotated and _QUAROT_ACTIVATIONS not in (identity.checkpoint or ""):
         said.append("ours: other clipping of activations")
+    if rotated and " sym-quarot" not in (identity.checkpoint or ""):
+        said.append("ours: scales of weights not by QuaRot's symmetric formula")
     said += [f"ours: {key}={value}" for key, value in identity.hf_arguments]
     return said
 

@@ -48,4 +48,5 @@ def _flat(identity: Identity) -> dict[str, Any]:
     put("hf", dict(identity.hf_arguments))
     put("formula revision", dict(identity.formulas))
     found |= {"weights' hash": identity.source_hash, "checkpoint": identity.checkpoint, "search": identity.awq_search}
+    found["symmetric formula"] = identity.symmetric_formula
     return found

@@ -131,6 +131,7 @@ def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
         "seed": unit.seed,
         "cell": cell.model_dump(mode="json"),
         "formulas": current(names_of_cell(cell)),
+        "symmetric_formula": cell.weights.symmetric_formula,
         "hf_arguments": {key: str(value) for key, value in arguments.items() if key not in CELL_KEYS},
         "quantization": None if quantize is None else _quantization(quantize),
     }

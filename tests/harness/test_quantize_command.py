@@ -18,6 +18,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.activations import activations_off
 from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, layout_of, options_of
 from intactkv_eval.quantize.layerwise import BlockStore
+from intactkv_eval.report.collect import identity_of
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +137,15 @@ def test_quarot_is_written_and_loaded(saved_llama, text, tmp_path):
     assert (said["quant_method"], said["symmetric"]) == ("intactkv", True)
     assert (said["activations"]["bits"], said["activations"]["clip"]) == (4, 0.9)
     assert said["rotation"]["online"]
+    assert said["meta"]["symmetric_formula"] == "quarot"
     assert "lm_head.weight" in made
     lm = IntactKVLM(str(tmp_path / "out"), reference=str(saved_llama), device="cpu", dtype="float32", backend="dense",
                     kv_bits=4, kv_rotate=True, kv_clip=0.95)  # fmt: skip
     assert lm.built.basis_residual < 0.2
-    assert lm.cell_record()["quantization"]["made"]["job"]["options"]["shrink"] is True
+    record = lm.cell_record()
+    assert record["quantization"]["made"]["job"]["options"]["shrink"] is True
+    assert record["quantization"]["made"]["job"]["symmetric_formula"] == "quarot"
+    assert identity_of(record).checkpoint == "gptq w4g32 sym-quarot a4 clip 0.9 rotated calibrated behind bos"
 
 
 def test_static_ranges_leave_the_pivots_activations_out(saved_llama, text, tmp_path):
@@ -190,6 +195,27 @@ def test_a_static_checkpoint_takes_a_pivot_where_awq_is_not_known(text, tokenize
     quantize(tmp_path / "phi3", tmp_path / "out", text, *options, bits=8)
     lm = IntactKVLM(str(tmp_path / "out"), reference=str(tmp_path / "phi3"), device="cpu", dtype="float32")
     assert torch.isfinite(lm.pivoted_model.logits(torch.arange(9)[None])).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "formula"),
+    [
+        ({"method": "rtn"}, "gptq"),
+        ({"method": "gptq"}, "gptq"),
+        ({"method": "awq"}, "awq"),
+        ({"method": "omniquant"}, "omniquant"),
+        ({"method": "quarot"}, "quarot"),
+        ({"method": "rtn", "rotate": True}, "quarot"),
+        ({"method": "gptq", "rotate": True}, "quarot"),
+        ({"method": "gptq", "symmetric": False}, None),
+        ({"method": "quarot", "symmetric": False}, None),
+    ],
+)
+def test_symmetric_weights_follow_the_formula_of_their_method(given, formula):
+    job = job_from({"symmetric": True, **given}, [])
+    assert job.symmetric_formula == formula
+    assert job.made().symmetric == formula
+    assert job.model_dump(mode="json")["symmetric_formula"] == formula
 
 
 def test_quarot_is_a_method_by_name():

@@ -21,7 +21,8 @@ from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.export import export
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.report.collect import _checkpoint_label
+from intactkv_eval.report.collect import _checkpoint_label, identity_of
+from intactkv_eval.report.grid import weights_label
 from intactkv_eval.weights.formats.scheme import Scheme
 
 PIVOT = (BOS, 7, 8)
@@ -50,13 +51,18 @@ def by_hand(model, weights, activations, turned, kv=None):
 def test_a_cell_is_its_parts(saved_llama, llama, weights, turned):
     arguments = {**FP, **weights, **A4, **({**KV4, "rotate": True} if turned else {})}
     lm = IntactKVLM(str(saved_llama), **arguments)
-    spec = WeightSpec(method="rtn", bits=4, group_size=-1, symmetric=True) if weights else None
+    spec = WeightSpec(method="rtn", bits=4, group_size=-1, symmetric=True, rotate=turned) if weights else None
     expected = by_hand(llama, spec, SPEC, turned, KV if turned else None)
     torch.testing.assert_close(lm.pivoted_model.body_logits(BODY), expected.body_logits(BODY))
     record = lm.cell_record()
     assert record["pivot_fingerprint"]["basis"] == ("hadamard" if turned else "plain")
     assert record["cell"]["activations"] == SPEC.model_dump()
     assert record["cell"]["weights"]["rotate"] is turned
+    formula = ("quarot" if turned else "gptq") if weights else None
+    assert record["symmetric_formula"] == formula
+    assert weights_label(identity_of(record)).startswith(
+        {None: "fp", "gptq": "rtn w4 sym a4", "quarot": "rtn w4 sym-quarot a4"}[formula]
+    )
     plain = IntactKVLM(str(saved_llama), **FP)
     assert plain.pivoted_model.pivot.fingerprint.basis == "plain", "the store keeps the plain pivot"
 
@@ -87,7 +93,7 @@ def checkpoint(saved_llama, llama, tmp_path):
     """QuaRot RTN W4A4 of the saved llama."""
     model = copy.deepcopy(llama)
     rotation = rotate(model)
-    layers = {name: quantize_rtn(layer.weight, 4, -1, True, name) for name, layer in linear_layers(model).items()}
+    layers = {name: quantize_rtn(layer.weight, 4, -1, "quarot", name) for name, layer in linear_layers(model).items()}
     others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
     scheme = Scheme(4, -1, True, "intactkv_eval:test rtn", ("lm_head",), SPEC, rotation)
     model.config.architectures = ["LlamaForCausalLM"]
@@ -138,7 +144,7 @@ def test_a_checkpoint_is_not_staged_twice(checkpoint, saved_llama, extra, said):
 
 
 def test_activations_of_other_checkpoints_and_unrotatable_models(saved_llama, llama, tokenizer, tmp_path):
-    layers = {name: quantize_rtn(layer.weight, 8, -1, True) for name, layer in linear_layers(llama).items()}
+    layers = {name: quantize_rtn(layer.weight, 8, -1, "gptq") for name, layer in linear_layers(llama).items()}
     others = {n: t for n, t in llama.state_dict().items() if n.removesuffix(".weight") not in layers}
     llama.config.architectures = ["LlamaForCausalLM"]
     export(

@@ -12,7 +12,7 @@ from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_kernels.reference import quantized_linear
 
 
-def made(bits, outputs, inputs, group, dtype, symmetric=False, order=False):
+def made(bits, outputs, inputs, group, dtype, symmetric=None, order=False):
     generator = torch.Generator().manual_seed(bits)
     weight = quantize_rtn(torch.randn(outputs, inputs, generator=generator).to(dtype), bits, group, symmetric)
     if order:
@@ -24,7 +24,7 @@ def made(bits, outputs, inputs, group, dtype, symmetric=False, order=False):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [None, "gptq", "quarot"])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(5, 48, 16), (33, 96, -1), (1, 32, 32)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dense(bits, symmetric, outputs, inputs, group, dtype):

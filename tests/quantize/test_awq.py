@@ -95,7 +95,7 @@ def test_queries_and_keys_are_not_clipped():
     assert same == {"q_proj", "k_proj"}
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [None, "gptq", "awq", "omniquant"])
 @pytest.mark.parametrize("method", [AWQ, OmniQuant])
 def test_block_computes_with_what_is_returned(method, symmetric):
     extra = {"epochs": 1} if method is OmniQuant else {}

@@ -96,7 +96,7 @@ def test_what_it_needs():
         OmniQuant(4, 32, epochs=3, let_lr=1e6).quantize(planted_block())
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("symmetric", [None, "gptq", "omniquant"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_ranges(bits, symmetric):
     """In the range of RTN it is RTN; in a narrower one what is beyond gets the outermost codes; unpacked the same."""
@@ -111,7 +111,7 @@ def test_ranges(bits, symmetric):
     reach = torch.maximum(-low / 2, high / 3) if symmetric else None
     least = (-reach if symmetric else low / 2).repeat_interleave(16, dim=1)
     most = (reach if symmetric else high / 3).repeat_interleave(16, dim=1)
-    assert (fake >= least - steps).all()
+    assert (fake >= least - 1.1 * steps).all()  # OmniQuant's lowest code lies a step below its reach
     assert (fake <= most + steps).all()
     inside = (weight > least + steps) & (weight < most - steps)
     assert ((fake - weight).abs()[inside] <= 0.501 * steps[inside]).all()
@@ -124,7 +124,7 @@ def test_gradients():
     weight = torch.randn(3, 32, requires_grad=True)
     low, high = (bound.detach().mul(0.5).requires_grad_() for bound in group_range(weight, 16))
     probe = torch.randn(3, 32)
-    found = fake_quantize(weight, low, high, 8, 16, torch.float32, False)
+    found = fake_quantize(weight, low, high, 8, 16, torch.float32, None)
     of_weight, of_low, of_high = torch.autograd.grad((found * probe).sum(), (weight, low, high))
     above, below = weight > high.repeat_interleave(16, 1), weight < low.repeat_interleave(16, 1)
     assert above.any()

@@ -92,18 +92,20 @@ def test_other_prompts_are_named(tmp_path, change, named):
 
 
 @pytest.mark.parametrize(
-    ("kv", "clip", "said"),
+    ("kv", "clip", "formula", "said"),
     [
-        ({"kv_rotate": True, "kv_clip": 0.95}, 0.9, ""),
-        ({}, 0.9, "ours: another KV scheme"),
-        ({"kv_rotate": True, "kv_clip": 0.9}, 0.9, "ours: another KV scheme"),
-        ({"kv_rotate": True, "kv_clip": 0.95}, 1.0, "ours: other clipping of activations"),
+        ({"kv_rotate": True, "kv_clip": 0.95}, 0.9, "quarot", ""),
+        ({}, 0.9, "quarot", "ours: another KV scheme"),
+        ({"kv_rotate": True, "kv_clip": 0.9}, 0.9, "quarot", "ours: another KV scheme"),
+        ({"kv_rotate": True, "kv_clip": 0.95}, 1.0, "quarot", "ours: other clipping of activations"),
+        ({"kv_rotate": True, "kv_clip": 0.95}, 0.9, None, "ours: scales of weights not by QuaRot's symmetric formula"),
     ],
 )
-def test_quarots_cache_is_rotated_and_clipped(tmp_path, kv, clip, said):
+def test_quarots_cache_is_rotated_and_clipped(tmp_path, kv, clip, formula, said):
     quantization = {
         "method": "gptq", "bits": 4, "group_size": -1, "symmetric": True, "act_order": True, "mixed": False,
         "rotation": {"kind": "hadamard"}, "activations": {"bits": 4, "clip": clip},
+        "made": {"job": {"symmetric_formula": formula}},
     }  # fmt: skip
     cell = {"pretrained": "Llama-2-7b-hf", "pivot": "none", "kv_bits": 4, **kv}
     rows, _ = found(tmp_path, cell, record={"quantization": quantization})

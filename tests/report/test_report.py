@@ -127,6 +127,23 @@ def test_another_cells_baseline_is_not_used(folder, change):
     assert compare(runs[3], "ppl_x", runs).to_baseline is None
 
 
+def test_symmetric_weights_by_another_formula_are_another_model(tmp_path):
+    """A run that names no formula is of the time when all were GPTQ's: no baseline for one by QuaRot's, nor its row."""
+    rotated = {**BOS, "symmetric": True, "rotate": True}
+    baseline = {**rotated, "pivot": "none"}
+    write(tmp_path, baseline, [3.5, 3.72, 3.6, 3.41] * 3, 1)
+    write(tmp_path, rotated, [3.2, 3.3, 3.4, 3.1] * 3, 2, record={"symmetric_formula": "quarot"})
+    runs, _ = collect([tmp_path])
+    assert compare(runs[1], "ppl_x", runs).to_baseline is None
+    table = markdown(runs)
+    assert "| rtn w4g64 sym rotated |" in table
+    assert "| rtn w4g64 sym-quarot rotated |" in table
+    assert "symmetric formula (quarot, gptq)" in table
+    write(tmp_path, baseline, [3.5, 3.72, 3.6, 3.41] * 3, 3, record={"symmetric_formula": "quarot"})
+    runs, _ = collect([tmp_path])
+    assert compare(runs[1], "ppl_x", runs).to_baseline is not None
+
+
 def test_another_limit_is_another_measurement(folder):
     write(folder, BOS, [3.2, 3.3], 4, limit=2.0)
     runs, _ = collect([folder])

@@ -32,7 +32,7 @@ STATIC = ActivationSpec(bits=8, scheme="tensor", symmetric=False, clip=0.99)
 
 
 def rtn(matrix, name):
-    return quantize_rtn(matrix, 4, -1, True, name)
+    return quantize_rtn(matrix, 4, -1, "quarot", name)
 
 
 def write(model, out, activations=A4, turned=True, beside=None):

@@ -39,7 +39,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
         "zero_point": True,
         "version": "gemm",
         "modules_to_not_convert": list(scheme.kept),
-        "meta": {"quantizer": [scheme.made_by]},
+        "meta": scheme.meta,
     }
 
 

@@ -64,7 +64,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
         "pack_dtype": "int32",
         "lm_head": False,
-        "meta": {"quantizer": [scheme.made_by]},
+        "meta": scheme.meta,
     }
 
 

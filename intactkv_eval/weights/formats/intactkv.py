@@ -42,7 +42,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
         "symmetric": scheme.symmetric,
         "activations": scheme.activations.model_dump(),
         "rotation": asdict(scheme.rotation) if scheme.rotation else None,
-        "meta": {"quantizer": [scheme.made_by]},
+        "meta": scheme.meta,
     }
 
 
