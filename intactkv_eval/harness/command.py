@@ -15,7 +15,7 @@ from lm_eval._cli import HarnessCLI
 from lm_eval.utils import setup_logging, simple_parse_args_string
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.documents import parse_yaml
+from intactkv_eval.documents import parse_yaml_of_two
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import check_hf_arguments
@@ -95,7 +95,7 @@ def _read_config(parsed: Namespace) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        loaded = parse_yaml_of_two(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict):
