@@ -5,7 +5,7 @@ acts or is an error: unknown keys, keys that do nothing in this cell, and values
 nearest right name. Knows no torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -58,15 +58,10 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
 
     Raises ConfigError for an unknown key, a key that does nothing, a missing key or a value out of range.
     """
-    given = {key: value for key, value in args.items() if _means_something(key, value)}
-    flat = _laid_over(load_config(str(given.pop("config"))), given) if "config" in given else given
+    flat = flat_arguments(args)
     for key, value in flat.items():
         if isinstance(value, int) and value.bit_length() > 64:  # too long a one could not even be shown
             raise ConfigError(f"{key[:80]}: a number of more than 64 bits; no key takes one")
-        if key.isdigit():
-            raise ConfigError(f"argument {key!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
-        if key not in _PLACES:
-            raise unknown_key(key, CELL_KEYS)
     if "pretrained" not in flat:
         raise ConfigError("no model given: set pretrained=<folder or hub id>, or config=<name> with one in it")
     flat = _expand(flat)
@@ -79,6 +74,35 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         return CellSpec.model_validate(nested)
     except ValidationError as error:
         raise ConfigError(_readable(error)) from None
+
+
+def flat_arguments(args: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys of a cell, those of the YAML that `config` names among them; no value has been judged yet.
+
+    others: keys that may stand beside a cell's, but not in the YAML. Raises ConfigError for an unknown key, first of
+    all: what the others say together would be judged without the one that was meant.
+    """
+    for key in args:
+        if key not in CELL_KEYS:
+            raise unknown_argument(key, [*CELL_KEYS, *others])
+    given = {key: value for key, value in args.items() if _means_something(key, value)}
+    if "config" not in given:
+        return given
+    name = str(given.pop("config"))
+    file = load_config(name)
+    for key in file:
+        if key in others:
+            raise ConfigError(f"config={name[:80]}: {key} is lm_eval's, not a cell's; give it beside config=...")
+        if key not in _PLACES:
+            raise ConfigError(f"config={name[:80]}: {unknown_argument(key, list(_PLACES))}")
+    return _laid_over(file, given)
+
+
+def unknown_argument(key: str, known: Sequence[str]) -> ConfigError:
+    """The error for an argument that nobody reads; a bare number is what lm_eval's parser made of a list."""
+    if key.isdigit():
+        return ConfigError(f"argument {key[:80]!r}: lm_eval splits arguments at commas; write pivot=tokens:1+319+13563")
+    return unknown_key(key, list(known))
 
 
 def _expand(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import json
 import pickle
 import re
 import struct
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,28 +19,90 @@ BROKEN_PICKLE = (pickle.PickleError, EOFError, AttributeError, ImportError, Look
 _MOST = 10_000_000  # values of a YAML once its aliases are written out
 _MOST_MERGED = 100_000  # keys that merges (<<) bring in, all together
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character outside of the first 65,536
-_MERGE, _FLOAT, _INT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "float", "int"))
+_MERGE, _VALUE, _FLOAT, _INT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "float", "int"))
 _BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, IndexError, TypeError)
 
 
+class _Merged(NamedTuple):
+    """A mapping with its merges brought in. size: its keys, were every merge written out and nothing overridden."""
+
+    values: dict[Hashable, yaml.Node]
+    size: int
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, for strangers: merges cannot multiply, and a number is one in which nothing is base 60 or endless."""
+    """PyYAML's, for strangers: merges cannot multiply, and a number is one in which nothing is base 60 or endless.
+
+    Merges are our own, since releases of PyYAML disagree: 6.0.4 gives a mapping that overrides a merged key the value
+    that it overrides, where it is merged in turn.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._merged = 0
+        self._brought_in = 0
+        self._merged: dict[yaml.Node, _Merged | None] = {}  # None while it is being made
 
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Bring in the keys of `<<`. They are counted first, because each level of merges can multiply the last's."""
-        for key, value in node.value:
-            if key.tag == _MERGE:
-                for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    if isinstance(part, yaml.MappingNode):  # PyYAML says what is wrong with any other
-                        self.flatten_mapping(part)
-                    self._merged += len(part.value)
-                    if self._merged > _MOST_MERGED:
-                        raise ValueError(f"merges (<<) bring in more than {_MOST_MERGED} keys: write them out")
-        super().flatten_mapping(node)
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of `node`, as https://yaml.org/type/merge.html has it."""
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError(f"{_line(node)}: expected a mapping, found a {type(node).__name__}")
+        values = self._with_merges(node).values
+        return {key: self.construct_object(value, deep=deep) for key, value in values.items()}
+
+    def _with_merges(self, node: yaml.MappingNode) -> _Merged:
+        """Its own keys, then those of `<<` that it has not; of several mappings in `<<` the first that has a key wins.
+
+        What is merged stands for all that it means itself, merges included. Keys are counted before they are brought
+        in, because each level of merges can multiply the last's. Raises ValueError.
+        """
+        if node in self._merged:
+            known = self._merged[node]
+            if known is None:
+                raise ValueError(f"{_line(node)}: a merge (<<) brings a mapping into itself")
+            return known
+        self._merged[node] = None
+        parts = self._merges_of(node)
+        own = self._own(node)
+        values: dict[Hashable, yaml.Node] = {}
+        size = len(own)
+        for part in parts:
+            brought = self._with_merges(part)
+            size += brought.size
+            self._brought_in += brought.size
+            if self._brought_in > _MOST_MERGED:
+                raise ValueError(f"merges (<<) bring in more than {_MOST_MERGED} keys: write them out")
+            for key, value in brought.values.items():
+                values.setdefault(key, value)
+        made = self._merged[node] = _Merged({**values, **own}, size)
+        return made
+
+    def _own(self, node: yaml.MappingNode) -> dict[Hashable, yaml.Node]:
+        """The keys that stand in the mapping itself. Raises ValueError for one that stands there twice."""
+        found: dict[Hashable, yaml.Node] = {}
+        for key_node, value in node.value:
+            if key_node.tag == _MERGE:
+                continue
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"{_line(key_node)}: a {key_node.id} is no key; write a text or a number")
+            key = "=" if key_node.tag == _VALUE else self.construct_object(key_node)
+            if key in found:
+                raise ValueError(f"{_line(key_node)}: the key {key!r:.80} stands twice in one mapping; keep one")
+            found[key] = value
+        return found
+
+    @staticmethod
+    def _merges_of(node: yaml.MappingNode) -> list[yaml.MappingNode]:
+        """The mappings that its `<<` names, in their order. Raises ValueError for anything else there."""
+        merges = [(key, value) for key, value in node.value if key.tag == _MERGE]
+        if len(merges) > 1:
+            raise ValueError(f"{_line(merges[1][0])}: two merges (<<) in one mapping; write one, <<: [*first, *second]")
+        found: list[yaml.MappingNode] = []
+        for key, value in merges:
+            for part in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                if not isinstance(part, yaml.MappingNode):
+                    raise ValueError(f"{_line(key)}: a merge (<<) takes a mapping or a list of them, found a {part.id}")
+                found.append(part)
+        return found
 
     def number(self, node: yaml.ScalarNode) -> int | float:
         """What `node` says. Raises ValueError for one of base 60 (1:30), and for a whole one of more than 64 bits."""
@@ -56,6 +119,10 @@ class _Loader(yaml.SafeLoader):
 
 for _tag in (_FLOAT, _INT):
     _Loader.add_constructor(_tag, _Loader.number)
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -77,8 +144,9 @@ def parse_json(text: str | bytes) -> Any:
 def parse_yaml(text: str) -> Any:
     """The document: mappings, lists, texts, numbers, true, false and null.
 
-    Raises ValueError for what is no YAML, refers to itself, or holds other values, as dates are; also for numbers of
-    base 60 or of more than 64 bits, and for merges (<<) of very many keys.
+    It means the same on every release of PyYAML. Raises ValueError for what is no YAML, refers to itself, has a key
+    twice, or holds other values, as dates are; also for numbers of base 60 or of more than 64 bits, and for merges (<<)
+    of very many keys.
     """
     try:
         found = yaml.load(text, _Loader)
@@ -86,6 +154,20 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"no YAML: {error}") from None
     _measured(found, 1, {})
     return _whole(found)
+
+
+def parse_yaml_of_two(text: str) -> Any:
+    """`parse_yaml` of a file that lm_eval reads once more, with PyYAML's own loader.
+
+    Raises ValueError also where that reads another document out of it, as releases do whose merges are their own.
+    """
+    found = parse_yaml(text)
+    if "<<" in text and yaml.safe_load(text) != found:
+        raise ValueError(
+            f"PyYAML {yaml.__version__}, with which lm_eval reads it, resolves its merges (<<) otherwise than YAML's "
+            "specification does: write the merged keys out"
+        )
+    return found
 
 
 def _too_deep() -> str:

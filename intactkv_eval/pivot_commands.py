@@ -52,6 +52,7 @@ def figures(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
 ) -> None:
     """Draw a cell: outliers, attention, loss and perplexity by the size of the intact pivot, the KV cache."""
+    arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
     kinds = tuple(part.strip() for part in formats.split(",") if part.strip())
     listed = [part.strip() for part in layers.split(",") if part.strip()]
     if not all(part.isdigit() for part in listed):
@@ -59,7 +60,6 @@ def figures(
     drawing = import_module("intactkv_eval.report.figures")
     drawing.check_drawing(kinds)
     command = import_module("intactkv_eval.harness.figures_command")
-    arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
     shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
     command.numbers_to_folder(arguments, loading, shown, out)
     for path in drawing.draw(out, kinds):
@@ -118,8 +118,10 @@ def calibrate(
 
 
 def _cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keys of the cell, and the arguments of lm_eval's `hf`. Raises ConfigError for one that is given twice."""
-    arguments, loading = import_module("intactkv_eval.harness.command").split_model_args(model_args)
+    """The keys of the cell, and the arguments of lm_eval's `hf`. Raises ConfigError: unknown, or given twice."""
+    keys = import_module("intactkv_eval.harness.arguments")
+    arguments, loading = keys.split_model_args(model_args)
+    keys.check_names(arguments, loading)
     for name, value in (("device", device), ("trust_remote_code", trust_remote_code)):
         if name in loading:
             raise ConfigError(f"{name}: give it once, as --{name.replace('_', '-')}")

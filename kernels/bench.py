@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_kernels import cpu
@@ -163,7 +165,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--crossover", action="store_true")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    try:
+        check_device(asked.device, "--device ")
+    except ConfigError as error:
+        parser.error(str(error))
+    return asked
 
 
 if __name__ == "__main__":

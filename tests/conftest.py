@@ -1,6 +1,8 @@
 """Fixtures: the small models of tiny.py, a real byte-level tokenizer, and the real SmolLM2."""
 
+import logging
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -54,3 +56,22 @@ def shared_hub():
     if not hub.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return hub
+
+
+@pytest.fixture
+def called(monkeypatch, capfd):
+    """The command in this process: exit code and what it wrote to standard error."""
+    from intactkv_eval import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["intactkv", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capfd.readouterr().err
+
+    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
+    before = {logger: list(logger.handlers) for logger in loggers}
+    yield call
+    for logger in [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]:
+        logger.handlers = before.get(logger, [])  # one that writes where this test listened would be left over

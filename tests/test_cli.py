@@ -1,6 +1,5 @@
 """The command: one message and exit code 2 for the user's faults, nothing half-written."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -21,25 +20,6 @@ def intactkv(*arguments, cwd=ROOT, **env):
         text=True,
         env={**os.environ, **env},
     )
-
-
-@pytest.fixture
-def called(monkeypatch, capfd):
-    """The command in this process: exit code and what it wrote to standard error."""
-    from intactkv_eval import cli
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["intactkv", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, capfd.readouterr().err
-
-    loggers = [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]
-    before = {logger: list(logger.handlers) for logger in loggers}
-    yield call
-    for logger in [logging.getLogger(name) for name in (None, *logging.root.manager.loggerDict)]:
-        logger.handlers = before.get(logger, [])  # one that writes where this test listened would be left over
 
 
 def test_help_and_version():

@@ -1,10 +1,12 @@
 """JSON and YAML of strangers: a document of plain values, or one kind of error."""
 
 import time
+from random import Random
 
 import pytest
+import yaml
 
-from intactkv_eval.documents import DEEPEST, parse_json, parse_yaml
+from intactkv_eval.documents import DEEPEST, parse_json, parse_yaml, parse_yaml_of_two
 
 
 def test_documents_are_what_they_say():
@@ -56,9 +58,84 @@ def test_merges_do_not_multiply(merge):
     assert time.monotonic() - begun < 5
 
 
+def test_many_merges_of_a_long_mapping_end_soon():
+    """A megabyte in which nothing multiplies: 20,000 merges of 20,000 keys."""
+    lines = [
+        "a: &a {" + ", ".join(f"k{n}: 1" for n in range(20_000)) + "}",
+        *[f"b{n}: {{<<: *a}}" for n in range(20_000)],
+    ]
+    begun = time.monotonic()
+    with pytest.raises(ValueError, match="merges"):
+        parse_yaml("\n".join(lines))
+    assert time.monotonic() - begun < 30
+
+
 def test_a_merge_brings_its_keys():
     found = parse_yaml("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: [*b, {z: 4, x: 5}]}\n")
     assert found == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 3, "z": 4}}
+
+
+@pytest.mark.parametrize(
+    ("text", "last"),
+    [
+        ("{<<: *a, y: 3}", {"x": 1, "y": 3}),
+        ("{y: 3, <<: *a}", {"x": 1, "y": 3}),
+        ("{<<: [*a, *b]}", {"x": 1, "y": 2, "z": 6}),
+        ("{<<: [*b, *a]}", {"x": 1, "y": 5, "z": 6}),
+        ("{<<: [*a, *d]}", {"x": 1, "y": 2, "z": 7}),
+        ("{<<: [*d, *a]}", {"x": 1, "y": 5, "z": 7}),
+        ("{<<: [*d, *d], x: 8}", {"x": 8, "y": 5, "z": 7}),
+        ("{<<: {<<: *d, z: 9}}", {"y": 5, "z": 9}),
+        ("{<<: []}", {}),
+        ("{'<<': *a}", {"<<": {"x": 1, "y": 2}}),
+    ],
+)
+def test_merges_are_those_of_yamls_specification(text, last):
+    """Own keys win over merged ones wherever they stand, and earlier mappings over later ones, by what they mean."""
+    before = "a: &a {x: 1, y: 2}\nb: &b {y: 5, z: 6}\nd: &d {<<: *b, z: 7}\n"
+    assert parse_yaml(f"{before}last: {text}\n")["last"] == last
+
+
+def test_a_file_that_lm_eval_reads_too_says_the_same_to_both():
+    """PyYAML 6.0.4 reads y: 2 out of the second, the specification and 6.0.3 read y: 3."""
+    plain, nested = "a: &a {y: 2}\nb: {<<: *a, y: 3}\n", "a: &a {y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b}\n"
+    assert parse_yaml_of_two(plain) == {"a": {"y": 2}, "b": {"y": 3}}
+    if yaml.safe_load(nested)["c"] == {"y": 3}:
+        assert parse_yaml_of_two(nested)["c"] == {"y": 3}
+    else:
+        with pytest.raises(ValueError, match="otherwise than YAML's specification"):
+            parse_yaml_of_two(nested)
+
+
+def test_merges_of_merges_mean_what_they_would_written_out():
+    """Random mappings, each of which merges some of those before it, against the rule applied to plain dicts."""
+    for seed in range(200):
+        draw = Random(seed)
+        lines, meant = [], []
+        for place in range(8):
+            own = {draw.choice("uvwxyz"): draw.randrange(100) for _ in range(draw.randrange(3))}
+            parts = [draw.randrange(place) for _ in range(draw.randrange(4))] if place else []
+            value = dict(own)
+            for part in parts:
+                value |= {key: one for key, one in meant[part].items() if key not in value}
+            meant.append(value)
+            said = [f"{key}: {one}" for key, one in own.items()]
+            said.insert(draw.randrange(len(said) + 1), f"<<: [{', '.join(f'*m{part}' for part in parts)}]")
+            lines.append(f"m{place}: &m{place} {{{', '.join(said)}}}")
+        assert parse_yaml("\n".join(lines)) == {f"m{place}": value for place, value in enumerate(meant)}, lines
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a: 1\nb: 2\na: 3", "line 3: the key 'a' stands twice"), ("a: &a {x: 1}\nb: {<<: *a, <<: *a}", "line 2: two merges"),
+     ("a: 1\nb: {<<: 1}", "line 2: a merge"), ("b: {<<: [{}, x]}", "line 1: a merge"), ("a: &a {<<: *a}", "into itself"),
+     ("a: &a {<<: {<<: *a}}", "into itself"), ("? {a: 1}\n: b", "line 1: a mapping is no key"), ("!!map [1]", "expected a mapping")],
+    ids=range(8),
+)  # fmt: skip
+def test_what_no_mapping_may_say(text, said):
+    """Of a key that stands twice PyYAML would drop the first without a word, and parsers differ on which merge wins."""
+    with pytest.raises(ValueError, match=said):
+        parse_yaml(text)
 
 
 @pytest.mark.parametrize(

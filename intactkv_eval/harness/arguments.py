@@ -4,9 +4,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from intactkv_eval.cell_arguments import CELL_KEYS
-from intactkv_eval.compat.lm_eval_api import HFLM
-from intactkv_eval.errors import ConfigError, unknown_key
+from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args, flat_arguments, unknown_argument
+from intactkv_eval.compat.lm_eval_api import HFLM, simple_parse_args_string
+from intactkv_eval.config import CellSpec
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.model.devices import check_device
 
 # What hf hands on to transformers' from_pretrained.
 _LOADING_KEYS = """
@@ -27,6 +29,7 @@ _NOT_TAKEN = {
 HF_KEYS = [
     key for key in inspect.signature(HFLM.__init__).parameters if key not in _OWN_HF_KEYS and key not in _NOT_TAKEN
 ]
+KNOWN = (*HF_KEYS, *_LOADING_KEYS)
 
 
 def chat_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,18 +39,41 @@ def chat_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {**(arguments.get("chat_template_args") or {}), **given}
 
 
-def check_hf_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that neither `hf` nor from_pretrained takes, or that would do nothing here."""
+def split_model_args(given: str | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """lm_eval's --model_args: the keys of a cell, and those of its `hf`."""
+    arguments = simple_parse_args_string(given) if isinstance(given, str) else given
+    own = {key: value for key, value in arguments.items() if key in CELL_KEYS}
+    return own, {key: value for key, value in arguments.items() if key not in CELL_KEYS}
+
+
+def checked_cell(cell: Mapping[str, Any], loading: Mapping[str, Any]) -> CellSpec:
+    """The cell of its flat arguments, beside those of lm_eval's `hf`.
+
+    Raises ConfigError: for unknown keys, the config YAML's among them, before any value is judged.
+    """
+    check_names(cell, loading)
+    _check_hf_arguments(loading)
+    return cell_from_args(cell)
+
+
+def check_names(cell: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that neither a cell has, nor `hf` or from_pretrained takes; of a config YAML too."""
+    for key in loading:
+        if key not in KNOWN and key not in _NOT_TAKEN:
+            raise unknown_argument(key, [*KNOWN, *CELL_KEYS])
+    flat_arguments(cell, KNOWN)
+
+
+def _check_hf_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key that would do nothing here, or a device that is not here."""
+    for key in arguments:
+        if key in _NOT_TAKEN:
+            raise ConfigError(f"{key}: not taken by intactkv; {_NOT_TAKEN[key]}, or use --model hf")
+    check_device(arguments.get("device"))
     if arguments.get("device_map") is not None and not arguments.get("parallelize"):
         raise ConfigError("device_map: hf reads it only with parallelize=True; add that, or choose device=...")
     if arguments.get("max_length") is not None and int(arguments["max_length"]) < 1:
         raise ConfigError(f"max_length={arguments['max_length']}: use a positive number of tokens")
-    known = [*HF_KEYS, *_LOADING_KEYS]
-    for key in arguments:
-        if key in _NOT_TAKEN:
-            raise ConfigError(f"{key}: not taken by intactkv; {_NOT_TAKEN[key]}, or use --model hf")
-        if key not in known:
-            raise unknown_key(key, [*known, *CELL_KEYS])
 
 
 def check_front(arguments: Mapping[str, Any], token_ids: tuple[int, ...], tokenizer: Any) -> None:

@@ -25,10 +25,10 @@ from intactkv_eval.calibrate.student import Quality, Student
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.calibrate.vicuna import is_vicuna
-from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
+from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
 from intactkv_eval.harness.lm import IntactKVLM
@@ -79,13 +79,13 @@ def calibrate_to_file(
     loading: arguments of lm_eval's `hf`. Raises ConfigError, DataError, PivotError, CheckpointError or
     UnsupportedModelError, before `out` is written.
     """
+    arguments, reference = without_reference(arguments)
+    cell = checked_cell(arguments, loading)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
     if asked.master not in {"float32", "bfloat16"}:
         raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
     check_writable(out.parent)
-    arguments, reference = without_reference(arguments)
-    cell = cell_from_args(arguments)
     _check_cell(cell)
     conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"

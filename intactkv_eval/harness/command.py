@@ -7,18 +7,17 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, simple_parse_args_string
-from intactkv_eval.documents import parse_yaml
+from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
-from intactkv_eval.harness.arguments import check_hf_arguments
+from intactkv_eval.harness.arguments import checked_cell, split_model_args
 from intactkv_eval.harness.batching import check_batch_size
 from intactkv_eval.harness.evaluate import cache_explained, check_written, results_below, task_manager
+from intactkv_eval.harness.flags import check_device_flag, check_flag_names, read_flags_file
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
@@ -46,6 +45,7 @@ def run_lm_eval(arguments: list[str]) -> None:
 
 def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Path) -> PivotKV:
     """Capture the pivot of a full-precision model and save it. Raises ConfigError, PivotError or OSError."""
+    checked_cell(arguments, loading)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
     check_writable(out.parent)
@@ -55,13 +55,6 @@ def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Pat
         raise PivotError("pivot=none has no KV to save: name bos, prompt or tokens:...")
     pivot.save(out)
     return pivot
-
-
-def split_model_args(given: str | Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """lm_eval's --model_args: the keys of a cell, and those of its `hf`."""
-    arguments = simple_parse_args_string(given) if isinstance(given, str) else given
-    own = {key: value for key, value in arguments.items() if key in CELL_KEYS}
-    return own, {key: value for key, value in arguments.items() if key not in CELL_KEYS}
 
 
 def check_writable(folder: Path) -> None:
@@ -81,34 +74,25 @@ def _with_default_model(arguments: list[str]) -> list[str]:
 
 def _fill_in(parsed: Namespace) -> None:
     """Our tasks first, the user's after them, so that a name of theirs wins."""
-    from_file = _read_config(parsed)
+    from_file = read_flags_file(parsed)
     theirs = getattr(parsed, "include_path", None) or from_file.get("include_path")
     parsed.include_path = [str(shipped_folder("tasks")), *([theirs] if isinstance(theirs, str) else theirs or [])]
     if not getattr(parsed, "model", None) and not from_file.get("model"):
         parsed.model = NAME
 
 
-def _read_config(parsed: Namespace) -> dict[str, Any]:
-    path = getattr(parsed, "config", None)
-    if not path:
-        return {}
-    try:
-        loaded = parse_yaml(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error})") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
-    return loaded
-
-
 def _output_of(parsed: Namespace) -> Path | None:
-    named = getattr(parsed, "output_path", None) or _read_config(parsed).get("output_path")
+    named = getattr(parsed, "output_path", None) or read_flags_file(parsed).get("output_path")
     return Path(named) if named else None
 
 
 def _check(parsed: Namespace) -> None:
-    from_file = _read_config(parsed)
+    from_file = read_flags_file(parsed)
     settings = {**from_file, **{key: value for key, value in vars(parsed).items() if value is not None}}
+    check_flag_names(getattr(parsed, "config", None), from_file)
+    if settings["model"] == NAME:
+        checked_cell(*split_model_args(settings.get("model_args") or {}))
+    check_device_flag(settings)
     check_batch_size(settings.get("batch_size"))
     if settings.get("output_path"):
         path = Path(settings["output_path"])
@@ -119,10 +103,6 @@ def _check(parsed: Namespace) -> None:
         raise ConfigError(
             "--samples: results do not say which documents these were; add --log_samples --output_path DIR"
         )
-    if settings["model"] == NAME:
-        cell, loading = split_model_args(settings.get("model_args") or {})
-        cell_from_args(cell)
-        check_hf_arguments(loading)
     listed = settings.get("tasks") or []
     names = [part.strip() for task in ([listed] if isinstance(listed, str) else listed) for part in task.split(",")]
     check_tasks([name for name in names if name], settings["include_path"])

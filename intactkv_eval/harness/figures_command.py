@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from intactkv_eval.calibrate.data import load_samples
-from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.figure_data import (
     SHOWN,
@@ -42,9 +42,9 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
 
     Raises ConfigError, DataError, PivotError, CheckpointError or UnsupportedModelError.
     """
-    check_writable(out)
     asked, (arguments, reference) = arguments, without_reference(arguments)
-    cell = cell_from_args(arguments)
+    cell = checked_cell(arguments, loading)
+    check_writable(out)
     if not cell.pivot.intact:
         raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
     if cell.kv.scheme == "channel_key" or not cell.kv.exempt:

@@ -10,6 +10,7 @@ from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.pivot.capture import fingerprint_of
@@ -30,6 +31,7 @@ def levels_to_file(
     samples: tokenizer -> token ids [T] each. keep, exempt: kv_keep and kv_exempt of the cell.
     Raises ConfigError, CheckpointError, PivotError, DataError or OSError, before anything is written.
     """
+    checked_cell(arguments, loading)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: a file of KV levels ends in .safetensors")
     check_writable(out.parent)

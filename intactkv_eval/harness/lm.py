@@ -15,14 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, with_cpu_memory
+from intactkv_eval.cell_arguments import CELL_KEYS
+from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string, with_cpu_memory
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, check_hf_arguments
+from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, checked_cell
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
+from intactkv_eval.harness.flags import chosen_flags
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import check_layers, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -35,6 +36,7 @@ from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.weights.formats import Format, rotation_of
@@ -55,14 +57,14 @@ class IntactKVLM(PivotedTalks):
 
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
-        check_hf_arguments(arguments)
         loaded = pretrained if isinstance(pretrained, PreTrainedModel) else None
         own["pretrained"] = IN_MEMORY if loaded is not None else pretrained
-        self.cell = cell_from_args(own)
+        self.cell = checked_cell(own, arguments)
         self.hf_arguments = {key: value for key, value in arguments.items() if value is not None}
         if self.hf_arguments.get("peft") and self.cell.weights.method != "none":
             raise ConfigError("peft: an adapter's own layers would be quantized too; merge it into the model first")
         arguments["batch_size"] = check_batch_size(arguments.get("batch_size"))
+        arguments["device"] = str(arguments.get("device") or automatic_device())
         self._most_rows = arguments.get("max_batch_size")
         self._longest: int | None = None
         self._warned = False
@@ -87,6 +89,16 @@ class IntactKVLM(PivotedTalks):
         self.framing = self._framing(self.pivoted_model.token_ids)
         if self.max_length < 1:
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "IntactKVLM":
+        """As lm_eval makes it: of the model's arguments, and of its own flags without defaults that nobody chose."""
+        return cls(**{**arg_dict, **chosen_flags(arg_dict, additional_config or {})})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> "IntactKVLM":
+        """`create_from_arg_obj` of arguments as text."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def pivoted_model(self) -> PivotedModel:

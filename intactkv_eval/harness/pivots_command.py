@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.prefix_search import Search, control, search_prefix
@@ -22,6 +23,7 @@ def pivots_of(
     arguments: dict[str, Any], loading: dict[str, Any], search: Search, attention: bool, out: Path | None
 ) -> str:
     """The table, the prefix and its control as text; the choice in `out` too."""
+    checked_cell({**arguments, "pivot": "none"}, loading)
     search.check()
     if out is not None:
         check_writable(out.parent)

@@ -24,6 +24,7 @@ from intactkv_eval.harness.loading import check_layers, check_tokens, loading
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
+from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
@@ -61,6 +62,7 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     that make the same checkpoint at once one does the work.
     Raises ConfigError, CheckpointError, DataError or UnsupportedModelError before `out` is written.
     """
+    check_device(source.device, "--device ")
     layout = layout_of(job, asked_layout)
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: use one of {', '.join(FORMATS)}")
@@ -224,14 +226,7 @@ def _pivot_tokens(asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, sour
 
 def _device(name: str) -> torch.device | None:
     """Where layers are worked on; None where the model is already."""
-    if name == "cpu":
-        return None
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: cannot be used here ({error})") from None
-    return device
+    return None if name == "cpu" else torch.device(name)
 
 
 def _load(source: Source) -> tuple[PreTrainedModel, Any]:

@@ -68,16 +68,16 @@ class ScoreTable:
 
     def asked_of(self, row: Row) -> Asked:
         """What is asked at the columns of a row."""
-        found = [(np.empty(0, np.int64),) * 3]
+        found: list[tuple[NDArray[np.int64], ...]] = [(np.empty(0, np.int64),) * 3]
         for node, column, _ in row.spans:
             for place in np.flatnonzero(self._needed_from[node.first : node.last] < node.end):
                 for index in self._asking[node.first + int(place)]:
                     first = self._first[index]
                     start, stop = max(node.start, first), min(node.end, first + len(self._targets[index]))
                     if start < stop:
-                        columns = np.arange(start, stop) + (column - node.start)
+                        columns = np.arange(start, stop, dtype=np.int64) + (column - node.start)
                         targets = self._targets[index][start - first : stop - first].astype(np.int64)
-                        found.append((columns, targets, np.full(stop - start, index)))
+                        found.append((columns, targets, np.full(stop - start, index, np.int64)))
         return Asked(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
     def asked_of_pivot(self) -> Asked:

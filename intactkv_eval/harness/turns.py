@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from intactkv_eval.cache.pivot_cache import PivotCache
@@ -37,7 +38,7 @@ class Front:
 
 @dataclass(frozen=True, eq=False)
 class _Held:
-    tokens: np.ndarray  # [S], behind the pivot
+    tokens: NDArray[np.int32]  # [S], behind the pivot
     rows: list[tuple[Tensor, Tensor]]  # of each layer [H, P + S, D]
 
     @property
@@ -91,7 +92,7 @@ class Turns:
         tokens = [tuple(body[:length]) for body, (_, length) in zip(bodies, found, strict=True)]
         return Front(tokens, tuple(made[0]), tuple(made[1]))
 
-    def _longest(self, body: np.ndarray, worth: int) -> tuple[_Held | None, int]:
+    def _longest(self, body: NDArray[np.int32], worth: int) -> tuple[_Held | None, int]:
         best: tuple[_Held | None, int] = (None, 0)
         for held in self._held.values():
             most = min(len(held.tokens), len(body) - 1)

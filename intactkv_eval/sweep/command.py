@@ -15,8 +15,8 @@ from intactkv_eval.harness.command import check_tasks
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.sweep.estimate import estimate
 from intactkv_eval.sweep.folder import SweepFolder
-from intactkv_eval.sweep.grid import Unit, expand
-from intactkv_eval.sweep.local import LocalPool
+from intactkv_eval.sweep.grid import Unit, check_entries, expand
+from intactkv_eval.sweep.local import LocalPool, check_slots
 from intactkv_eval.sweep.on_ray import RayPool
 from intactkv_eval.sweep.pool import Pool
 from intactkv_eval.sweep.preparation import Quantize, placed
@@ -49,7 +49,9 @@ class Sweep:
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: cannot be read ({error})") from None
-        self.spec = _at(read_sweep(text, str(file)), models)
+        spec = read_sweep(text, str(file))
+        check_entries(spec)
+        self.spec = _at(spec, models)
         self.units = expand(self.spec)
         check_tasks(sorted({unit.task.task for unit in self.units}))
         self.folder = SweepFolder(out)
@@ -68,6 +70,8 @@ class Sweep:
 
     def run(self, where: Where) -> list[Happened]:
         """Run what waits; how each unit of it ended. Raises ConfigError where nothing can be run."""
+        if where.executor == "local":
+            check_slots(devices_here(where.devices))
         with self.folder.alone():
             self.folder.plan([_planned(unit, self.folder) for unit in self.units])
             waiting = self.waiting

@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.config import CellSpec
+from intactkv_eval.config import CellSpec, Spec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.formulas import current, names_of_cell
 from intactkv_eval.harness import record
-from intactkv_eval.harness.arguments import check_hf_arguments
+from intactkv_eval.harness.arguments import KNOWN, check_names, checked_cell, split_model_args
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
 from intactkv_eval.sweep.spec import (
@@ -31,10 +31,16 @@ from intactkv_eval.sweep.spec import (
     SweepSpec,
     TaskSpec,
     readable,
+    unknown_keys,
 )
 
 MOST_CELLS = 10_000
 versions = cache(record.versions)  # reading them takes longer than all else that a cell's key needs
+_MADE: tuple[tuple[str, str, type[Spec]], ...] = (
+    ("weights", "quantize", QuantizeSpec),
+    ("kv", "levels", LevelsSpec),
+    ("pivots", "calibrate", CalibrateSpec),
+)
 _OF = {
     "weights": ("weights", "bits", "group_size", "symmetric", "awq_search", "rotate", "backend", "quantize"),
     "activations": ("act_bits", "act_scheme", "act_symmetric", "act_clip"),
@@ -43,6 +49,8 @@ _OF = {
     "pivots": ("pivot", "intact", "pivot_transfer", "chat_template", "calibrate"),
 }  # fmt: skip
 _OF_PIVOT = ("pivot", "intact", "chat_template")
+_OF_EXCLUDE = (*CELL_KEYS, *KNOWN, *(key for _, key, _ in _MADE), "task", "seed")
+_OF_THE_RUN = {"device": "--devices", "batch_size": "`run` of the YAML"}
 
 
 @dataclass(frozen=True)
@@ -105,13 +113,13 @@ def expand(sweep: SweepSpec) -> list[Unit]:
     Raises ConfigError that names the combination, for an argument that is unknown, out of range or does nothing; and,
     before anything is expanded, for more than 10,000 cells.
     """
+    check_entries(sweep)
     cells = sum(_count(grid) for grid in sweep.grids)
     if cells > MOST_CELLS:
         raise ConfigError(f"the sweep's lists multiply to {cells} cells; expected at most {MOST_CELLS}: shorten them")
     found: dict[str, Unit] = {}
     models, weights, activations = (_Places() for _ in range(3))
     for grid in sweep.grids:
-        _check_entries(grid)
         for parts in product(grid.models, grid.weights, grid.activations, grid.kv):
             order = "quantize" in parts[1], weights.of(parts[1]), activations.of(parts[2])
             for unit in _units(grid, parts, models.of(parts[0]), order):
@@ -149,15 +157,34 @@ def _units(grid: GridSpec, parts: Sequence[Entry], model: int, order: tuple[bool
             yield from (Unit(arguments, preparations, task, seed, model, order) for task, seed in wanted)
 
 
-def _check_entries(grid: GridSpec) -> None:
-    for name, known in _OF.items():
+def check_entries(sweep: SweepSpec) -> None:
+    """Raise ConfigError for an entry that names no model, and first of all for a key that no entry of its list has."""
+    for grid in sweep.grids:
+        _check_keys(grid)
+    for entry in (entry for grid in sweep.grids for entry in grid.models):
+        if "pretrained" not in entry:
+            raise ConfigError(f"models: {entry} names no model; add pretrained: <folder or hub id>")
+        for key, instead in _OF_THE_RUN.items():
+            if entry.get(key) is not None:
+                raise ConfigError(f"models: {key}: is the whole sweep's; choose it with {instead}")
+
+
+def _check_keys(grid: GridSpec) -> None:
+    for entry in grid.models:
+        try:
+            check_names(*split_model_args(entry))
+        except ConfigError as error:
+            raise ConfigError(f"models: {error}") from None
+    for name, known in {**_OF, "exclude": _OF_EXCLUDE}.items():
         for entry in getattr(grid, name):
             for key in entry:
                 if key not in known:
                     raise ConfigError(f"{name}: {unknown_key(key, list(known))}")
-    for entry in grid.models:
-        if "pretrained" not in entry:
-            raise ConfigError(f"models: {entry} names no model; add pretrained: <folder or hub id>")
+    for name, key, spec in _MADE:
+        for entry in getattr(grid, name):
+            wrong = unknown_keys(entry[key], spec) if key in entry else None
+            if wrong is not None:
+                raise ConfigError(f"{name}: {key}: {wrong}")
 
 
 def _joined(parts: Sequence[Entry]) -> Entry:
@@ -203,8 +230,7 @@ def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]
             made.append(Calibrate(plain, CalibrateSpec.model_validate(calibrate)))
             arguments = {key: value for key, value in arguments.items() if key not in {"reference", "intact"}}
             arguments["pivot"] = MADE + made[-1].name
-        cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
-        check_hf_arguments({key: value for key, value in arguments.items() if key not in CELL_KEYS})
+        checked_cell(*split_model_args(arguments))
     except (IntactKVError, ValidationError) as error:
         why = readable(error) if isinstance(error, ValidationError) else error
         said = {key: value for key, value in flat.items() if key not in model}

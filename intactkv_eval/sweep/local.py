@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from intactkv_eval.compat.lm_eval_api import setup_logging
 from intactkv_eval.errors import ConfigError, IntactKVError
+from intactkv_eval.model.devices import check_device
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import Ended
@@ -87,6 +88,14 @@ class LocalPool:
                 return Ended(slot, f"its process was killed (signal {-code})", seconds, died=True)
             return Ended(slot, last_lines(self._folder.log(unit.key)) or f"its process ended with {code}", seconds)
         return Ended(slot, error, seconds)
+
+
+def check_slots(devices: Sequence[str]) -> None:
+    """Raise ConfigError for a slot that is no device, or one that is not here."""
+    for name in devices:
+        device, _ = device_of(name)
+        for number in name.partition(":")[2].split("+") if device == "cuda" else ():
+            check_device(f"cuda:{number}", f"--devices {name}: ")
 
 
 def device_of(name: str) -> tuple[str, dict[str, str]]:

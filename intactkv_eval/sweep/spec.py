@@ -8,6 +8,7 @@ calibrated (`levels`) and a pivot trained (`calibrate`): each once, for all cell
 product is `grids`, a list of mappings: each a grid of its own, with the lists beside `grids` where it has none.
 """
 
+from difflib import get_close_matches
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -142,6 +143,16 @@ class SweepSpec(Spec):
         return {"grids": grids, **{key: given[key] for key in ("run",) if key in given}}
 
 
+_UNKNOWN = "extra_forbidden"  # pydantic's type of error
+_FIELDS = {
+    "grids": [*GridSpec.model_fields, "grids", "run"],
+    "tasks": list(TaskSpec.model_fields),
+    "run": list(RunSpec.model_fields),
+    **{spec.__name__: list(spec.model_fields) for spec in (LevelsSpec, QuantizeSpec, CalibrateSpec)},
+}
+"""The keys of a sweep's mappings: by the list or key that they stand in, or by the name of what is read alone."""
+
+
 def read_sweep(text: str, name: str) -> SweepSpec:
     """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
     given: Any = None
@@ -156,8 +167,32 @@ def read_sweep(text: str, name: str) -> SweepSpec:
 
 
 def readable(error: ValidationError, several: bool = False) -> str:
-    """Every place that is wrong, and what was expected there. several: the YAML itself speaks of `grids`."""
-    return "; ".join(f"{_place(one['loc'], several)}: {one['msg']}" for one in error.errors())
+    """Every place that is wrong, and what was expected there. several: the YAML itself speaks of `grids`.
+
+    Where a key is unknown, nothing but that: what else is wrong may come from it.
+    """
+    wrong = error.errors()
+    unknown = [one for one in wrong if one["type"] == _UNKNOWN]
+    return "; ".join(
+        f"{_place(one['loc'], several)}: {one['msg']}{_nearest(error.title, one['loc']) if unknown else ''}"
+        for one in unknown or wrong
+    )
+
+
+def unknown_keys(given: Any, spec: type[Spec]) -> str | None:
+    """What `readable` says of keys that `spec` does not know; None where it knows all."""
+    try:
+        spec.model_validate(given)
+    except ValidationError as error:
+        return readable(error) if any(one["type"] == _UNKNOWN for one in error.errors()) else None
+    return None
+
+
+def _nearest(root: str, found: tuple[int | str, ...]) -> str:
+    parent = next((part for part in reversed(found[:-1]) if isinstance(part, str)), root)
+    fields = _FIELDS.get(parent, [])
+    near = get_close_matches(str(found[-1]), fields, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(fields)}" if fields else ""
 
 
 def _place(found: tuple[int | str, ...], several: bool) -> str:

@@ -1,0 +1,82 @@
+"""What a user has given to lm_eval's command line, told from what lm_eval fills in by itself.
+
+lm_eval hands its own defaults (device=cuda:0, batch_size=1) to the model class as if the user had chosen them.
+"""
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
+
+from intactkv_eval.documents import parse_yaml_of_two
+from intactkv_eval.errors import ConfigError, unknown_key
+from intactkv_eval.harness.arguments import check_names, split_model_args
+from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.model.devices import automatic_device, check_device
+
+_ON_A_DEVICE = {NAME, "hf", "hf-auto", "huggingface"}  # model classes that take the CPU for a device that is not here
+
+
+def read_flags_file(parsed: Namespace) -> dict[str, Any]:
+    """The flags of lm_eval's --config YAML; none where there is no such file. Raises ConfigError."""
+    path = getattr(parsed, "config", None)
+    if not path:
+        return {}
+    try:
+        loaded = parse_yaml_of_two(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config {path}: expected a mapping of lm_eval's flags")
+    return loaded
+
+
+def chosen_flags(arguments: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The `flags` that lm_eval hands to a model class beside its `arguments`, without defaults that nobody chose.
+
+    Left out is a default for a key that is among the arguments, or for a device that is not here. Raises ConfigError
+    where the user has given one key as both, and first of all for an argument that nobody knows.
+    """
+    check_names(*split_model_args(arguments))
+    handed = {key: value for key, value in flags.items() if value is not None}
+    given = _given_to_lm_eval()
+    defaults = {key for key in handed if given is not None and given.get(key) is None}
+    for key in handed.keys() & {key for key, value in arguments.items() if value is not None}:
+        if key not in defaults:
+            raise ConfigError(
+                f"{key}: given twice, as {key}={str(arguments[key])[:80]} among the model's arguments and as "
+                f"--{key} {str(handed[key])[:80]}; keep one"
+            )
+    dropped = {key for key in defaults if key in arguments or (key == "device" and automatic_device() == "cpu")}
+    return {key: value for key, value in handed.items() if key not in dropped}
+
+
+def check_flag_names(path: str | None, flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a key of the --config YAML `path` that is no flag of lm_eval."""
+    known = [field.name for field in fields(EvaluatorConfig)]
+    for key in flags:
+        if key not in known:
+            raise ConfigError(f"--config {path}: {unknown_key(str(key), known)}")
+
+
+def check_device_flag(flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a --device that is not here, where the model class would take the CPU instead."""
+    if flags.get("model") in _ON_A_DEVICE:
+        check_device(flags.get("device"), "--device ")
+
+
+def _given_to_lm_eval() -> dict[str, Any] | None:
+    """What stands in lm_eval's command line and its --config YAML; None where this process is no lm_eval command."""
+    program = Path(sys.argv[0])
+    if program.stem not in {"lm_eval", "lm-eval"} and program.parent.name != "lm_eval":
+        return None
+    try:
+        parsed = HarnessCLI().parse_args()
+    except SystemExit:
+        return None
+    return {**read_flags_file(parsed), **{key: value for key, value in vars(parsed).items() if value is not None}}
