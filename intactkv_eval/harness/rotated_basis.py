@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.awq_basis import dequantized, read_named
+from intactkv_eval.harness.awq_basis import dequantized, read_layer
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.basis import check_residuals, recover, to_rotated
 from intactkv_eval.pivot.kv import PivotKV
@@ -35,8 +35,8 @@ def in_rotated_basis(
     prefix, layers = decoder_layers(model)
     found = []
     for index, layer in enumerate(layers):
-        wanted = [f"{prefix}.{index}.{name}.weight" for name in (names.value, names.attention_norm)]
-        full, norm = read_named(source, wanted, model.base_model_prefix)
+        wanted = [f"{name}.weight" for name in (names.value, names.attention_norm)]
+        full, norm = read_layer(source, prefix, index, wanted)
         rows = slice(len(full) - pivot.values[index].shape[0] * rotation.head_dim, None)
         expected = rotated_value(full[rows], norm, rotation.seed, rotation.head_dim)
         ones = torch.ones(full.shape[1])
