@@ -27,7 +27,7 @@ from intactkv_eval.harness.cell_checks import (
 )
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.reference_check import Compared, writer_of
+from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.model.linear import backends_of, quantized_layers
@@ -139,7 +139,7 @@ def _in_basis(
     if _is_trained_here(pivot, cell):
         return pivot, compared.residual
     if rotation is not None:
-        return in_rotated_basis(pivot, model, rotation, checkpoint, reference)
+        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules_of(quantization))
     if quantization is None:
         return pivot, compared.residual
     method = writer_of(quantization)

@@ -14,6 +14,7 @@ random ones (tests/pivot/test_same_weights.py).
 Pure functions of numbers: knows no model, no format and no file.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -34,6 +35,7 @@ _ULP = 2**-7  # of bfloat16, the coarsest dtype that weights are stored in
 _TINY = 2**-23  # what fp16 cannot hold, and what Gemma's 1 + weight loses in fp32
 _ROUNDINGS = ((), (torch.float16,), (torch.bfloat16,), (torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16))
 _PASSES = 10
+_IN_A_LAYER = re.compile(r"(^|\.)\d+\.")
 
 
 Nearest: TypeAlias = Literal["all", "fine"] | None
@@ -99,7 +101,7 @@ def _of_tensor(name: str, sampled: Sampled, expected: Tensor, rules: Rules) -> t
     if numbers.shape != other.shape:
         return f"{name} has {tuple(numbers.shape)} numbers in the sample, and {tuple(other.shape)} are expected", None
     unequal = difference(numbers, other)
-    scaled = rules.scaled and not words
+    scaled = rules.scaled and _IN_A_LAYER.search(name) is not None
     rounded = rules.words if name.startswith(f"{INPUT}.") else rules.dequantized
     if unequal is None or (numbers.ndim == 1 and scaled and bool(torch.isfinite(numbers).all())):
         return None, None
