@@ -1,8 +1,9 @@
 """Which rows of which matrix make a model's values, and the norm in front of it: found in what the model computes.
 
-In one forward over the pivot's tokens each head's cached values are looked for among the outputs of the layer's linear
-layers, number for number. So v_proj, a fused qkv_proj, and heads whose parts lie side by side are all found, without a
-list of names. Models that change values before they cache them (a norm, a clamp, a latent) have no such place.
+The pivot's first token, twice, goes through the model, and each head's cached values are looked for among the outputs
+of the layer's linear layers, number for number. So v_proj, a fused qkv_proj, and heads whose parts lie side by side are
+all found, without a list of names. Models that change values before they cache them (a norm, a clamp), or cache a
+latent, have no such place.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.capture import computed
 
-_TOKENS = 2  # numbers of two tokens are looked for: a head's width of equal numbers is no accident
+_TOKENS = 2  # at the first place alone a rotation does nothing, and what MLA caches for values would pass for them
 
 
 class ValuePlace(NamedTuple):
@@ -43,7 +44,7 @@ def value_places(model: PreTrainedModel, token_ids: tuple[int, ...]) -> list[Val
     _, layers = decoder_layers(model)
     seen: list[list[_Seen]] = [[] for _ in layers]
     with _watched(layers, seen):
-        own = computed(model, token_ids)
+        own = computed(model, token_ids[:1] * _TOKENS)
     if len(own.values) != len(layers):
         return [None for _ in layers]
     return [_found(outputs, values[:, :_TOKENS].cpu()) for outputs, values in zip(seen, own.values, strict=True)]

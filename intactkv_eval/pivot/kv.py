@@ -100,6 +100,9 @@ class PivotKV:
                 )
         if self.logits.ndim != 2 or self.logits.shape[0] != length or not self.logits.numel():
             raise PivotError(f"logits {tuple(self.logits.shape)} should be [{length}, V]")
+        for name, sample in self.weights.items():
+            if sample.ndim not in (1, 2) or not sample.numel():
+                raise PivotError(f"{_WEIGHTS}{name} {tuple(sample.shape)} should be a sample [N] or [R, C]: {_FIX}")
         for tensor in (*self.keys, *self.values, self.logits):
             if not torch.isfinite(tensor).all():
                 raise PivotError(

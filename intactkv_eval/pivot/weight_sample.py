@@ -80,7 +80,8 @@ def _of_quantized(module: Any, dtype: torch.dtype, words: bool) -> Tensor:
     """Of the matrix that a layer multiplies by: the one that it shows, else what it makes of rows of the identity."""
     shown = getattr(module, "weight", None)
     rows = _rows(int(module.out_features), words)
-    if _is_plain(shown) and shown.shape == (module.out_features, module.in_features):
+    adapted = any(True for child in module.children() for _ in child.parameters())  # LoRA shows what it adds to
+    if not adapted and _is_plain(shown) and shown.shape == (module.out_features, module.in_features):
         return _taken(shown, rows)
     columns = _columns(int(module.in_features))
     held = next((tensor for tensor in (*module.parameters(), *module.buffers())), torch.empty(0))
