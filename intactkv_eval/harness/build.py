@@ -27,6 +27,7 @@ from intactkv_eval.harness.cell_checks import (
 )
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.model.linear import backends_of, quantized_layers
@@ -39,7 +40,6 @@ from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.weights.formats import intactkv
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Rotation, StageSpec
 
@@ -92,8 +92,8 @@ def build(
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
     if pivot is not None:
-        check_belongs(pivot, model, cell, quantization, rotation)
-        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation)
+        pivot, compared = check_belongs(pivot, model, cell, quantization, rotation)
+        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared)
     if levels is not None:
         check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
@@ -132,23 +132,19 @@ def _in_basis(
     cell: CellSpec,
     quantization: dict[str, Any] | None,
     rotation: Rotation | None,
+    compared: Compared,
 ) -> tuple[PivotKV, float | None]:
-    """`pivot` in the basis of a packed checkpoint's values, and how far the checkpoint is from its reference."""
+    """`pivot` in the basis of a checkpoint's values; and how far the checkpoint is from its reference."""
     checkpoint, reference = cell.model.pretrained, cell.model.reference
     if _is_trained_here(pivot, cell):
-        return pivot, None
+        return pivot, compared.residual
     if rotation is not None:
-        return in_rotated_basis(pivot, model, rotation, checkpoint, reference)
-    if quantization is not None and "bits" in quantization:
-        return in_basis_of(pivot, model, _writer_of(quantization), checkpoint, reference)
-    return pivot, None
-
-
-def _writer_of(quantization: Mapping[str, Any]) -> str:
-    """What may have scaled V: the format's writer; of our own format, which none else writes, the method."""
-    made = (quantization.get("made") or {}).get("job") or {}
-    own = quantization["method"] == intactkv.NAME
-    return str(made["method"] if own and "method" in made else quantization["method"])
+        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules_of(quantization))
+    if quantization is None:
+        return pivot, compared.residual
+    method = writer_of(quantization)
+    pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled)
+    return pivot, compared.residual if residual is None else residual
 
 
 def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:

@@ -30,7 +30,13 @@ from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
-from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
+from intactkv_eval.harness.full_cell import (
+    check_same_source,
+    full_arguments,
+    rotation_seed,
+    turned_alike,
+    without_reference,
+)
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import weight_hash
@@ -90,6 +96,8 @@ def calibrate_to_file(
     conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
+    assert full.pivoted_model.pivot is not None
+    check_same_source(cell, full.pivoted_model.pivot, reference)
     ranks = Ranks(full.rank, full.world_size)
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
@@ -97,7 +105,6 @@ def calibrate_to_file(
     examples = examples_of(
         conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat_template_args
     )
-    assert full.pivoted_model.pivot is not None
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
     targets = _targets(full, examples, cell, asked, folder, ranks)

@@ -16,6 +16,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.formulas import REVISIONS, VICUNA
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.reference_check import Compared, check_reference
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import Computed, computed, embedding_hash, embedding_sample, fingerprint_of
@@ -63,18 +64,20 @@ def check_belongs(
     cell: CellSpec,
     quantization: dict[str, Any] | None,
     rotation: Rotation | None,
-) -> None:
-    """A PivotKV from elsewhere must be this model's: same dtype, same embeddings, and same weights where it is full.
+) -> tuple[PivotKV, Compared]:
+    """A PivotKV from elsewhere must be this model's: same dtype, and same weights, but for what quantizing changes.
 
     Then its tokens must be words of this model, and its tensors such as the model computes for them: the same ones, but
-    for rounding, where it is full.
+    for rounding, where it is full. Returns it with as many logits as the model gives, whose vocabulary may have been
+    padded, and what the comparison of the weights gave.
     """
     same_model = cell.model.reference is None and quantization is None
     found = fingerprint_of(model, cell.model.revision) if same_model else None
+    compared = Compared()
     if rotation is not None:
         check_rotated_embeddings(pivot, model, rotation)
-    else:
-        pivot.check_embeddings(embedding_hash(model), embedding_sample(model))
+    elif not same_model:
+        compared = check_reference(pivot, model, cell, quantization)
     pivot.check_matches(
         dtype=str(model.dtype).removeprefix("torch."),
         basis=None if pivot.fingerprint.calibrated else "plain",
@@ -82,9 +85,12 @@ def check_belongs(
     )
     check_vocabulary(pivot.token_ids, model.get_input_embeddings().weight.shape[0])
     own = computed(model, pivot.token_ids)
+    if not same_model and rotation is None and pivot.weights:
+        pivot = pivot.with_logits_of(own.logits)
     pivot.check_fits(*own)
     if same_model:
         _check_computed(pivot, own, cell)
+    return pivot, compared
 
 
 def _check_computed(pivot: PivotKV, own: Computed, cell: CellSpec) -> None:

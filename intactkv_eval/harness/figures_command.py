@@ -21,7 +21,13 @@ from intactkv_eval.harness.figure_data import (
     expected_outputs,
     outliers,
 )
-from intactkv_eval.harness.full_cell import full_arguments, rotation_seed, turned_alike, without_reference
+from intactkv_eval.harness.full_cell import (
+    check_same_source,
+    full_arguments,
+    rotation_seed,
+    turned_alike,
+    without_reference,
+)
 from intactkv_eval.harness.lm import IntactKVLM
 
 
@@ -52,6 +58,7 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     full = IntactKVLM(**full_arguments(cell, reference), **loading)
     model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
     assert pivot is not None
+    check_same_source(cell, pivot, reference)
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     layers = tuple(sorted(set(shown.layers or (0, count // 3, 2 * count // 3, count - 1))))  # as they are computed
     heads = int(model.config.get_text_config(decoder=True).num_attention_heads)

@@ -6,10 +6,13 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.harness.pivot_source import pivot_of_file
 from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.stages import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.same_weights import Rules, check_same
+from intactkv_eval.pivot.weight_sample import Sampled
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.weights.formats import rotation_of
 
@@ -33,6 +36,19 @@ def full_arguments(cell: CellSpec, reference: str | None = None) -> dict[str, An
     chosen = {"pretrained": reference or cell.model.pretrained, "dtype": cell.model.dtype}
     revision = "main" if reference else cell.model.revision
     return {**chosen, "revision": revision, "pivot": source, "chat_template": cell.pivot.chat_template}
+
+
+def check_same_source(cell: CellSpec, full: PivotKV, reference: str | None) -> None:
+    """Raise PivotError unless `full`, captured from `reference`, is of the model that the cell's pivot file is of.
+
+    The cell itself compares that file with the quantized model, and nothing with the reference beside it.
+    """
+    pivot = pivot_of_file(cell)
+    if reference is None or pivot is None or not pivot.weights:
+        return
+    found = {name: Sampled(numbers, plain=True) for name, numbers in full.weights.items()}
+    named = f"{pivot.fingerprint.model}, whose pivot is in {cell.pivot.source}"
+    check_same(found, pivot.weights, Rules(), f"reference={reference}", named)
 
 
 def rotation_seed(cell: CellSpec) -> int | None:

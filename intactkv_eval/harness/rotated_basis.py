@@ -1,28 +1,45 @@
 """Whether a rotated checkpoint is made from the model of a PivotKV, and the PivotKV in its basis.
 
-The rotation is known from the checkpoint's config, so nothing is estimated: the reference's v_proj, rotated alike, must
-be the checkpoint's up to rounding; and so must the embeddings, turned back.
+The rotation is known from the checkpoint's config, so nothing is estimated: the reference's matrices, rotated alike,
+must be the checkpoint's up to rounding (v_proj whole, some rows of others), and so must the embeddings, turned back.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.awq_basis import dequantized, read_named
+from intactkv_eval.harness.awq_basis import dequantized, read_layer
 from intactkv_eval.model.structure import decoder_layers
-from intactkv_eval.pivot.basis import check_residuals, recover, to_rotated
+from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_rotated
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.quantize.rotation import FAMILIES, rotated_value, unrotated_rows
+from intactkv_eval.pivot.same_weights import Rules, check_same
+from intactkv_eval.pivot.weight_sample import Sampled
+from intactkv_eval.quantize.rotation import (
+    FAMILIES,
+    LayerNames,
+    per_head,
+    rotated_reader,
+    rotated_value,
+    rotated_writer,
+    unrotated_rows,
+)
 from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.hadamard import hadamard_rows
 from intactkv_eval.weights.stages import Rotation
+
+_ROWS = 16
 
 
 def in_rotated_basis(
-    pivot: PivotKV, model: PreTrainedModel, rotation: Rotation, checkpoint: str, reference: str | None
+    pivot: PivotKV, model: PreTrainedModel, rotation: Rotation, checkpoint: str, reference: str | None, rules: Rules
 ) -> tuple[PivotKV, float | None]:
-    """`pivot`, plain, in the basis of the rotated `model`; and, where there is a reference, the worst residual.
+    """`pivot`, plain, in the basis of the rotated `model`; and, where there is a reference, v_proj's worst residual.
 
-    Raises PivotError where the residual says that the checkpoint is of another model, or V is scaled beside.
+    Raises PivotError where the weights say that the checkpoint is of another model, or V is scaled beside.
     """
     if pivot.values[0].shape[-1] != rotation.head_dim:
         raise PivotError(
@@ -33,16 +50,57 @@ def in_rotated_basis(
     names = FAMILIES[model.config.get_text_config(decoder=True).model_type]
     source = Checkpoint(checkpoint_folder(reference, "main"))
     prefix, layers = decoder_layers(model)
-    found = []
+    values: list[LayerBasis] = []
+    sampled: dict[str, Sampled] = {}
+    expected: dict[str, Tensor] = {}
     for index, layer in enumerate(layers):
-        wanted = [f"{prefix}.{index}.{name}.weight" for name in (names.value, names.attention_norm)]
-        full, norm = read_named(source, wanted, model.base_model_prefix)
+        full, norm = read_layer(
+            source, prefix, index, [f"{name}.weight" for name in (names.value, names.attention_norm)]
+        )
         rows = slice(len(full) - pivot.values[index].shape[0] * rotation.head_dim, None)
-        expected = rotated_value(full[rows], norm, rotation.seed, rotation.head_dim)
+        turned = rotated_value(full[rows], norm, rotation.seed, rotation.head_dim)
         ones = torch.ones(full.shape[1])
-        found.append(recover(dequantized(layer.get_submodule(names.value))[rows], expected, ones, ones, folded=False))
-    worst = check_residuals(found, checkpoint, reference)
+        values.append(recover(dequantized(layer.get_submodule(names.value))[rows], turned, ones, ones, folded=False))
+        for part in _parts(names, source, f"{prefix}.{index}", rotation, len(turned)):
+            expected[part.name] = part.expected
+            sampled[part.name] = Sampled(dequantized(model.get_submodule(part.name))[part.rows], plain=False)
+    worst = check_residuals(values, checkpoint, reference)
+    check_same(sampled, expected, rules._replace(scaled=False), checkpoint, f"reference={reference}")
     return to_rotated(pivot), worst
+
+
+class _Part(NamedTuple):
+    """Some rows of one matrix of the reference as the rotation makes them; by the name in the model."""
+
+    name: str
+    rows: Tensor
+    expected: Tensor
+
+
+def _parts(names: LayerNames, source: Checkpoint, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
+    """values: how many of the last rows of the matrix that makes V are V's."""
+    prefix, _, index = layer.rpartition(".")
+
+    def read(*wanted: str) -> list[Tensor]:
+        return read_layer(source, prefix, int(index), [f"{name}.weight" for name in wanted])
+
+    for norm, readers in ((names.attention_norm, names.attention), (names.mlp_norm, names.mlp)):
+        for name in readers:
+            full, factors = read(name, norm)
+            rows = _evenly(len(full) - (values if name == names.value else 0))
+            if len(rows):
+                yield _Part(f"{layer}.{name}", rows, rotated_reader(full[rows], factors, rotation.seed))
+    for name in (names.output, names.down):
+        (full,) = read(name)
+        rows = _evenly(len(full))
+        part = rotated_writer(full, rows, rotation.seed)
+        part = per_head(part, rotation.head_dim) if name == names.output else part
+        across = rotation.online.get(f"{layer}.{name}")
+        yield _Part(f"{layer}.{name}", rows, part if across is None else hadamard_rows(part, across))
+
+
+def _evenly(size: int) -> Tensor:
+    return torch.arange(min(size, _ROWS)) * size // max(1, min(size, _ROWS))
 
 
 def check_rotated_embeddings(pivot: PivotKV, model: PreTrainedModel, rotation: Rotation) -> None:

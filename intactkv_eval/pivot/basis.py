@@ -15,6 +15,7 @@ Source: llm-awq and AutoAWQ, their scaling of layers (apply_scale); METHOD of th
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,6 +33,8 @@ ROTATED = "hadamard"
 # Rounding alone leaves 0.1 (4 bits), 0.25 (3 bits), 0.6 (2 bits, per channel); weights of another model 1 or more.
 WORST_RESIDUAL = 0.9
 _ROUNDING = 2**-7  # of a norm's weights, stored in 16 bits by the one or the other
+_NOTHING = 2**-24  # of a norm's weights: such channels are pruned, or fp16 has made them 0
+_LEAST = torch.finfo(torch.float64).tiny
 _NOISE = 0.02  # of the median of ratios that are all 1
 _SCALED = 0.3  # beyond it the median of ratios is no rounding's, not even at 2 bits
 
@@ -49,21 +52,27 @@ def recover(quantized: Tensor, full: Tensor, norm_full: Tensor, norm_quantized: 
     `folded`: the format may scale V, and v_proj and o_proj have equal shapes, which is where AWQ does it. Raises
     PivotError where V is scaled although it should not be.
     """
-    scale = norm_full.double() / norm_quantized.double()
-    scaled, found = full.double() * scale, quantized.double()
-    energy = scaled.square().sum(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
-    ratio = (found * scaled).sum(dim=1) / energy
+    one, other = norm_full.double(), norm_quantized.double()
+    live = torch.minimum(one.abs(), other.abs()) > _NOTHING
+    if bool((torch.maximum(one.abs(), other.abs())[~live] > _ROUNDING).any()):
+        return LayerBasis(torch.ones(len(full)), float("inf"))  # a norm stops what the other one lets through
+    # A channel that both norms stop reaches no output, whatever stands in its column.
+    scale = torch.where(live, one / torch.where(live, other, 1), 1)
+    scaled, found = full.double() * scale * live, quantized.double() * live
+    energy = scaled.square().sum(dim=1)
+    ratio = torch.where(energy > 0, (found * scaled).sum(dim=1) / energy.clamp(min=_LEAST), 1)
     away = float((ratio - 1).abs().median())
     untouched = bool((scale - 1).abs().max() < _ROUNDING) and away < _NOISE
-    residual = (found - ratio[:, None] * scaled).norm() / found.norm()
-    if not folded and away > _SCALED and float(residual) < WORST_RESIDUAL:
+    unlike = (found - ratio[:, None] * scaled).norm()
+    residual = float(unlike / found.norm().clamp(min=_LEAST)) if bool(unlike) else 0.0
+    if not folded and away > _SCALED and residual < WORST_RESIDUAL:
         raise PivotError(
             f"v_proj is scaled by {float(ratio.median()):.2f} against the reference where no known writer scales it: "
             "the pivot's values cannot be brought into its basis"
         )
     if not folded or untouched:
         ratio = torch.ones_like(ratio)
-    return LayerBasis(ratio, float(residual) if torch.isfinite(residual) else float("inf"))
+    return LayerBasis(ratio, residual if math.isfinite(residual) else float("inf"))
 
 
 def check_residuals(layers: Sequence[LayerBasis], checkpoint: str, reference: str) -> float:

@@ -15,6 +15,7 @@ from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot.kv import Fingerprint, PivotKV
+from intactkv_eval.pivot.weight_sample import weight_sample
 
 _SAMPLE = 1024  # elements of each tensor that go into the hash: cheap for 70B, and any training changes most of them
 
@@ -28,12 +29,13 @@ class Computed(NamedTuple):
 
 
 def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fingerprint) -> PivotKV:
-    """The KV [H, P, D] a layer and the logits [P, V] of `token_ids` at positions 0..P-1.
+    """The KV [H, P, D] a layer and the logits [P, V] of `token_ids` at positions 0..P-1, and the model's sample.
 
     Raises UnsupportedModelError for a model without a plain KV cache, PivotError for NaN or a pivot too long.
     """
     check_supported(model)
-    return PivotKV(token_ids, *computed(model, token_ids), fingerprint)
+    weights = {name: sampled.numbers for name, sampled in weight_sample(model).items()}
+    return PivotKV(token_ids, *computed(model, token_ids), fingerprint, weights)
 
 
 @torch.no_grad()

@@ -1,12 +1,13 @@
 """PivotKV: the keys and values of the pivot tokens, as a value, with the identity of the model they came from.
 
-A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], and the fingerprint and
-token ids as JSON in its metadata. Knows no model and no quantizer.
+A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], `weights.NAME` for each
+tensor of the model that was sampled, and the fingerprint and token ids as JSON in its metadata. Knows no model and no
+quantizer.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 _TINY = 2**-14  # below it fp16 has fewer digits
+_WEIGHTS = "weights."
 _FIX = "it is damaged or another model's. Capture it anew: intactkv capture"
 
 
@@ -75,7 +77,8 @@ class Fingerprint(BaseModel):
 class PivotKV:
     """Full-precision KV of P pivot tokens.
 
-    keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own.
+    keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own. weights: a
+    sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known.
     """
 
     token_ids: tuple[int, ...]
@@ -83,6 +86,7 @@ class PivotKV:
     values: tuple[Tensor, ...]
     logits: Tensor
     fingerprint: Fingerprint
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -97,6 +101,9 @@ class PivotKV:
                 )
         if self.logits.ndim != 2 or self.logits.shape[0] != length or not self.logits.numel():
             raise PivotError(f"logits {tuple(self.logits.shape)} should be [{length}, V]")
+        for name, sample in self.weights.items():
+            if sample.ndim not in (1, 2) or not sample.numel():
+                raise PivotError(f"{_WEIGHTS}{name} {tuple(sample.shape)} should be a sample [N] or [R, C]: {_FIX}")
         for tensor in (*self.keys, *self.values, self.logits):
             if not torch.isfinite(tensor).all():
                 raise PivotError(
@@ -134,6 +141,14 @@ class PivotKV:
                 "Capture it from the full-precision model that was quantized: reference=..., or intactkv capture"
             )
 
+    def with_logits_of(self, own: Tensor) -> "PivotKV":
+        """For a model whose vocabulary was padded or cut since: what it alone has words for is as it computes it."""
+        if len(own) != len(self.logits) or own.shape == self.logits.shape:
+            return self
+        words = min(own.shape[1], self.logits.shape[1])
+        logits = torch.cat([self.logits[:, :words], own[:, words:].to(self.logits)], dim=1)
+        return replace(self, logits=logits)
+
     def check_fits(self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor) -> None:
         """Raise PivotError unless the model computes tensors like these: of as many layers, each shape, each dtype.
 
@@ -159,6 +174,7 @@ class PivotKV:
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""
         tensors = {"logits": self.logits.contiguous()}
+        tensors |= {f"{_WEIGHTS}{name}": sample for name, sample in self.weights.items()}
         for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
             tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = key.contiguous(), value.contiguous()
         metadata = {
@@ -188,6 +204,9 @@ class PivotKV:
                 values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
                 logits=tensors["logits"],
                 fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
+                weights={
+                    name.removeprefix(_WEIGHTS): held for name, held in tensors.items() if name.startswith(_WEIGHTS)
+                },
             )
             old = stale(recorded([found.formula], parse_json(metadata.get("formulas", "{}"))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError

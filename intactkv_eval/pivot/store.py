@@ -57,7 +57,8 @@ def find(identity: str | None, dtype: str, token_ids: tuple[int, ...]) -> PivotK
     except PivotError as error:
         logger.warning("the kept pivot %s is not used: %s", path, error)
         return None
-    return pivot if pivot.fingerprint.embedding_sample else None  # without it: kept by an earlier release
+    whole = pivot.fingerprint.embedding_sample and pivot.weights
+    return pivot if whole else None  # without them: kept by an earlier release
 
 
 def keep(pivot: PivotKV, identity: str | None, dtype: str) -> None:

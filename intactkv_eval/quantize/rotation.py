@@ -122,9 +122,24 @@ def signs(width: int, seed: int) -> Tensor:
 
 def rotated_value(value: Tensor, norm: Tensor, seed: int, head_dim: int) -> Tensor:
     """What rotation makes of v_proj [H*D, I] behind a norm of weights [I], in fp64."""
-    found = value.double() * norm.double()
-    found = hadamard_rows(found * signs(found.shape[1], seed).to(found.device))
-    return _per_head(found.t(), head_dim).t()
+    return per_head(rotated_reader(value, norm, seed).t(), head_dim).t()
+
+
+def rotated_reader(matrix: Tensor, norm: Tensor, seed: int) -> Tensor:
+    """What rotation makes of rows [R, I] of a matrix that reads behind a norm of weights [I], in fp64."""
+    return hadamard_rows(matrix.double() * norm.double() * signs(matrix.shape[1], seed).to(matrix.device))
+
+
+def rotated_writer(matrix: Tensor, rows: Tensor, seed: int) -> Tensor:
+    """Rows [R, I] of what rotation makes of the outputs of a matrix [O, I], in fp64."""
+    width = len(matrix)
+    sums = hadamard_rows(torch.eye(width, dtype=torch.float64)[rows], inverse=True) * signs(width, seed)
+    return sums.to(matrix.device) @ matrix.double()
+
+
+def per_head(x: Tensor, width: int) -> Tensor:
+    """x [..., heads * width], each head transformed by itself."""
+    return hadamard_rows(x.reshape(*x.shape[:-1], -1, width)).reshape(x.shape)
 
 
 def unrotated_rows(rows: Tensor, seed: int) -> Tensor:
@@ -138,7 +153,7 @@ def _rotate_layer(layer: Any, names: LayerNames, sign: Tensor, width: int) -> No
     value, output, down = (layer.get_submodule(name) for name in (names.value, names.output, names.down))
     _rotate_value(value, layer.self_attn.config.num_key_value_heads * width, width)
     heads = output.in_features // width
-    columns = _per_head(output.weight.double(), width)
+    columns = per_head(output.weight.double(), width)
     output.weight.copy_(hadamard_rows(columns, width) if has_hadamard(heads) else columns)
     down.weight.copy_(hadamard_rows(down.weight.double()))
     for writer in (output, down):
@@ -148,14 +163,9 @@ def _rotate_layer(layer: Any, names: LayerNames, sign: Tensor, width: int) -> No
 def _rotate_value(layer: Any, rows: int, width: int) -> None:
     """The last `rows` outputs: V is the whole layer, or the last part of a fused one."""
     part = slice(layer.out_features - rows, None)
-    layer.weight[part] = _per_head(layer.weight[part].double().t(), width).t().to(layer.weight.dtype)
+    layer.weight[part] = per_head(layer.weight[part].double().t(), width).t().to(layer.weight.dtype)
     if layer.bias is not None:
-        layer.bias[part] = _per_head(layer.bias[part].double(), width).to(layer.bias.dtype)
-
-
-def _per_head(x: Tensor, width: int) -> Tensor:
-    """x [..., heads * width], each head transformed by itself."""
-    return hadamard_rows(x.reshape(*x.shape[:-1], -1, width)).reshape(x.shape)
+        layer.bias[part] = per_head(layer.bias[part].double(), width).to(layer.bias.dtype)
 
 
 def _fuse(norm: Any, readers: list[Any], sign: Tensor) -> None:

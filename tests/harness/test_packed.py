@@ -163,12 +163,16 @@ def test_tied_embeddings_by_either_name_and_stored_apart(tmp_path, tokenizer):
     assert (lm.model.model.embed_tokens.weight - lm.model.lm_head.weight).mean() == pytest.approx(1, abs=1e-5)
 
 
-def test_a_pickled_reference_is_no_obstacle_to_gptq(packed, saved_llama, caplog):
+def test_a_pickled_reference_is_compared_as_it_is_loaded(packed, saved_llama):
     model = AutoModelForCausalLM.from_pretrained(saved_llama)
     pickled = saved_llama.parent / "pickled"
     saved_llama.rename(pickled)
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     lm = make(packed, reference=str(pickled), dtype="float32")
-    assert lm.cell_record()["basis_residual"] is None
-    assert "is not compared with reference" in caplog.text
+    assert 0.01 < lm.cell_record()["basis_residual"] < 0.2
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.normal_()
+    torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    with pytest.raises(PivotError, match=r"layers\.2\.mlp\.up_proj\.weight differs from the reference's"):
+        make(packed, reference=str(pickled), dtype="float32")
