@@ -34,6 +34,7 @@ __all__ = [
     "SEED_NAMES",
     "ConfigurableTask",
     "EvaluationTracker",
+    "EvaluatorConfig",
     "HarnessCLI",
     "Instance",
     "TaskManager",

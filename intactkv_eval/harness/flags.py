@@ -10,9 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lm_eval._cli import HarnessCLI
-from lm_eval.config.evaluate_config import EvaluatorConfig
-
+from intactkv_eval.compat.lm_eval_api import EvaluatorConfig, HarnessCLI
 from intactkv_eval.documents import parse_yaml_of_two
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.arguments import check_names, split_model_args
