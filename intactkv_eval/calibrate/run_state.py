@@ -144,5 +144,5 @@ def _board(folder: Path, done: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - optional
     except ImportError:
-        raise ConfigError("--tensorboard: pip install 'intactkv-eval[tensorboard]'") from None
+        raise ConfigError("--tensorboard: pip install tensorboard") from None
     return SummaryWriter(str(folder), purge_step=done + 1 if done else None)

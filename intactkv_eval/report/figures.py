@@ -55,7 +55,7 @@ def check_drawing(formats: tuple[str, ...]) -> Any:
         import matplotlib as library  # noqa: PLC0415 - optional
         import matplotlib.pyplot as plotting  # noqa: PLC0415 - optional
     except ImportError:
-        raise ConfigError("figures need matplotlib: pip install 'intactkv-eval[figures]'") from None
+        raise ConfigError("figures need matplotlib: pip install matplotlib") from None
     library.use("Agg")
     library.rcParams.update({"svg.hashsalt": "intactkv", "font.size": 9, "axes.spines.top": False})
     return plotting

@@ -55,7 +55,7 @@ class RayPool:
         try:
             self._ray: Any = import_module("ray")
         except ModuleNotFoundError:
-            raise ConfigError("--executor ray: Ray is not installed; pip install 'intactkv-eval[ray]'") from None
+            raise ConfigError("--executor ray: Ray is not installed; pip install ray") from None
         _check_reachable(address)
         passed = {key: value for key, value in os.environ.items() if _is_passed_on(key)}
         try:

@@ -89,7 +89,7 @@ def _block(order: int) -> Tensor:
     except ImportError as error:
         raise UnsupportedModelError(
             f"a Hadamard matrix of order {order} is read from compressed-tensors, which cannot be imported ({error}): "
-            "pip install 'intactkv-eval[rotation]'"
+            "pip install compressed-tensors"
         ) from None
     drawn = random_hadamard_matrix(order, dtype=torch.float32, gen=torch.Generator().manual_seed(0))
     matrix: Tensor = drawn * drawn[:, :1].sign()

@@ -73,7 +73,7 @@ def why_not(backend: str, parts: Parts, dtype: torch.dtype) -> str | None:
         return cpu.why_not(parts.bits, parts.group_size, parts.in_features)
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install 'intactkv-eval[triton]')"
+            return "triton is not installed (pip install triton)"
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"its weight is on {device}, and Triton runs on CUDA devices"
         return None if dtype in {torch.float16, torch.bfloat16} else f"activations of {dtype}; load in 16 bits"

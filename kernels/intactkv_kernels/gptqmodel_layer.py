@@ -53,7 +53,7 @@ class GPTQModelLinear(nn.Module):
 def why_not(parts: Parts, dtype: torch.dtype) -> str | None:
     """Why GPTQModel cannot run this layer, or None where it can."""
     if importlib.util.find_spec("gptqmodel") is None:
-        return "gptqmodel is not installed (pip install 'intactkv-eval[gptqmodel]')"
+        return "gptqmodel is not installed (pip install gptqmodel)"
     try:
         _kind(parts, dtype)
     except (ValueError, NotImplementedError, ImportError) as error:
