@@ -2,7 +2,7 @@
 
 Keys: RoPE is undone at each row's position, each channel is scaled to [-1, 1] by its calibrated range, rounded to the
 nearest of the layer's levels, scaled back and rotated again. Values: by the minimum and maximum of the token over all
-of its heads. Of KVQuant's method left out are the weights of its k-means (sensitivity) and the sparse outliers.
+of its heads. Of KVQuant's method left out are the weights of its k-means (sensitivity), the sparse outliers and Q-norm.
 No row shares a dynamic parameter with another.
 """
 

@@ -3,6 +3,7 @@
 The fixture holds what the released code of IntactKV, QuaRot and KIVI makes of the same rows (tests/data/released/make_kv.py).
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
 from intactkv_eval.cache.token_head import TokenHead, quarot_rows
 from intactkv_eval.weights.hadamard import hadamard_rows
 
-RELEASED = load_file(Path(__file__).parents[1] / "data" / "released" / "kv.safetensors")
+ROOT = Path(__file__).parents[2]
+RELEASED = load_file(ROOT / "tests/data/released/kv.safetensors")
 PLACES = torch.zeros(1, 1)
 GROUP, RESIDUAL, TOKENS, PROMPT = 8, 16, 44, 12
 BITS = (2, 3, 4, 8)
@@ -125,3 +127,13 @@ def test_what_a_query_sees_of_kivis_cache(bits):
     rows = [RELEASED[f"kivi.{name}"] for name in ("queries", "keys", "values")]
     full = scaled_dot_product_attention(*rows, is_causal=True)
     assert (full.transpose(1, 2).flatten(2)[0, PROMPT:] - seen).abs().max() > 1e-3
+
+
+def test_the_page_shows_the_released_perplexities():
+    measured = json.loads((ROOT / "tests/data/released/kv_perplexity.json").read_text())["rows"]
+    lines = (ROOT / "docs/released-formulas.md").read_text().splitlines()
+    for row in [row for row in measured if row["kv_bits"] < 16]:
+        begin = f"| {row['weights'].replace('4 g', '4g')} | {row['kv_bits']} | {row['pivot']} |"
+        shown = [line for line in lines if line.startswith(begin)]
+        assert len(shown) == 1
+        assert shown[0].endswith(f" {row['perplexity']:.4f} |")
