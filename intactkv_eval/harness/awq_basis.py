@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.value_places import ValuePlace, value_places
 from intactkv_eval.model.linear import QuantizedLinear

@@ -1,11 +1,13 @@
 """Makes lm_eval know the model name `intactkv`.
 
-lm_eval 0.4.13 has no discovery of models outside its own tree, so a one-line .pth calls `install` at every start of
-Python. It only puts a finder in front of sys.meta_path, which waits for `lm_eval.models`, lets that module load as
-always, and adds one lazy entry to its registry. Newer releases read the entry point group `lm_eval.models` by
-themselves; where the name is known already, nothing is added. This file imports nothing until lm_eval is imported.
+lm_eval 0.4.13 and 0.5.0.dev1 find no models outside their own tree, so a one-line .pth file calls `install` at every
+start of Python. It only puts a finder in front of sys.meta_path, which waits for `lm_eval.models`, lets that module
+load as always, and adds one lazy entry to its registry. A release that reads the entry point group `lm_eval.models` by
+itself is left alone, and so is a name that is known already. INTACTKV_HOOK=off, or removing the .pth file, does without
+it (docs/releases.md). This file imports nothing until lm_eval is imported.
 """
 
+import os
 import sys
 
 NAME = "intactkv"
@@ -30,14 +32,17 @@ class _Finder:
 
             def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
                 run(module)
-                register()
+                if not discovers(spec.origin):
+                    register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def install() -> None:
-    """Wait for lm_eval, once."""
+    """Wait for lm_eval, once; not at all where INTACTKV_HOOK is off."""
+    if os.environ.get("INTACTKV_HOOK", "").lower() in {"off", "0", "false"}:
+        return
     if _Finder not in sys.meta_path and _WAITED_FOR not in sys.modules:
         sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
 
@@ -46,6 +51,19 @@ def uninstall() -> None:
     """Stop waiting."""
     if _Finder in sys.meta_path:
         sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
+
+
+def discovers(models: str | None) -> bool:
+    """Whether lm_eval, whose models/__init__.py is the file `models`, asks for entry points and finds us by itself."""
+    beside = os.path.dirname(os.path.dirname(models or ""))
+    for file in (models or "", os.path.join(beside, "api", "registry.py")):
+        try:
+            with open(file, encoding="utf-8") as opened:
+                if "entry_points(" in opened.read():
+                    return True
+        except OSError:
+            continue
+    return False
 
 
 def register() -> None:

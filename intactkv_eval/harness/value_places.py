@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.capture import computed

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+
+from intactkv_eval.compat.transformers_api import Conv1D
 
 _ROWS, _EXPERT_ROWS = 16, 64
 _BLOCKS, BLOCK = 4, 32
