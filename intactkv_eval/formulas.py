@@ -14,7 +14,7 @@ from intactkv_eval.config import CellSpec, formula_of
 REVISIONS: Mapping[str, int] = MappingProxyType(
     {
         "weights.rtn": 1,
-        "weights.gptq": 1,
+        "weights.gptq": 2,  # 2: inputs that are never used are treated as in the released code
         "weights.gptq.small_groups": 2,  # 2: ranges are read from the weights as they stood when their block began
         "weights.awq": 1,
         "weights.omniquant": 1,

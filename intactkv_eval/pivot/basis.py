@@ -9,8 +9,9 @@ which divides V by t. K is unchanged. So, with W the full-precision v_proj and Q
 
 QuaRot fuses a Hadamard transform of head_dim into v_proj, head by head, which is known exactly: V turns with it.
 
-The residual is the quantization error where the checkpoint is of this model, and about 1 where it is not. Where nothing
-can have been scaled the ratio is 1: least squares would only add its own error.
+v_proj stands for whatever rows of a matrix make V. A channel that the norm stops (a weight of 0) is left out. The
+residual is the quantization error where the checkpoint is of this model, and about 1 where it is not. Where nothing can
+have been scaled the ratio is 1: least squares would only add its own error.
 Source: llm-awq and AutoAWQ, their scaling of layers (apply_scale); METHOD of the paper: V is captured after it.
 """
 

@@ -12,7 +12,9 @@ from references import SHAPE, load, made, quantize, saved
 from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
 
+from intactkv_eval.cli import app
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.structure import linear_layers
@@ -199,3 +201,19 @@ def test_bitsandbytes(tokenizer, tmp_path):
             folder = saved(other, tmp_path / f"{out.name}-{change.__name__}", tokenizer)
             with pytest.raises(PivotError, match=r"is not made from|does not belong"):
                 load(out, folder)
+
+
+def test_a_reference_beside_a_pivot_file(base, wrong, tmp_path):
+    """`intactkv figures` and `calibrate` set the full-precision model beside a cell whose pivot is a file's."""
+    folder, file, text = FORMATS["gptq2"](base, tmp_path / "out"), tmp_path / "p.safetensors", tmp_path / "text.txt"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    capture(model, (BOS,), fingerprint_of(model, "main")).save(file)
+    text.write_text("some words of prose that are here " * 60)
+    for command, more in (
+        ("figures", ["--text", text, "--samples", 1, "--length", 24]),
+        ("calibrate", ["--data", text]),
+    ):
+        out = tmp_path / ("figures" if command == "figures" else "out.safetensors")
+        cell = f"pretrained={folder},reference={wrong['one_layer']},dtype=float32,pivot={file}"
+        done = CliRunner().invoke(app, [command, "--model_args", cell, "--out", str(out), *map(str, more)])
+        assert "layers.1.mlp.down_proj.weight" in str(done.exception)

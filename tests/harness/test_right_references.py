@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from references import SHAPE, load, made, quantize, saved
+from safetensors.torch import save_file
 from tiny import BOS, EOS, PAD, build_model
 from transformers import (
     DeepseekV2Config,
@@ -18,8 +19,10 @@ from transformers import (
 )
 
 from intactkv_eval.errors import PivotError
+from intactkv_eval.harness.awq_basis import read_layer
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.weights.checkpoint import Checkpoint
 
 FREE = {
     "olmo": OlmoConfig(**SHAPE),
@@ -155,3 +158,22 @@ def test_a_scale_where_no_writer_scales_is_refused(tokenizer, tmp_path):
     out = quantize(saved(model, tmp_path / "scaled", tokenizer), tmp_path / "out")
     with pytest.raises(PivotError, match=r"self_attn\.[vo]_proj\.weight differs from the reference's by"):
         load(out, base)
+
+
+def test_a_layers_tensors_by_any_name_before_the_list_of_layers(tmp_path):
+    """Wrappers were saved as `language_model.model.layers`, base models as `layers`; towers have layers of their own."""
+    wanted = ["self_attn.v_proj.weight", "input_layernorm.weight"]
+    tower = {"vision_tower.encoder.layers.1.self_attn.v_proj.weight": torch.zeros(2)}
+    for place, stem in enumerate(("model.language_model.layers", "language_model.model.layers", "layers")):
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        own = {f"{stem}.1.{name}": torch.full((2,), 7.0) for name in wanted}
+        save_file({**tower, **own, f"{stem}.11.{wanted[0]}": torch.zeros(2)}, folder / "model.safetensors")
+        found = read_layer(Checkpoint(folder), "model.language_model.layers", 1, wanted)
+        assert [tensor.tolist() for tensor in found] == [[7, 7], [7, 7]]
+    with pytest.raises(PivotError, match=r"expected one list of layers with self_attn\.q_proj\.weight, found none"):
+        read_layer(Checkpoint(folder), "model.layers", 1, ["self_attn.q_proj.weight"])
+    both = {f"{stem}.layers.1.{name}": torch.ones(2) for stem in ("a", "b") for name in wanted}
+    save_file(both, folder / "model.safetensors")
+    with pytest.raises(PivotError, match=r"found several: a\.layers, b\.layers"):
+        read_layer(Checkpoint(folder), "model.layers", 1, wanted)

@@ -76,11 +76,13 @@ def test_stale_figures_are_named_everywhere(tmp_path):
 def test_a_checkpoint_says_by_which_revision_it_was_made(tmp_path):
     job = {"method": "gptq", "group_size": 64, "bits": 3, "symmetric": False, "options": {"static_groups": False}}
     said = {"method": "gptq", "bits": 3, "group_size": 64, "symmetric": False, "act_order": True, "mixed": False}
-    for date, made in ((1, {}), (2, {"formulas": {"weights.gptq": 1, "weights.gptq.small_groups": 2}})):
+    for date, made in ((1, {}), (2, {"formulas": {"weights.gptq": 2, "weights.gptq.small_groups": 2}})):
         quantization = {**said, "made": {"job": job, **made}}
         write(tmp_path, FP, LOSSES, date, record={"quantization": quantization, "source_hash": f"{date}"})
     old, new = runs_of(tmp_path)
-    assert old.identity.stale == ["weights.gptq.small_groups of revision 1, now 2"]
+    assert old.identity.stale == [
+        f"{name} of revision 1, now 2" for name in ("weights.gptq", "weights.gptq.small_groups")
+    ]
     assert new.identity.stale == []
 
 
