@@ -32,7 +32,7 @@ def expected_of(model):
 
 
 def rounded(model, bits, group_size=32):
-    return quantized_model(model, lambda matrix, name: quantize_rtn(matrix, bits, group_size, False, name))
+    return quantized_model(model, lambda matrix, name: quantize_rtn(matrix, bits, group_size, None, name))
 
 
 def check(model, reference, rules):
@@ -56,7 +56,7 @@ class Coded(nn.Module):
     def __init__(self, layer, bits):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
-        weight = quantize_rtn(layer.weight.detach(), bits, 32, False, "layer")
+        weight = quantize_rtn(layer.weight.detach(), bits, 32, None, "layer")
         self.register_buffer("codes", weight.dequantize(torch.float32).mul(2**16).round().int())
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone())
 
@@ -140,9 +140,9 @@ def test_a_plain_copy_may_be_on_a_grid_or_equal_and_nothing_else(llama):
         copied = copy.deepcopy(llama)
         with torch.no_grad():
             for name, layer in linear_layers(copied).items():
-                layer.weight.copy_(quantize_rtn(layer.weight, bits, 32, False, name).dequantize(torch.float32))
+                layer.weight.copy_(quantize_rtn(layer.weight, bits, 32, None, name).dequantize(torch.float32))
             words = copied.get_input_embeddings().weight
-            words.copy_(quantize_rtn(words, 8, 32, False, "words").dequantize(torch.float32))
+            words.copy_(quantize_rtn(words, 8, 32, None, "words").dequantize(torch.float32))
         assert check(copied, llama, plain) > 0.001
     for only in ("_proj", "norm", "embed"):
         with pytest.raises(PivotError, match="is not made from"):
