@@ -45,7 +45,7 @@ def plain(bits):
         tensors = load_file(source / "model.safetensors")
         for name, layer in linear_layers(model).items():
             if bits < 16:
-                weight = quantize_rtn(layer.weight.float(), bits, 32, False, name)
+                weight = quantize_rtn(layer.weight.float(), bits, 32, None, name)
                 tensors[f"{name}.weight"] = weight.dequantize(torch.float32)
         return _written(source, out, {name: tensor.bfloat16() for name, tensor in tensors.items()}, {})
 
