@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import BOS, build_model
+from transformers import LlamaForCausalLM
 
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.compat import transformers_api
@@ -97,6 +98,24 @@ def test_a_model_without_a_known_argument_is_told_what_was_looked_for(monkeypatc
     rename(monkeypatch)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM.* takes no KV cache.*kv_store.*transformers"):
         check_supported(model)
+
+
+class Older(LlamaForCausalLM):
+    """The code of a checkpoint that was written before transformers 5.24."""
+
+    def forward(self, input_ids=None, past_key_values=None, use_cache=None, **kwargs):
+        (name,) = set(transformers_api.cache_argument(build_model("llama"), CountingCache())) - {"use_cache"}
+        return super().forward(input_ids=input_ids, use_cache=use_cache, **{name: past_key_values}, **kwargs)
+
+
+def test_the_code_of_a_checkpoint_may_use_the_older_name():
+    model = build_model("llama")
+    older = Older(model.config).eval()
+    older.load_state_dict(model.state_dict())
+    check_supported(older)
+    with torch.no_grad():
+        found, expected = (run_with_cache(one, CountingCache(), BODY).logits for one in (older, model))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -181,3 +181,14 @@ def test_a_date_is_a_number(tmp_path, date):
     edit(path, lambda content: content.update(date=date))
     with pytest.raises(ConfigError, match="not a whole results file"):
         collect([tmp_path])
+
+
+def test_a_task_inside_a_group_is_the_same_task(tmp_path):
+    """lm_eval 0.5.0 names it behind its group: `ppl::ppl_x`."""
+    write(tmp_path, NONE, [3.5, 3.72, 3.6, 3.41] * 3, 1, task="ppl::ppl_x")
+    write(tmp_path, BOS, [3.25, 3.46, 3.34, 3.15] * 3, 2)
+    runs, _ = collect([tmp_path])
+    assert [list(run.scores) for run in runs] == [["ppl_x"], ["ppl_x"]]
+    delta = compare(runs[1], "ppl_x", runs).to_baseline
+    assert delta is not None
+    assert delta.test is not None, "paired over documents"
