@@ -57,7 +57,7 @@ def test_calibrated_behind_the_pivot_against_plainly(folder):
 
     def put(date, values, calibration, pivot="bos", **options):
         job = {"method": "gptq", "options": options, "calibration": {"data": "c4", "seed": 0, **calibration}}
-        made = {"job": job, "source": {"model": "m"}}
+        made = {"job": job, "source": {"model": "m"}, "formulas": current(names_of_job(job))}
         found = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": False, "act_order": False, "mixed": False}
         cell = {"pretrained": f"made-{date}", "pivot": pivot, **({"reference": "m"} if pivot == "bos" else {})}
         write(

@@ -74,7 +74,7 @@ def test_without_ray(saved_llama, tmp_path, monkeypatch):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(on_ray, "import_module", missing)
-    with pytest.raises(ConfigError, match=r"pip install 'intactkv-eval\[ray\]'"):
+    with pytest.raises(ConfigError, match="pip install ray"):
         sweep_of(grid(saved_llama), tmp_path).run(Where("ray"))
 
 
