@@ -160,7 +160,7 @@ def _of_matrix(q: Tensor, w: Tensor, rules: Rules, scaled: bool) -> tuple[str | 
 
 
 def _of_groups(groups: "Groups", rules: Rules, residual: float) -> str | None:
-    fine = groups.fineness() >= _FINE
+    fine = (rules.bits is None or rules.bits >= 8) and groups.are_fine()
     if fine and residual > _MOST_FINE:
         return f" (a copy in as many values as it takes: at most {_MOST_FINE})"
     if not fine and groups.steps() > _MOST_STEPS:
@@ -194,12 +194,16 @@ class Groups:
         self._over = self.q[:, :, None] - self.q[:, None, :]
         self._least = self.q.abs().amax(1)[:, None, None] * 2**-10  # below it two values of Q are one, in 16 bits
 
-    def fineness(self) -> float:
-        """How many values Q takes in a piece, of those that W takes."""
+    def are_fine(self) -> bool:
+        """Whether Q takes nearly as many values in a piece as W does, and W nearly a value for each of its numbers.
+
+        A W that lies on a coarse grid itself, as one that was read from a 4-bit GGUF file does, tells nothing of Q.
+        """
         over = self.w[:, :, None] - self.w[:, None, :]
         alike = (over.abs() <= self.w.abs().amax(1)[:, None, None] * 2**-10).sum(2)
         own = (self._over.abs() <= self._least).sum(2)
-        return float((1 / own).sum() / (1 / alike).sum())
+        values = float((1 / alike).sum())
+        return values >= _FINE * self.w.numel() and float((1 / own).sum()) >= _FINE * values
 
     def steps(self) -> float:
         """The distance of Q from W, in halves of the gap between a value of Q and the farther of its neighbours."""

@@ -193,8 +193,34 @@ def test_another_architecture(llama):
 def test_groups_by_hand():
     q = torch.tensor([[0.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
     w = torch.tensor([[0.1, 0.9, 1.2, 2.8]], dtype=torch.float64)
-    assert Groups(q, w).fineness() == 3 / 4
+    assert not Groups(q, w).are_fine()
+    assert Groups(w, w).are_fine()
     gaps = torch.tensor([1.0, 2.0, 2.0, 2.0]) / 2  # the farther neighbour
     assert Groups(q, w).steps() == pytest.approx(float((q - w).norm() / gaps.norm()))
     assert Groups(q, w).swapped() == 0
     assert Groups(q, w.flip(1)).swapped() == 3 / 4
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_reference_that_lies_on_a_coarse_grid_itself(bits, told):
+    """A model that was read from a 4-bit GGUF file: a copy in 4 bits takes as many values as it, and is rounded still."""
+    reference = build_model("llama")
+    on_grid(reference, 4, 16)
+    spread = changed(reference, 0.1 if bits <= 4 else 0.0)  # errors of other numbers, as GPTQ spreads them
+    on_grid(spread, bits, 32)
+    rules = Rules(bits=bits if told else None, dequantized=True)
+    with torch.no_grad():  # norms and embeddings are the reference's
+        for name, parameter in reference.named_parameters():
+            if name.removesuffix(".weight") not in linear_layers(reference):
+                spread.get_parameter(name).copy_(parameter)
+    for copied in (rounded(reference, bits), spread):
+        check(copied, reference, rules)
+    with pytest.raises(PivotError, match="is not made from reference=it"):
+        check(rounded(build_model("llama", seed=5), bits), reference, rules)
+
+
+@torch.no_grad()
+def on_grid(model, bits, group_size):
+    for name, layer in linear_layers(model).items():
+        layer.weight.copy_(quantize_rtn(layer.weight, bits, group_size, None, name).dequantize(torch.float32))
