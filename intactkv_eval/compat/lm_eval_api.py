@@ -12,8 +12,10 @@ package imports lm_eval from here alone. Knows no model and no task of ours.
     max_cpu_memory                 goes into the device map          is forgotten
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING
+from importlib import import_module
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -50,6 +52,7 @@ __all__ = [
     "stop_sequences_criteria",
     "task_base",
     "with_cpu_memory",
+    "without_processes",
 ]
 
 _BY_METADATA = Instance.__dataclass_fields__["task_name"].default is not MISSING
@@ -89,6 +92,16 @@ def make_request(
         if kind == _ROLLING and len(arguments) == 1:
             arguments = ("", *arguments)
     return Instance(request_type=kind, doc=dict(doc or {}), arguments=arguments, idx=index, **named)
+
+
+def without_processes() -> None:
+    """Let lm_eval compute its bootstrapped errors in this process: a worker of a pool may not start others."""
+    os.environ["DISABLE_MULTIPROC"] = "1"  # 0.4.13 looks here each time
+    try:
+        newer = import_module("lm_eval.api.metrics.stderr")
+    except ImportError:
+        return
+    newer.__dict__["DISABLE_MULTIPROC"] = True  # 0.5.0.dev1 has read its variable when it was imported
 
 
 def task_base(output_type: str | None) -> type:

@@ -113,6 +113,12 @@ def check_tasks(names: Sequence[str], folders: Sequence[str] = ()) -> None:
     if not names:
         raise ConfigError("--tasks: no task named; for instance --tasks ppl_wikitext2,arc_easy (lm_eval ls tasks)")
     manager = task_manager(names, folders=folders)
-    unknown = [name for name in names if not os.path.exists(name) and not manager.match_tasks([name])]
+    known = set(manager.all_tasks)
+    unknown = [
+        name
+        for name in names
+        # the newest lm_eval gives back what it does not know, and takes `task@format`
+        if not os.path.exists(name) and not known & {one.partition("@")[0] for one in manager.match_tasks([name])}
+    ]
     if unknown:
         raise ConfigError(f"--tasks: unknown: {', '.join(unknown)}; lm_eval ls tasks --include_path $(intactkv tasks)")

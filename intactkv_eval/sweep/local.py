@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
-from intactkv_eval.compat.lm_eval_api import setup_logging
+from intactkv_eval.compat.lm_eval_api import setup_logging, without_processes
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.sweep.folder import SweepFolder
@@ -117,6 +117,7 @@ def device_of(name: str) -> tuple[str, dict[str, str]]:
 def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> None:
     device, environment = device_of(name)
     os.environ |= environment
+    without_processes()
     setup_logging()
     waiting: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()

@@ -177,6 +177,7 @@ def test_bos_that_a_chat_template_writes_is_counted_once(saved_llama, tmp_path, 
     monkeypatch.setenv("INTACTKV_DATA", str(tmp_path / "csv"))
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"pretrained": str(saved_llama)})
     task = manager.load(["mmlu_5shot_anatomy"])["tasks"]["mmlu_5shot_anatomy"]
+    assert task.eval_docs, "loaded, tokenizer and all"
     processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     task._tokenizer.backend_tokenizer.post_processor = processor
 
