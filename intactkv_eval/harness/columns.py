@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
 from intactkv_eval.compat.transformers_api import cache_layers
+from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.model.activations import activations_off
 from intactkv_eval.model.structure import text_config
 
@@ -26,7 +27,7 @@ _KEPT, _TEXT = 24, 4  # tokens of the trial
 _LEAST, _MOST = 256, 2048  # columns that are tried; the most where no number is asked for
 TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
 # What a model that cannot do what a trial asks of it may raise.
-TRIAL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError)
+TRIAL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, UnsupportedModelError)
 
 
 def is_tested(model: PreTrainedModel) -> bool:
