@@ -25,7 +25,7 @@ from torch import Tensor
 from intactkv_eval.config import SymmetricFormula
 from intactkv_eval.quantize.matrices import finite_matrix
 from intactkv_eval.quantize.method import Block, check_settings, install
-from intactkv_eval.weights.gradient import straight_through
+from intactkv_eval.weights.gradient import clamp_with_ends, straight_through
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size
 
 _LEAST, _GREATEST = 1e-5, 1e4  # the bounds that the released code puts on a range or a scale
@@ -96,17 +96,17 @@ def _rounded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [O, G, size], steps (the scales as rounded) and zeros [O, G], all in fp32."""
     top = 2**bits - 1
-    low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = clamp_with_ends(low, high=0), clamp_with_ends(high, low=0)
     # A group of zeros has no spread; and a scale must stay a normal number in its dtype, or w / s overflows.
     # fp16 is held to 2**-20, where it still has four bits: its normal numbers end within reach of real weights.
     smallest = 2**-20 if scale_dtype is torch.float16 else torch.finfo(scale_dtype).tiny
-    exact = _exact_step(low, high, bits, symmetric).clamp(min=smallest)
+    exact = clamp_with_ends(_exact_step(low, high, bits, symmetric), low=smallest)
     steps = straight_through(exact, exact.detach().to(scale_dtype).to(torch.float32))
     with torch.no_grad():
         middle = torch.full_like(steps, 2 ** (bits - 1))
         zeros = torch.round(-low / steps).clamp(0, top) if symmetric is None else middle
     ratios = groups / steps.unsqueeze(-1)
-    codes = (straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1)).clamp(0, top)
+    codes = clamp_with_ends(straight_through(ratios, torch.round(ratios.detach())) + zeros.unsqueeze(-1), 0, top)
     return codes, steps, zeros
 
 
@@ -122,13 +122,12 @@ def _full_range_step(reach: Tensor, bits: int) -> Tensor:
 
 
 def _floored_reach_step(reach: Tensor, bits: int) -> Tensor:
-    step: Tensor = reach.clamp(min=_LEAST) / (2 ** (bits - 1) - 1)
+    step: Tensor = clamp_with_ends(reach, low=_LEAST) / (2 ** (bits - 1) - 1)
     return step
 
 
 def _clamped_step(reach: Tensor, bits: int) -> Tensor:
-    step: Tensor = reach / (2 ** (bits - 1) - 1)
-    return step.clamp(_LEAST, _GREATEST)
+    return clamp_with_ends(reach / (2 ** (bits - 1) - 1), _LEAST, _GREATEST)
 
 
 _SYMMETRIC_STEPS: Mapping[SymmetricFormula, Callable[[Tensor, int], Tensor]] = {
