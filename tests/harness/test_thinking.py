@@ -46,8 +46,9 @@ def test_so_do_conversations_to_train_on(tokenizer):
 
 @pytest.mark.parametrize("end", ["</think>", "|"], ids=["text", "token"])
 @pytest.mark.parametrize("until", [[], ["END"]])
-@pytest.mark.parametrize("text", ["hm</think>| yes END no", "hm END |</think> yes", "yes", "a</think>| b </think>| c"])
+@pytest.mark.parametrize("text", ["hm</think>| yes END no", "hm END", "yes", "a</think>| b </think>| c"])
 def test_thoughts_are_no_part_of_an_answer(tokenizer, end, until, text):
+    """As lm_eval cuts it. Its releases differ in what follows a stop string among thoughts; ours never generates it."""
     lm = make(tokenizer, think_end_token=tokenizer.encode(end)[0] if len(end) == 1 else end)
     talk = lm._talk({**OPTIONS, "until": until})
     whole = postprocess_generated_text(text, until, end)
