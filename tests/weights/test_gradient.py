@@ -6,7 +6,7 @@ import torch
 from intactkv_eval.weights.gradient import clamp_with_ends
 
 
-@pytest.mark.parametrize("low,high", [(-4.0, 3.0), (None, 3.0), (-4.0, None)])
+@pytest.mark.parametrize(("low", "high"), [(-4.0, 3.0), (None, 3.0), (-4.0, None)])
 def test_what_lies_on_a_bound_keeps_its_gradient(low, high):
     """torch 2.15 gives 0 there, and gave 1 before."""
     value = torch.tensor([-4.0, -4.5, 0.0, 3.0, 3.5], requires_grad=True)
