@@ -69,12 +69,15 @@ class TrainedRows:
         return Rows(*(tuple(part.to(dtype) for part in kind) for kind in (self._keys, self._values)))
 
     def as_pivot(self) -> PivotKV:
-        """The rows as they are now, in the dtype that the pivot has; its tokens, logits and fingerprint."""
+        """The rows as they are now, in the dtype that the pivot has; its tokens, logits and fingerprint.
+
+        They are trained in texts of the length of the conversations, so it has none for long texts.
+        """
         kinds = []
         for trained, first in ((self._keys, self._pivot.keys), (self._values, self._pivot.values)):
             pairs = zip(trained, first, strict=True)
             kinds.append(tuple(part.detach().to(one.device, one.dtype, copy=True) for part, one in pairs))
-        return replace(self._pivot, keys=kinds[0], values=kinds[1])
+        return replace(self._pivot, keys=kinds[0], values=kinds[1], long=None)
 
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor]) -> None:

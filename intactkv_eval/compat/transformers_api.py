@@ -8,7 +8,10 @@ model of ours.
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -33,6 +36,7 @@ __all__ = [
     "cached_file",
     "generate_cache_argument",
     "ignored_tensors",
+    "keeps_given_cache",
     "no_init_weights",
     "set_output_cache",
     "takes_cache",
@@ -97,6 +101,25 @@ def generate_cache_argument(cache: Cache | None) -> dict[str, Any]:
     if name is None:
         raise UnsupportedModelError(f"generate takes no KV cache: {unknown_cache_argument(helper)}")
     return {name: cache, "use_cache": True}
+
+
+@contextmanager
+def keeps_given_cache(model: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, `generate` goes on from the cache that it is given, also where `model` would make a new one.
+
+    Models with two sets of RoPE frequencies (Phi-3, PhiMoE) drop a cache that is shorter than the border between them
+    where the text is longer. A caller whose cache has the frequencies of the long text keeps it so.
+    """
+    usual = GenerationMixin.prepare_inputs_for_generation
+    if type(model).prepare_inputs_for_generation is usual:
+        yield
+        return
+    own: Any = model
+    own.prepare_inputs_for_generation = MethodType(usual, model)
+    try:
+        yield
+    finally:
+        del own.prepare_inputs_for_generation
 
 
 def set_output_cache(output: Any, cache: Cache) -> None:

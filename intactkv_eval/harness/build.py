@@ -86,7 +86,7 @@ def build(
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
-        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load)
+        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, config)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = _loaded(cell, load)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
@@ -110,7 +110,9 @@ def build(
     model = _evaluated_once(model, cell, search, shelf)
     if from_file is not None and cell.pivot.intact:
         check_calibrated(from_file, model, cell)
-    pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)
+    front = pivot if cell.pivot.intact else None
+    own = PivotedModel(model, token_ids, None) if front and _computes_itself(front, cell, quantization) else None
+    pivoted = PivotedModel(model, token_ids, front, cell.kv, levels, own)
     check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)
@@ -145,6 +147,14 @@ def _in_basis(
     method = writer_of(quantization)
     pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled)
     return pivot, compared.residual if residual is None else residual
+
+
+def _computes_itself(pivot: PivotKV, cell: CellSpec, quantization: dict[str, Any] | None) -> bool:
+    """Whether the evaluated model, in full precision, gives the rows of `pivot` itself where they are not captured."""
+    quantized = quantization is not None or cell.weights.method != "none" or cell.weights.rotate
+    rounded = cell.activations.bits < 16 or cell.kv.bits < 16
+    elsewhere = pivot.long is not None or pivot.fingerprint.calibrated is not None or cell.model.reference
+    return not (quantized or rounded or elsewhere)
 
 
 def _is_trained_here(pivot: PivotKV, cell: CellSpec) -> bool:

@@ -19,8 +19,8 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.reference_check import Compared, check_reference
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.capture import Computed, computed, embedding_hash, embedding_sample, fingerprint_of
-from intactkv_eval.pivot.kv import ROUNDING, PivotKV
+from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
+from intactkv_eval.pivot.kv import ROUNDING, Computed, PivotKV
 from intactkv_eval.pivot.tokens import check_vocabulary
 from intactkv_eval.weights.stages import Rotation
 

@@ -20,8 +20,8 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, generate_with_cache
-from intactkv_eval.compat.transformers_api import set_output_cache
-from intactkv_eval.errors import NumericsError, PivotError
+from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
+from intactkv_eval.errors import ConfigError, NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
@@ -66,6 +66,21 @@ class _How:
         """transformers repeats the ids of a row for its beams, not a given cache."""
         return int(self.options.get("num_beams") or 1)
 
+    def ended(self, model: PreTrainedModel, ids: Tensor, prompt: int) -> bool:
+        """Whether the one row `ids` [1, T] has ended with its last token, `prompt` columns of which were given."""
+        eos = self.options.get("eos_token_id")
+        ends = eos_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        stopping = self.stopping(prompt, 1) if self.stopping else []
+        return int(ids[0, -1]) in ends or any(bool(torch.as_tensor(one(ids, None)).all()) for one in stopping)
+
+    def behind(self, new_tokens: int) -> "_How":
+        """For rows to which so many new tokens were added already."""
+        stopping, options = self.stopping, dict(self.options)
+        if options.get("min_new_tokens"):
+            options["min_new_tokens"] = max(0, options["min_new_tokens"] - new_tokens)
+        moved = stopping and (lambda columns, rows: stopping(columns - new_tokens, rows))
+        return _How(self.new_tokens - new_tokens, moved, self.sampler, options)
+
     def of(self, rows: Tensor) -> "_How":
         """For the rows of a batch that `rows` [B] (bool) names."""
         return replace(self, sampler=self.sampler and self.sampler.of(rows))
@@ -74,6 +89,50 @@ class _How:
 def _generated(
     pivoted: PivotedModel, bodies: Tensor, mask: Tensor, how: _How, starts: SharedStart | None = None
 ) -> Tensor:
+    padding = (mask == 0).sum(dim=1)
+    # The last new token is never an input.
+    longest = (len(pivoted.token_ids) + mask.shape[1] - padding + how.new_tokens - 1).tolist()
+    crossing = torch.tensor([pivoted.rope.is_beyond(length) for length in longest], device=mask.device)
+    if crossing.any():
+        if len(crossing) > 1:
+            rows = torch.arange(len(crossing), device=mask.device)
+            alone = [rows == row for row in crossing.nonzero()[:, 0]]
+            return _apart(pivoted, bodies, mask, [*alone, *([] if crossing.all() else [~crossing])], how)
+        return _across(pivoted, bodies, mask, how)
+    return _up_to_border(pivoted, bodies, mask, how, starts)
+
+
+def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, how: _How) -> Tensor:
+    """One row [1, T] beyond the border of the RoPE frequencies, alone: in two parts where it begins before the border.
+
+    What transformers does with a cache of its own: with longrope everything is computed again at the border; with
+    dynamic NTK each token keeps the frequencies of its time.
+    """
+    length = len(pivoted.token_ids) + int(mask.sum())
+    fitting = pivoted.for_length(length)
+    if pivoted.rope.grows or (pivoted.pivot is None and pivoted.writer is None):
+        return _up_to_border(fitting, body, mask, how)
+    if not pivoted.rope.is_beyond(length):
+        if how.beams > 1:
+            raise ConfigError(
+                f"num_beams={how.beams}: a text grows beyond the {pivoted.rope.border} tokens from which on "
+                f"{type(pivoted.model).__name__} has other RoPE frequencies: beams cannot go on there behind a pivot "
+                "or with a quantized KV cache. Use num_beams=1, or shorter prompts and answers"
+            )
+        first = (pivoted.rope.border or 0) + 1 - length
+        out = _up_to_border(pivoted, body, mask, replace(how, new_tokens=first))
+        if out.shape[1] - body.shape[1] < first or how.ended(pivoted.model, out, body.shape[1]):
+            return out
+        grown = torch.nn.functional.pad(mask, (0, first), value=1)
+        return _across(pivoted, out, grown, how.behind(first))
+    with keeps_given_cache(pivoted.model):
+        return _up_to_border(fitting, body, mask, how)
+
+
+def _up_to_border(
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, how: _How, starts: SharedStart | None = None
+) -> Tensor:
+    """Rows that stay on one side of the border of the RoPE frequencies."""
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
     if empty.all():

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.prefix_search import tokens_of
+from intactkv_eval.model.rope_length import rope_by_length
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
@@ -32,10 +33,12 @@ def pivot_of_file(cell: CellSpec) -> PivotKV | None:
     return PivotKV.load(Path(cell.pivot.source)) if cell.pivot.source.endswith(".safetensors") else None
 
 
-def pivot_of_reference(cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader) -> PivotKV:
-    """From the store, or from the reference itself, which is loaded and freed again."""
+def pivot_of_reference(
+    cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader, config: PretrainedConfig
+) -> PivotKV:
+    """From the store, or from the reference itself, which is loaded and freed again. config: of the evaluated model."""
     kept = store.find(store.source_identity(reference, "main"), cell.model.dtype, token_ids)
-    if kept is not None:
+    if kept is not None and _is_whole(kept, config):
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
     model = _full_precision(reference, "main", load)
@@ -75,11 +78,17 @@ def captured(
         identity = identity and f"{identity} awq_search {search.digest}"
         fingerprint = fingerprint.model_copy(update={"basis": f"awq-search:{search.digest}"})
     kept = store.find(identity, cell.model.dtype, token_ids)
-    if kept is not None and kept.fingerprint == fingerprint:
+    if kept is not None and kept.fingerprint == fingerprint and _is_whole(kept, model.config):
         return kept
     pivot = capture(model, token_ids, fingerprint)
     store.keep(pivot, identity, cell.model.dtype)
     return pivot
+
+
+def _is_whole(pivot: PivotKV, config: PretrainedConfig) -> bool:
+    """Whether `pivot` has rows for long texts too where the model has other RoPE frequencies for these."""
+    rope = rope_by_length(config)
+    return pivot.long is not None or rope.border is None or rope.grows
 
 
 def tokens_in_front(

@@ -7,6 +7,7 @@ Whole rows, whose KV is quantized in groups, have both their copies side by side
 Knows tokens and tensors; no text, no lm_eval.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +24,7 @@ from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
+from intactkv_eval.model.rope_length import as_in_text_of, first_position_is_same, rope_by_length
 from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -51,8 +53,10 @@ class _Quantized:
 class PivotedModel:
     """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
 
-    levels: what kv_scheme=pre_rope rounds to. Raises PivotError where the PivotKV is of other tokens, or of another
-    number of layers; ConfigError or UnsupportedModelError where the scheme of the KV cache does not fit.
+    levels: what kv_scheme=pre_rope rounds to. in_long_texts: the same in front of texts that are so long that the RoPE
+    frequencies are others, where it is not this pivot's own rows for these. Raises PivotError where the PivotKV is of
+    other tokens, or of another number of layers; ConfigError or UnsupportedModelError where the scheme of the KV cache
+    does not fit.
     """
 
     def __init__(
@@ -62,11 +66,13 @@ class PivotedModel:
         pivot: PivotKV | None,
         kv: KVSpec | None = None,
         levels: KVLevels | None = None,
+        in_long_texts: "PivotedModel | None" = None,
     ) -> None:
         if pivot is not None and pivot.token_ids != token_ids:
             raise PivotError(f"PivotKV of tokens {list(pivot.token_ids)} given for tokens {list(token_ids)}")
         self.model, self.token_ids, self.pivot = model, token_ids, pivot
         self.kv, self.levels = kv or KVSpec(), levels
+        self.rope, self._in_long_texts = rope_by_length(model.config), in_long_texts
         self.writer: Writer | None = writer_of(self.kv, model, levels)  # at once: it may try the model
         if pivot is not None and len(pivot.keys) != len(self.devices):
             raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
@@ -81,6 +87,29 @@ class PivotedModel:
     def devices(self) -> list[torch.device]:
         """The device of each layer's KV."""
         return layer_devices(self.model)
+
+    def for_length(self, length: int) -> "PivotedModel":
+        """The same in front of rows of `length` positions, the pivot's among them: with rows of their RoPE frequencies.
+
+        Raises PivotError where the pivot was not captured with these.
+        """
+        if self.pivot is None or not self.rope.is_beyond(length):
+            return self
+        if self._in_long_texts is None:
+            self._in_long_texts = self._with_rows_for_long_texts(self.pivot)
+        return self._in_long_texts
+
+    def _with_rows_for_long_texts(self, pivot: PivotKV) -> "PivotedModel":
+        rows = pivot.in_long_texts()
+        if rows is None and len(pivot) == 1 and first_position_is_same(self.model):
+            return self
+        if rows is None:
+            raise PivotError(
+                f"this PivotKV of {len(pivot)} tokens was captured with the RoPE frequencies of texts of up to "
+                f"{self.rope.border} tokens, and {type(self.model).__name__} has other frequencies beyond: its rows "
+                "would be wrong there. Score shorter texts (max_length, fewer shots), or use pivot=bos or intact=false"
+            )
+        return _InLongTexts(self.model, self.token_ids, rows, self.kv, self.levels)
 
     @property
     def exempt(self) -> int:
@@ -114,6 +143,18 @@ class PivotedModel:
             raise PivotError("there is no pivot, so no token predicts the first one of an empty context")
         logits: Tensor = self.forward(torch.tensor([self.token_ids])).logits[0]
         return logits
+
+    def _pivot_logits_in_text_of(self, length: int) -> Tensor:
+        """[P, V]: `pivot_logits` in front of rows of `length` positions, the pivot's among them."""
+        if self.pivot is not None or not self.rope.is_beyond(length):
+            return self.pivot_logits
+        with as_in_text_of(self.model, length):
+            logits: Tensor = self.forward(torch.tensor([self.token_ids])).logits[0]
+        return logits
+
+    def _frequencies_of(self, length: int) -> AbstractContextManager[None]:
+        """The RoPE frequencies of a row of `length` positions, while it is computed piece by piece."""
+        return as_in_text_of(self.model, length) if self.rope.is_beyond(length) else nullcontext()
 
     def new_cache(self, batch_size: int, padding: Tensor | None = None, front: FrontRows | None = None) -> PivotCache:
         """A fresh cache, which begins with `front`, or with the pivot's rows where they are intact.
@@ -195,12 +236,17 @@ class PivotedModel:
         assert self.writer is not None, "nothing is quantized"
         ids, groups = ids.to(self.device), self._groups(self.writer)
         cache = SideBySideCache(self.front_layers(), len(ids), self.writer.scheme, groups, keep=True)
-        for start in range(cache.get_seq_length(), ids.shape[1] - 1, _PIECE):  # long masks are large
-            self.forward_in_groups(ids[:, start : min(start + _PIECE, ids.shape[1] - 1)], self.writer, cache)
+        with self._frequencies_of(ids.shape[1]):
+            for start in range(cache.get_seq_length(), ids.shape[1] - 1, _PIECE):  # long masks are large
+                self.forward_in_groups(ids[:, start : min(start + _PIECE, ids.shape[1] - 1)], self.writer, cache)
         return StreamCache(cache.rows(), len(ids), self.writer.scheme, groups)
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
+        fitting = self.for_length(len(self.token_ids) + bodies.shape[1])
+        return fitting._body_logits(bodies)
+
+    def _body_logits(self, bodies: Tensor) -> Tensor:
         taken = 0 if self.pivot is not None else len(self.token_ids)
         front = torch.tensor(self.token_ids[:taken], dtype=torch.long).to(bodies.device).expand(len(bodies), -1)
         logits: Tensor = self.forward(torch.cat([front, bodies], dim=1)).logits
@@ -224,7 +270,7 @@ class PivotedModel:
             parts = parts.repeat(1, 1, self.pivot_logits.shape[-1])
             parts[starts], parts[~starts] = self.logits(inputs[starts]), self.body_logits(inputs[~starts])
             return parts
-        front = self.pivot_logits.expand(len(inputs), -1, -1)
+        front = self.for_length(inputs.shape[1])._pivot_logits_in_text_of(inputs.shape[1]).expand(len(inputs), -1, -1)
         if inputs.shape[1] == length:
             return front.clone()
         body = self.body_logits(inputs[:, length:])
@@ -232,3 +278,17 @@ class PivotedModel:
 
     def _groups(self, writer: Writer) -> Groups:
         return Groups(self.exempt, writer.scheme.recent)
+
+
+class _InLongTexts(PivotedModel):
+    """A PivotedModel whose pivot rows are those of texts beyond the border of its RoPE frequencies."""
+
+    def for_length(self, length: int) -> PivotedModel:
+        """Itself: it is asked for such texts alone."""
+        return self
+
+    @cached_property
+    def front_rows(self) -> FrontRows | None:
+        """As PivotedModel has it; what undoes RoPE to quantize a key undoes it with these frequencies."""
+        with self._frequencies_of((self.rope.border or 0) + 1):
+            return super().front_rows

@@ -4,8 +4,9 @@ The pivot is the root. Rows behind one prefix are computed together, as many tok
 that does not fit in memory is halved, and nothing that was answered is lost.
 """
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,8 @@ from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
 from intactkv_eval.pivot.watch import where_not_finite
+
+logger = logging.getLogger(__name__)
 
 CAPACITY = 192  # tokens of a row of many branches: more of them share less, and every one pays for masked columns
 FAR, NEAR_CAPACITY = 256, 96  # behind a prefix of FAR tokens every masked column is dear: rows are shorter
@@ -50,12 +53,46 @@ def score(
     """Score every request; `rows_for` tells how many whole sequences of so many tokens would make a batch.
 
     `done(index, score)` is called as soon as a score is known. log-softmax is taken in `dtype`. share: False computes
-    every sequence whole. Raises PivotError where a log-likelihood is NaN, ConfigError where one does not fit in memory.
+    every sequence whole. Sequences beyond the border of the model's RoPE frequencies are computed first, each whole, in
+    the order in which lm_eval's `hf` computes them. Raises NumericsError where a log-likelihood is NaN, PivotError
+    where the pivot cannot stand in front of one, ConfigError where one does not fit in memory.
     """
-    table = ScoreTable(requests, shared.front)
-    scorer = _Scorer(shared, table, rows_for, dtype, done, counts or Counts())
-    scorer.run(shared.sharing if share else Sharing.NOTHING)
-    return [table.score(index) for index in range(len(table))]
+    asked = list(requests)
+    scores: dict[int, Score] = {}
+    for part, places, sharing in _by_frequencies(shared, asked, share):
+
+        def answered(index: int, found: Score, places: list[int] = places) -> None:
+            scores[places[index]] = found
+            done(places[index], found)
+
+        table = ScoreTable([asked[place] for place in places], part.front)
+        _Scorer(part, table, rows_for, dtype, answered, counts or Counts()).run(sharing)
+    return [scores[place] for place in range(len(asked))]
+
+
+def _by_frequencies(
+    shared: SharedModel, requests: list[Request], share: bool
+) -> Iterator[tuple[SharedModel, list[int], Sharing]]:
+    """The requests by number: those beyond the border of the RoPE frequencies, then those up to it, and how each share.
+
+    What was kept of a short text is wrong in front of a long one, so beyond the border nothing is shared. A text as
+    long as the border is taken with the longer ones where frequencies grow: it has those of the text before it.
+    """
+    front, rope = len(shared.pivoted.token_ids), shared.pivoted.rope
+    lengths = [front + len(context) + len(continuation) - 1 for context, continuation in requests]
+    beyond = [place for place, length in enumerate(lengths) if rope.is_beyond(length + rope.grows)]
+    if beyond:
+        longer = {lengths[place] for place in beyond if rope.is_beyond(lengths[place])}
+        if rope.grows and len(longer) > 1:
+            logger.warning(
+                "requests of up to %d tokens: beyond %d this model's RoPE frequencies grow with the length. "
+                "transformers keeps those of the longest text before, so these figures depend on the longest request, "
+                "as they do with --model hf --batch_size 1", max(longer), rope.border,
+            )  # fmt: skip
+        yield shared.for_length(max(lengths)), beyond, Sharing.NOTHING
+    short = sorted(set(range(len(requests))) - set(beyond))
+    if short:
+        yield shared, short, shared.sharing if share else Sharing.NOTHING
 
 
 class _Scorer:

@@ -75,6 +75,15 @@ class SharedModel:
         """The model's output embedding, asked where logits are needed."""
         return Head(self.pivoted.model)
 
+    def for_length(self, length: int) -> "SharedModel":
+        """The same in front of sequences of `length` positions. Raises PivotError as PivotedModel.for_length does."""
+        fitting = self.pivoted.for_length(length)
+        if fitting is self.pivoted:
+            return self
+        made = SharedModel(fitting)
+        made.head = self.head
+        return made
+
     @cached_property
     def root(self) -> Prefix:
         """The pivot's rows where they are intact, else nothing."""

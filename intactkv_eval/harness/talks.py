@@ -77,7 +77,8 @@ def converse(
     """Answer all talks, `rows` at a time; `done` gets each one's number and turns as it ends."""
     waiting = deque(_Row(place, talk) for place, talk in enumerate(talks))
     under_way: list[_Row[Talk]] = []
-    chunk = CHUNK if starts is not None and starts.turns is not None else None
+    # With dynamic NTK each token keeps the frequencies of its time, so a text is not taken up again.
+    chunk = CHUNK if starts is not None and starts.turns is not None and not pivoted.rope.grows else None
     while waiting or under_way:
         while waiting and len(under_way) < rows:
             under_way.append(waiting.popleft())

@@ -18,7 +18,6 @@ Source: llm-awq and AutoAWQ, their scaling of layers (apply_scale); METHOD of th
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -95,18 +94,20 @@ def to_basis(pivot: PivotKV, ratios: Sequence[Tensor]) -> PivotKV:
     """
     if len(ratios) != len(pivot.values):
         raise PivotError(f"{len(ratios)} layers of scales for a PivotKV of {len(pivot.values)} layers")
-    values = []
     for layer, (value, ratio) in enumerate(zip(pivot.values, ratios, strict=True)):
         heads, _, width = value.shape
         if ratio.numel() != heads * width:
             raise PivotError(f"layer {layer}: {ratio.numel()} scales for {heads} heads of {width} values")
-        factor = ratio.view(heads, 1, width).to(value.device)
-        values.append((value.double() * factor.double()).to(value.dtype))
     if all(bool((ratio == 1).all()) for ratio in ratios):
         return pivot
+
+    def scaled(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        factors = [ratio.view(len(value), 1, -1).to(value.device) for value, ratio in zip(values, ratios, strict=True)]
+        pairs = zip(values, factors, strict=True)
+        return tuple((value.double() * factor.double()).to(value.dtype) for value, factor in pairs)
+
     digest = hashlib.sha256(torch.cat([ratio.half().cpu() for ratio in ratios]).numpy().tobytes()).hexdigest()
-    fingerprint = pivot.fingerprint.model_copy(update={"basis": f"awq:{digest[:16]}"})
-    return replace(pivot, values=tuple(values), fingerprint=fingerprint)
+    return pivot.with_values(scaled, f"awq:{digest[:16]}")
 
 
 def to_rotated(pivot: PivotKV) -> PivotKV:
@@ -115,6 +116,8 @@ def to_rotated(pivot: PivotKV) -> PivotKV:
     Keys and logits are those of the model in any basis. Raises PivotError where V is not in the plain basis.
     """
     pivot.check_matches(basis="plain")
-    values = tuple(hadamard_rows(value.double()).to(value.dtype) for value in pivot.values)
-    fingerprint = pivot.fingerprint.model_copy(update={"basis": ROTATED})
-    return replace(pivot, values=values, fingerprint=fingerprint)
+
+    def turned(values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(hadamard_rows(value.double()).to(value.dtype) for value in values)
+
+    return pivot.with_values(turned, ROTATED)

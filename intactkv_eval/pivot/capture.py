@@ -5,7 +5,7 @@ Knows no quantizer; what it returns does not share storage with the model.
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +14,29 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
-from intactkv_eval.pivot.kv import Fingerprint, PivotKV
+from intactkv_eval.model.rope_length import as_in_text_of, forget_long_texts, rope_by_length
+from intactkv_eval.pivot.kv import Computed, Fingerprint, PivotKV
 from intactkv_eval.pivot.weight_sample import weight_sample
 
 _SAMPLE = 1024  # elements of each tensor that go into the hash: cheap for 70B, and any training changes most of them
 
 
-class Computed(NamedTuple):
-    """Of P tokens at positions 0..P-1: keys and values [H, P, D] of each layer, logits [P, V]."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-    logits: Tensor
-
-
 def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fingerprint) -> PivotKV:
     """The KV [H, P, D] a layer and the logits [P, V] of `token_ids` at positions 0..P-1, and the model's sample.
+
+    Where the model has two sets of RoPE frequencies, both are captured.
 
     Raises UnsupportedModelError for a model without a plain KV cache, PivotError for NaN or a pivot too long.
     """
     check_supported(model)
     weights = {name: sampled.numbers for name, sampled in weight_sample(model).items()}
-    return PivotKV(token_ids, *computed(model, token_ids), fingerprint, weights)
+    rope, long = rope_by_length(model.config), None
+    if rope.border is not None:
+        forget_long_texts(model)
+        if not rope.grows:
+            with as_in_text_of(model, rope.border + 1):
+                long = computed(model, token_ids)
+    return PivotKV(token_ids, *computed(model, token_ids), fingerprint, weights, long)
 
 
 @torch.no_grad()

@@ -1,14 +1,15 @@
 """PivotKV: the keys and values of the pivot tokens, as a value, with the identity of the model they came from.
 
-A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], `weights.NAME` for each
-tensor of the model that was sampled, and the fingerprint and token ids as JSON in its metadata. Knows no model and no
-quantizer.
+A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], the same three behind
+`long.` where they depend on the length of the text, `weights.NAME` for each tensor of the model that was sampled, and
+the fingerprint and token ids as JSON in its metadata. Knows no model and no quantizer.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,7 +23,7 @@ from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 _TINY = 2**-14  # below it fp16 has fewer digits
-_WEIGHTS = "weights."
+_WEIGHTS, _LONG = "weights.", "long."
 _FIX = "it is damaged or another model's. Capture it anew: intactkv capture"
 
 
@@ -73,12 +74,21 @@ class Fingerprint(BaseModel):
         return max((abs(one - other) / max(abs(one), floor) for (one, other), floor in sized), default=float("inf"))
 
 
+class Computed(NamedTuple):
+    """Of P tokens at positions 0..P-1: keys and values [H, P, D] of each layer, logits [P, V]."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class PivotKV:
     """Full-precision KV of P pivot tokens.
 
     keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own. weights: a
-    sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known.
+    sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known. long: the same
+    tokens with the RoPE frequencies of long texts, for models whose frequencies have two sets (longrope).
     """
 
     token_ids: tuple[int, ...]
@@ -87,6 +97,7 @@ class PivotKV:
     logits: Tensor
     fingerprint: Fingerprint
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    long: Computed | None = None
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -104,7 +115,7 @@ class PivotKV:
         for name, sample in self.weights.items():
             if sample.ndim not in (1, 2) or not sample.numel():
                 raise PivotError(f"{_WEIGHTS}{name} {tuple(sample.shape)} should be a sample [N] or [R, C]: {_FIX}")
-        for tensor in (*self.keys, *self.values, self.logits):
+        for tensor in (*self.keys, *self.values, self.logits, *self._long_tensors()):
             if not torch.isfinite(tensor).all():
                 raise PivotError(
                     "the pivot's KV or logits hold NaN or infinite values: in fp16 massive activations overflow; "
@@ -113,6 +124,28 @@ class PivotKV:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def _long_tensors(self) -> list[Tensor]:
+        """The tensors of `long`. Raises PivotError where they are not shaped as those of short texts."""
+        if self.long is None:
+            return []
+        own, other = ([*one.keys, *one.values, one.logits] for one in (self, self.long))
+        if [_form(tensor) for tensor in own] != [_form(tensor) for tensor in other]:
+            raise PivotError(f"the pivot's rows for long texts are not shaped as those for short ones: {_FIX}")
+        return other
+
+    def in_long_texts(self) -> "PivotKV | None":
+        """What stands in front of texts that are so long that the RoPE frequencies are others; None: not captured."""
+        return None if self.long is None else replace(self, **self.long._asdict(), long=None)
+
+    def with_values(self, change: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]], basis: str) -> "PivotKV":
+        """Its values of all layers, also those for long texts, as `change` gives them; `basis` names what they are in.
+
+        Keys and logits are those of the model in any basis.
+        """
+        long = self.long and self.long._replace(values=change(self.long.values))
+        fingerprint = self.fingerprint.model_copy(update={"basis": basis})
+        return replace(self, values=change(self.values), long=long, fingerprint=fingerprint)
 
     def check_matches(self, *, token_ids: tuple[int, ...] | None = None, **expected: str | None) -> None:
         """Raise PivotError unless the token ids and each given field of the fingerprint are equal to this PivotKV's."""
@@ -146,8 +179,12 @@ class PivotKV:
         if len(own) != len(self.logits) or own.shape == self.logits.shape:
             return self
         words = min(own.shape[1], self.logits.shape[1])
-        logits = torch.cat([self.logits[:, :words], own[:, words:].to(self.logits)], dim=1)
-        return replace(self, logits=logits)
+
+        def widened(logits: Tensor) -> Tensor:
+            return torch.cat([logits[:, :words], own[:, words:].to(logits)], dim=1)
+
+        long = self.long and self.long._replace(logits=widened(self.long.logits))
+        return replace(self, logits=widened(self.logits), long=long)
 
     def check_fits(self, keys: Sequence[Tensor], values: Sequence[Tensor], logits: Tensor) -> None:
         """Raise PivotError unless the model computes tensors like these: of as many layers, each shape, each dtype.
@@ -173,10 +210,9 @@ class PivotKV:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. Raises OSError as the file system does."""
-        tensors = {"logits": self.logits.contiguous()}
+        tensors = _to_file(Computed(self.keys, self.values, self.logits))
+        tensors |= {f"{_LONG}{name}": rows for name, rows in (_to_file(self.long) if self.long else {}).items()}
         tensors |= {f"{_WEIGHTS}{name}": sample for name, sample in self.weights.items()}
-        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            tensors[f"keys.{layer}"], tensors[f"values.{layer}"] = key.contiguous(), value.contiguous()
         metadata = {
             "format": FORMAT,
             "token_ids": json.dumps(list(self.token_ids)),
@@ -197,16 +233,13 @@ class PivotKV:
         if metadata.get("format") != FORMAT:
             raise PivotError(f"{path} is no PivotKV file (format {metadata.get('format')!r}, expected {FORMAT!r})")
         try:
-            layers = sum(key.startswith("keys.") for key in tensors)
+            long = _behind(_LONG, tensors)
             found = cls(
-                token_ids=_token_ids(metadata["token_ids"]),
-                keys=tuple(tensors[f"keys.{layer}"] for layer in range(layers)),
-                values=tuple(tensors[f"values.{layer}"] for layer in range(layers)),
-                logits=tensors["logits"],
+                _token_ids(metadata["token_ids"]),
+                *_of_file(tensors),
                 fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
-                weights={
-                    name.removeprefix(_WEIGHTS): held for name, held in tensors.items() if name.startswith(_WEIGHTS)
-                },
+                weights=_behind(_WEIGHTS, tensors),
+                long=_of_file(long) if long else None,
             )
             old = stale(recorded([found.formula], parse_json(metadata.get("formulas", "{}"))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
@@ -215,6 +248,24 @@ class PivotKV:
             again = "capture it" if found.formula == "pivot" else "train it"
             raise PivotError(f"pivot file {path} was made by the formula {old[0]}: {again} anew")
         return found
+
+
+def _to_file(rows: Computed) -> dict[str, Tensor]:
+    """The tensors of a file by name."""
+    kinds = {"keys": rows.keys, "values": rows.values}
+    named = {f"{kind}.{layer}": part for kind, parts in kinds.items() for layer, part in enumerate(parts)}
+    return {name: part.contiguous() for name, part in {"logits": rows.logits, **named}.items()}
+
+
+def _of_file(tensors: Mapping[str, Tensor]) -> Computed:
+    """What `_to_file` named. Raises KeyError where a tensor is missing."""
+    layers = range(sum(name.startswith("keys.") for name in tensors))
+    keys, values = (tuple(tensors[f"{kind}.{layer}"] for layer in layers) for kind in ("keys", "values"))
+    return Computed(keys, values, tensors["logits"])
+
+
+def _behind(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): held for name, held in tensors.items() if name.startswith(prefix)}
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
