@@ -5,13 +5,24 @@ import torch
 from kv_cells import pivoted, spec
 from lm_eval.models.huggingface import HFLM
 from tiny import _SHAPE, BOS, byte_tokenizer, uneven
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Phi3Config, PhimoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    Phi3Config,
+    PhimoeConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
+from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.config import KVSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness import talks
 from intactkv_eval.harness.build import quantize
+from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -41,6 +52,7 @@ TEXT = "the cat sat on the mat and " * 4
 PAIRS = [(TEXT[:26], " a b"), (TEXT[:26], " c d e"), (TEXT[:46], "xyz" * 5), (TEXT[:20], "q" * 34), (TEXT[:36], "z")]
 PAIRS += [(TEXT[:n], "ab") for n in (BORDER - 2, BORDER - 1, BORDER)]
 FRONT = (BOS, 10, 20, 30)
+ANSWERS_OF_UNLIKE_TOKENS = {"phi3": 1, "phimoe": 0}  # seeds of prompts
 
 
 def build(name, seed=0):
@@ -67,7 +79,9 @@ def scores(lm, pairs):
 
 def texts(lm, prompts, **options):
     options = {"until": [], "do_sample": False, "max_gen_toks": 24, **options}
-    requests = [make_request("generate_until", (f"<s>{one}", dict(options)), place) for place, one in enumerate(prompts)]
+    requests = [
+        make_request("generate_until", (f"<s>{one}", dict(options)), place) for place, one in enumerate(prompts)
+    ]
     return lm.generate_until(requests, disable_tqdm=True)
 
 
@@ -83,7 +97,9 @@ def test_log_likelihoods_are_those_of_hf_at_batch_size_one(name, share, pivot):
 def test_a_text_alone_has_the_number_that_it_has_beside_others(name):
     lm = ours(name, pivot="bos", batch_size=4)
     together = scores(lm, PAIRS)
-    torch.testing.assert_close(torch.cat([scores(lm, [pair]) for pair in PAIRS[::-1]]).flip(0), together, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        torch.cat([scores(lm, [pair]) for pair in PAIRS[::-1]]).flip(0), together, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("intact", [True, False])
@@ -94,6 +110,31 @@ def test_a_pivot_of_several_tokens_in_full_precision_is_the_plain_model(name, in
     front = plain.tokenizer.decode(FRONT[1:])
     expected = scores(plain, [(front + context, answer) for context, answer in PAIRS])
     torch.testing.assert_close(scores(lm, PAIRS), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("intact", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_of_a_row_that_begins_with_the_pivot(name, intact):
+    """T tokens in, T rows out: those of the pivot's own tokens are of this length too."""
+    model, row = build(name), torch.tensor([[*FRONT, *range(50, 50 + BORDER)]])
+    pivot = capture(model, FRONT, fingerprint_of(model, "main")) if intact else None
+    made = PivotedModel(
+        model, FRONT, pivot, in_long_texts=PivotedModel(model, FRONT, None) if name == "dynamic" else None
+    )
+    with torch.no_grad():
+        expected = build(name)(row).logits
+    torch.testing.assert_close(made.logits(row), expected, rtol=0, atol=1e-4)
+
+
+def test_a_pivot_that_is_quantized_before_rope_is_so_with_the_frequencies_of_long_texts():
+    """The first layer's rows are those that the model quantizes when it computes the same tokens."""
+    kv = spec("pre_rope", exempt=False)
+    made = pivoted(build("phi3"), FRONT, True, kv)
+    computing = PivotedModel(made.model, FRONT, None, kv, made.levels)
+    cache = computing.new_cache(1)
+    run_with_cache(made.model, cache, torch.tensor([[*FRONT, *range(50, 50 + BORDER)]]))
+    found = made.for_length(BORDER + 4).front_rows.keys[0]
+    torch.testing.assert_close(found, cache.layers[0].keys[0, :, :4], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("front", [(BOS,), FRONT])
@@ -141,7 +182,9 @@ def test_rows_together_with_a_quantized_cache_are_those_of_rows_alone(kv):
     """In fp64: another order of summation would put a number on the other side of a step."""
     made = pivoted(build("phi3").double(), FRONT, True, kv)
     draw = torch.Generator().manual_seed(1)
-    rows = [torch.randint(0, 256, (length,), generator=draw).tolist() for length in (5, BORDER - 8, BORDER, BORDER + 30)]
+    rows = [
+        torch.randint(0, 256, (length,), generator=draw).tolist() for length in (5, BORDER - 8, BORDER, BORDER + 30)
+    ]
     found = score(SharedModel(made), [Request(row[:-4], row[-4:]) for row in rows], lambda tokens: 8, torch.float64)
     exact = PivotedModel(made.model, FRONT, made.pivot)
     for row, one in zip(rows, found, strict=True):
@@ -165,14 +208,35 @@ def test_generation_across_the_border_is_that_of_hf(name, pivot):
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_stop_strings_and_ends_at_the_border(name):
-    """A stop string of which one token stands before the border and one behind, and one that is complete at it."""
-    prompt = TEXT[: BORDER - 8]
-    made = texts(hf(name), [prompt])[0]
-    lm = ours(name, pivot="bos", batch_size=2)
-    for first in range(5, 9):
-        stop = made[first : first + 2]
-        assert texts(lm, [prompt], until=[stop]) == texts(hf(name), [prompt], until=[stop])
+def test_an_answer_ends_at_the_border_and_at_a_stop_across_it(name):
+    """The last token before the border ends the answer, or a stop string of which a part stands on each side."""
+    made = PivotedModel(build(name), (BOS,), capture(build(name), (BOS,), fingerprint_of(build(name), "main")))
+    body = torch.randint(
+        0, 256, (1, BORDER - 8), generator=torch.Generator().manual_seed(ANSWERS_OF_UNLIKE_TOKENS[name])
+    )
+
+    def answer(**options):
+        return generate(made, body, torch.ones_like(body), 20, pad_token_id=0, do_sample=False, **options)[
+            0, body.shape[1] :
+        ]
+
+    whole = answer(eos_token_id=[])
+    before = (
+        BORDER - body.shape[1]
+    )  # new tokens, the last of which is the first that is seen with the other frequencies
+    assert len(set(whole[: before + 1].tolist())) == before + 1, "each token stands there once"
+    for place in (before - 2, before - 1, before):
+        assert torch.equal(answer(eos_token_id=[int(whole[place])]), whole[: place + 1])
+
+        def stopping(columns, rows, pair=whole[place : place + 2]):
+            class Pair(StoppingCriteria):
+                def __call__(self, ids, scores, **kwargs):
+                    new = ids[:, columns:]
+                    return torch.tensor([new.shape[1] > 1 and torch.equal(new[0, -2:], pair)])
+
+            return StoppingCriteriaList([Pair()])
+
+        assert torch.equal(answer(eos_token_id=[], stopping=stopping), whole[: place + 2])
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"repetition_penalty": 1.4}])
@@ -203,8 +267,9 @@ def test_beams_across_the_border_are_refused_and_beyond_it_are_those_of_hf():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_conversations_across_the_border(name):
+def test_conversations_across_the_border(name, monkeypatch):
     """Each answer is what a plain forward over the whole conversation goes on with."""
+    monkeypatch.setattr(talks, "CHUNK", 4)
     options = {"messages": [{"role": "user", "content": one} for one in ("hello", "and")], "max_gen_toks": 20}
     lm, plain = ours(name, pivot="bos", batch_size=2), hf(name)
     requests = [make_request(REQUEST, ("hello", options), 0)]
