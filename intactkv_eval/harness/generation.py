@@ -26,6 +26,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
+from intactkv_eval.model.rope_length import forget_long_texts
 from intactkv_eval.pivot.watch import where_not_finite
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
@@ -99,6 +100,8 @@ def _generated(
             alone = [rows == row for row in crossing.nonzero()[:, 0]]
             return _apart(pivoted, bodies, mask, [*alone, *([] if crossing.all() else [~crossing])], how)
         return _across(pivoted, bodies, mask, how)
+    if pivoted.rope.grows:
+        forget_long_texts(pivoted.model)
     return _up_to_border(pivoted, bodies, mask, how, starts)
 
 
@@ -109,8 +112,11 @@ def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, how: _How) -> Ten
     dynamic NTK each token keeps the frequencies of its time.
     """
     length = len(pivoted.token_ids) + int(mask.sum())
+    if not pivoted.rope.is_beyond(length):
+        forget_long_texts(pivoted.model)
     fitting = pivoted.for_length(length)
-    if pivoted.rope.grows or (pivoted.pivot is None and pivoted.writer is None):
+    alone = pivoted.pivot is None and pivoted.writer is None and how.beams > 1
+    if pivoted.rope.grows or alone:
         return _up_to_border(fitting, body, mask, how)
     if not pivoted.rope.is_beyond(length):
         if how.beams > 1:

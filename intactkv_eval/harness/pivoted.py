@@ -24,7 +24,12 @@ from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
-from intactkv_eval.model.rope_length import as_in_text_of, first_position_is_same, rope_by_length
+from intactkv_eval.model.rope_length import (
+    as_in_text_of,
+    first_position_is_same,
+    forget_long_texts,
+    rope_by_length,
+)
 from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -243,8 +248,10 @@ class PivotedModel:
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
-        fitting = self.for_length(len(self.token_ids) + bodies.shape[1])
-        return fitting._body_logits(bodies)
+        length = len(self.token_ids) + bodies.shape[1]
+        if self.rope.grows and not self.rope.is_beyond(length):
+            forget_long_texts(self.model)
+        return self.for_length(length)._body_logits(bodies)
 
     def _body_logits(self, bodies: Tensor) -> Tensor:
         taken = 0 if self.pivot is not None else len(self.token_ids)

@@ -20,6 +20,7 @@ from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, 
 from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
+from intactkv_eval.model.rope_length import forget_long_texts
 from intactkv_eval.pivot.watch import where_not_finite
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ def _by_frequencies(
         yield shared.for_length(max(lengths)), beyond, Sharing.NOTHING
     short = sorted(set(range(len(requests))) - set(beyond))
     if short:
+        if beyond and rope.grows:
+            forget_long_texts(shared.pivoted.model)
         yield shared, short, shared.sharing if share else Sharing.NOTHING
 
 

@@ -77,13 +77,15 @@ def as_in_text_of(model: PreTrainedModel, length: int) -> Iterator[None]:
 
 
 def forget_long_texts(model: PreTrainedModel) -> None:
-    """Take back the frequencies that dynamic NTK keeps of the longest text before."""
+    """Go back to the frequencies of short texts where dynamic NTK keeps those of the longest text before.
+
+    transformers does so by itself at the next text that is shorter than the border, but not in every release.
+    """
     for module in _rotary_modules(model):
         one: Any = module
-        kinds = one.rope_type if isinstance(getattr(one, "rope_type", None), Mapping) else [None]
-        place = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        for kind in kinds:
-            module(place.float()[..., None], position_ids=place, **({} if kind is None else {"layer_type": kind}))
+        if getattr(one, "original_inv_freq", None) is not None and "dynamic" in str(getattr(one, "rope_type", "")):
+            one.inv_freq = one.original_inv_freq.to(one.inv_freq.device).clone()
+            one.max_seq_len_cached = one.original_max_seq_len
 
 
 @torch.no_grad()
@@ -92,7 +94,6 @@ def first_position_is_same(model: PreTrainedModel) -> bool:
     rope = rope_by_length(model.config)
     if rope.border is None:
         return True
-    forget_long_texts(model)
     place = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     like = place.float()[..., None]
     for module in _rotary_modules(model):

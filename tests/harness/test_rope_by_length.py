@@ -1,10 +1,13 @@
 """Models whose RoPE frequencies depend on the length: the numbers and texts of plain transformers, one text at a time."""
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from kv_cells import pivoted, spec
 from lm_eval.models.huggingface import HFLM
-from tiny import _SHAPE, BOS, byte_tokenizer, uneven
+from packaging.version import Version
+from tiny import _SHAPE, BOS, EOS, FAMILIES, byte_tokenizer, uneven
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -33,6 +36,9 @@ from intactkv_eval.model.rope_length import as_in_text_of, first_position_is_sam
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 
+OLD = Version(version("transformers")) < Version("5.23")
+# In these releases PhiMoE has no long frequencies, a text behind a longer one keeps the longer one's with dynamic NTK, and
+# `generate` drops all but the last token at Phi-3's border.
 BORDER, HALF = 40, 8  # positions, and half the channels of a head
 FACTORS = {"short_factor": [1 + 0.02 * i for i in range(HALF)], "long_factor": [1 + 2.0 * i for i in range(HALF)]}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": BORDER, **FACTORS}
@@ -47,7 +53,10 @@ MODELS = {
         rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
     ),
 }  # fmt: skip
-LONG = ["phi3", "phimoe"]
+DYNAMIC = MODELS["dynamic"]
+if OLD:
+    del MODELS["phimoe"], MODELS["dynamic"]
+LONG = [name for name in MODELS if name != "dynamic"]
 TEXT = "the cat sat on the mat and " * 4
 PAIRS = [(TEXT[:26], " a b"), (TEXT[:26], " c d e"), (TEXT[:46], "xyz" * 5), (TEXT[:20], "q" * 34), (TEXT[:36], "z")]
 PAIRS += [(TEXT[:n], "ab") for n in (BORDER - 2, BORDER - 1, BORDER)]
@@ -197,11 +206,27 @@ def test_rows_together_with_a_quantized_cache_are_those_of_rows_alone(kv):
             assert 1e-6 < abs(sums[0] - sums[1]) < 12, "quantized, with the frequencies of this length"
 
 
+def going_on(name, prompt, count=24):
+    """What a plain forward over the whole text, token by token, goes on with; of dynamic NTK, what hf's generate does."""
+    lm = hf(name)
+    if name == "dynamic":
+        return texts(lm, [prompt], max_gen_toks=count)[0]
+    ids = lm.tok_encode(f"<s>{prompt}")
+    for new in range(count):
+        with torch.no_grad():
+            ids.append(int(lm.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == EOS:
+            count = new + 1
+            break
+    return lm.tok_decode(ids[-count:])
+
+
 @pytest.mark.parametrize("pivot", ["none", "bos"])
 @pytest.mark.parametrize("name", MODELS)
-def test_generation_across_the_border_is_that_of_hf(name, pivot):
+def test_generation_across_the_border(name, pivot):
     prompts = [TEXT[:n] for n in (5, BORDER - 16, BORDER - 2, BORDER - 1, BORDER, BORDER + 20)]
-    expected = [texts(hf(name), [one])[0] for one in prompts]
+    expected = [going_on(name, one) for one in prompts]
+    assert OLD or expected == [texts(hf(name), [one])[0] for one in prompts]
     assert [texts(ours(name, pivot=pivot, batch_size=2), [one])[0] for one in prompts] == expected
     if name in LONG:
         assert texts(ours(name, pivot=pivot, batch_size=4), prompts) == expected
@@ -239,6 +264,7 @@ def test_an_answer_ends_at_the_border_and_at_a_stop_across_it(name):
         assert torch.equal(answer(eos_token_id=[], stopping=stopping), whole[: place + 2])
 
 
+@pytest.mark.skipif(OLD, reason="this release of transformers drops all but the last token at Phi-3's border")
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"repetition_penalty": 1.4}])
 def test_samples_and_penalties_go_on_behind_the_border(options):
     prompt = TEXT[: BORDER - 8]
@@ -271,12 +297,22 @@ def test_conversations_across_the_border(name, monkeypatch):
     """Each answer is what a plain forward over the whole conversation goes on with."""
     monkeypatch.setattr(talks, "CHUNK", 4)
     options = {"messages": [{"role": "user", "content": one} for one in ("hello", "and")], "max_gen_toks": 20}
-    lm, plain = ours(name, pivot="bos", batch_size=2), hf(name)
+    lm = ours(name, pivot="bos", batch_size=2)
     requests = [make_request(REQUEST, ("hello", options), 0)]
     ((first, second),) = lm.generate_turns(requests, True)
     for turn in (first, second):
-        made = texts(plain, [turn[1].removeprefix("<s>")], max_gen_toks=20)[0]
+        made = going_on(name, turn[1].removeprefix("<s>"), 20)
         assert turn[0] == made.strip()
+
+
+def test_a_short_text_behind_a_longer_one_has_the_frequencies_of_short_texts():
+    """With dynamic NTK, of which some releases of transformers keep the long text's for good."""
+    model = AutoModelForCausalLM.from_config(DYNAMIC()).eval()
+    short, long = torch.arange(BORDER)[None], torch.arange(BORDER + 30)[None]
+    with torch.no_grad():
+        expected = model(short).logits
+        model(long)
+        torch.testing.assert_close(PivotedModel(model, (), None).body_logits(short), expected)
 
 
 def test_nothing_is_left_in_the_model():
@@ -291,12 +327,21 @@ def test_nothing_is_left_in_the_model():
 
 
 def test_borders_of_configs():
-    """Both spellings, several kinds of layers, and models of one set of frequencies."""
-    found = {name: rope_by_length(make()) for name, make in MODELS.items()}
-    assert {name: (one.border, one.grows) for name, one in found.items()} == {
-        "phi3": (BORDER, False), "phimoe": (BORDER, False), "dynamic": (BORDER, True)}  # fmt: skip
-    assert rope_by_length(LlamaConfig(**_SHAPE)).border is None
+    """Of longrope and of dynamic NTK, of several kinds of layers, and of models of one set of frequencies."""
+    borders = [rope_by_length(make()) for make in (MODELS["phi3"], DYNAMIC)]
+    assert [(one.border, one.grows) for one in borders] == [(BORDER, False), (BORDER, True)]
     yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
-    assert rope_by_length(LlamaConfig(**_SHAPE, rope_parameters=yarn)).border is None
-    assert first_position_is_same(build("phi3"))
-    assert not first_position_is_same(build("phimoe")), "its keys have another scale beyond the border"
+    kinds = {"rope_type": "default", "rope_theta": 1e4}
+    for config in (LlamaConfig(**_SHAPE), LlamaConfig(**_SHAPE, rope_parameters=yarn), FAMILIES["gemma3"]()):
+        assert rope_by_length(config).border is None
+    gemma = FAMILIES["gemma3"]()
+    gemma.rope_parameters = {"sliding_attention": kinds, "full_attention": LONGROPE}
+    assert rope_by_length(gemma).border == BORDER
+
+
+@pytest.mark.parametrize(("name", "same"), [("phi3", True), ("phimoe", False)])
+def test_a_key_at_the_first_position(name, same):
+    """PhiMoE's have another scale beyond the border."""
+    if name not in MODELS:
+        pytest.skip("this release of transformers has no long frequencies for PhiMoE")
+    assert first_position_is_same(build(name)) is same
