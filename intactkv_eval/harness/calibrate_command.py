@@ -38,6 +38,7 @@ from intactkv_eval.harness.full_cell import (
     without_reference,
 )
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import weight_hash
 from intactkv_eval.pivot.kv import Calibrated, PivotKV
@@ -102,6 +103,7 @@ def calibrate_to_file(
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     longest = min(asked.tokens, full.max_length)
+    _check_frequencies(full.pivoted_model, longest)
     examples = examples_of(
         conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat_template_args
     )
@@ -112,6 +114,17 @@ def calibrate_to_file(
     gc.collect()
     lm = IntactKVLM(**arguments, **loading)
     return _train(lm, conversations, examples, targets, nats, asked, settings, folder, out, ranks)
+
+
+def _check_frequencies(pivoted: PivotedModel, longest: int) -> None:
+    """Raise ConfigError for conversations on both sides of the border of the RoPE frequencies: no rows fit in front."""
+    border = pivoted.rope.border
+    if border is not None and pivoted.rope.is_beyond(len(pivoted.token_ids) + longest):
+        raise ConfigError(
+            f"conversations of up to {longest} tokens: {type(pivoted.model).__name__} has other RoPE frequencies "
+            f"beyond {border} positions, and rows are trained for one set of them: "
+            f"use --tokens {border - len(pivoted.token_ids)}"
+        )
 
 
 def _train(

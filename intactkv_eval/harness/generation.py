@@ -20,13 +20,13 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, generate_with_cache
+from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
 from intactkv_eval.errors import ConfigError, NumericsError, PivotError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
-from intactkv_eval.model.rope_length import forget_long_texts
 from intactkv_eval.pivot.watch import where_not_finite
 
 Stopping = Callable[[int, int], StoppingCriteriaList]

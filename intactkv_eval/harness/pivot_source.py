@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.compat.rope_length import rope_by_length
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.prefix_search import tokens_of
-from intactkv_eval.model.rope_length import rope_by_length
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of

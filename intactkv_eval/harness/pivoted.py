@@ -21,15 +21,15 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
 from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
 from intactkv_eval.compat.cache_use import run_with_cache
-from intactkv_eval.config import KVSpec
-from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.columns import Columns
-from intactkv_eval.model.rope_length import (
+from intactkv_eval.compat.rope_length import (
     as_in_text_of,
     first_position_is_same,
     forget_long_texts,
     rope_by_length,
 )
+from intactkv_eval.config import KVSpec
+from intactkv_eval.errors import PivotError
+from intactkv_eval.harness.columns import Columns
 from intactkv_eval.model.structure import layer_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 

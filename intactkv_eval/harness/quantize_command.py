@@ -21,6 +21,7 @@ from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
@@ -108,6 +109,9 @@ def _quantize(
     store = BlockStore(folder, {**record, "format": layout})
     method = job.made()
     tokens = samples.tokens if samples else []
+    if pivot is not None:
+        longest = len(pivot) + max(map(len, tokens), default=0)
+        pivot = PivotedModel(model, pivot.token_ids, pivot).for_length(longest).pivot
     walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, device)
     with tqdm(total=len(walk), desc=f"Quantizing ({job.method})") as bar:
         quantize_blocks(walk, method, store, bar.update)

@@ -14,13 +14,13 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.errors import ConfigError, NumericsError
 from intactkv_eval.harness.head import log_probabilities
 from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
 from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
-from intactkv_eval.model.rope_length import forget_long_texts
 from intactkv_eval.pivot.watch import where_not_finite
 
 logger = logging.getLogger(__name__)

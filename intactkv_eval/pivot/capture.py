@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
+from intactkv_eval.compat.rope_length import as_in_text_of, forget_long_texts, rope_by_length
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
-from intactkv_eval.model.rope_length import as_in_text_of, forget_long_texts, rope_by_length
 from intactkv_eval.pivot.kv import Computed, Fingerprint, PivotKV
 from intactkv_eval.pivot.weight_sample import weight_sample
 

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from intactkv_eval.model.structure import text_config
-
 
 @dataclass(frozen=True)
 class RopeByLength:
@@ -112,7 +110,7 @@ def _with_last(positions: Tensor, length: int) -> Tensor:
 
 def _rotary_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that make cos and sin of positions for the decoder."""
-    decoder = text_config(model)
+    decoder = model.config.get_text_config(decoder=True)
     return [
         module
         for module in model.modules()
