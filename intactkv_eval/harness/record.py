@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -31,6 +32,7 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "awq_search": built.search_digest,
         "kv_levels": pivoted.levels.record() if pivoted.levels is not None else None,
         "model_type": pivoted.model.config.model_type,
+        "rope_by_length": asdict(pivoted.rope) if pivoted.rope.border is not None else None,
         "pivot_tokens": list(pivoted.token_ids),
         "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],
         "chat_template_hash": _hash_of(getattr(tokenizer, "chat_template", None)),

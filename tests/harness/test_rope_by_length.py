@@ -224,3 +224,7 @@ def test_conversations_on_both_sides_of_the_border_train_no_rows():
     _check_frequencies(made, BORDER - 4)
     with pytest.raises(ConfigError, match=f"--tokens {BORDER - 4}"):
         _check_frequencies(made, BORDER - 3)
+
+
+def test_the_record_names_the_border():
+    assert ours("phi3", pivot="none").cell_record()["rope_by_length"] == {"border": BORDER, "grows": False}
