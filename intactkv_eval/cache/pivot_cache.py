@@ -4,6 +4,8 @@ A transformers DynamicCache in all else, so the model's own attention, masks and
 The captured PivotKV is copied in: the model may change this cache, never the capture.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +32,25 @@ class FrontRows(Protocol):
     def values(self) -> tuple[Tensor, ...]:
         """Of each layer."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedRows:
+    """Rows [H, S, D] of each layer at the first positions, quantized as those of a cache are."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, front: FrontRows, writer: Writer, devices: Sequence[torch.device]) -> "QuantizedRows":
+        """The rows of `front`, as `writer` stores them, each layer's on its device."""
+        positions = torch.arange(front.keys[0].shape[1])[None]
+        pairs = zip(front.keys, front.values, devices, strict=True)
+        rows = [
+            writer.write(keys[None].to(device), values[None].to(device), layer, positions)
+            for layer, (keys, values, device) in enumerate(pairs)
+        ]
+        return cls(tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
 
 
 class PivotCache(CountingCache):

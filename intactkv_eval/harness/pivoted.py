@@ -8,7 +8,6 @@ Knows tokens and tensors; no text, no lm_eval.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
 from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache
+from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import (
@@ -35,24 +34,6 @@ from intactkv_eval.pivot.kv import PivotKV
 
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
 _PIECE = 512  # tokens of a prompt that are computed at once in front of a cache that is quantized in groups
-
-
-@dataclass(frozen=True, eq=False)
-class _Quantized:
-    """Pivot rows [H, P, D] of each layer, quantized as a cache's rows are."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, pivot: PivotKV, writer: Writer, devices: list[torch.device]) -> "_Quantized":
-        positions = torch.arange(len(pivot))[None]
-        pairs = zip(pivot.keys, pivot.values, devices, strict=True)
-        rows = [
-            writer.write(keys[None].to(device), values[None].to(device), layer, positions)
-            for layer, (keys, values, device) in enumerate(pairs)
-        ]
-        return cls(tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
 
 
 class PivotedModel:
@@ -130,7 +111,7 @@ class PivotedModel:
         """
         if self.pivot is None or self.kv.exempt or self.writer is None or self.writer.in_groups:
             return self.pivot
-        return _Quantized.of(self.pivot, self.writer, self.devices)
+        return QuantizedRows.of(self.pivot, self.writer, self.devices)
 
     def front_layers(self) -> list[LayerKV]:
         """Keys and values [H, P, D] of `front_rows` on each layer's device; nothing where there is none."""
