@@ -36,6 +36,7 @@ from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
@@ -171,10 +172,10 @@ class IntactKVLM(PivotedTalks):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
-        found = read_quantization(pretrained, self._config)
+        found = read_quantization(pretrained, self._config, self.cell.model.revision)
         self._quantization, self._layout = found.summary, found.layout
-        if found.layout is not None and hasattr(self._config, "quantization_config"):
-            del self._config.quantization_config
+        if found.layout is not None or found.idle:
+            without_quantization(self._config)
 
     def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
         assert self._layout is not None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.awq_basis import MAY_BE_SCALED
+from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Nearest, Rules, check_same
@@ -41,6 +42,8 @@ def check_reference(
     Raises PivotError, with the tensor and the figure, where `model` is made from another one.
     """
     rules = rules_of(quantization)
+    if any(layer.is_ordered for layer in quantized_layers(model).values()):  # whatever the config says
+        rules = rules._replace(grouped=False, nearest=None)
     found = weight_sample(model)
     padded = pivot.logits.shape[-1] != model.get_input_embeddings().weight.shape[0]
     if not pivot.weights or not (padded or rules.words or not found[f"{INPUT}.weight"].plain):
@@ -67,7 +70,8 @@ def rules_of(quantization: Mapping[str, Any] | None) -> Rules:
         nearest: Nearest = "all" if method in _TO_NEAREST else None
         return Rules(scaled, method in _ALONG_ROWS, None, nearest, dequantized=True)
     size = quantization.get("group_size")
-    along = not quantization.get("act_order") and isinstance(size, int) and (size < 0 or size % _GROUP == 0)
+    natural = not quantization.get("act_order") or quantization.get("static_groups")
+    along = isinstance(size, int) and (size < 0 or (bool(natural) and size % _GROUP == 0))
     bits = None if quantization.get("mixed") else int(quantization["bits"])
     rounded = along and not scaled and _job(quantization).get("method") == "rtn"
     return Rules(scaled, along, bits, "all" if rounded else None)
