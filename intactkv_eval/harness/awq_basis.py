@@ -123,7 +123,8 @@ def read_layer(source: NamedCheckpoint, prefix: str, index: int, names: Sequence
     """Tensors of one decoder layer from a reference's files, by their names in it.
 
     prefix: the list of layers in the model. Files of a model of another class may say it otherwise before its last word
-    (`model.layers` for `layers`, `language_model.model.layers`). Raises PivotError where no list of layers holds them, or several do.
+    (`model.layers` for `layers`, `language_model.model.layers`). Raises PivotError where no list of layers holds them,
+    or several do.
     """
     word = prefix.rpartition(".")[2]
     tails = [f".{index}.{name}" for name in names]

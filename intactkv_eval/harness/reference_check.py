@@ -43,7 +43,7 @@ def check_reference(
     """
     rules = rules_of(quantization)
     if any(layer.is_ordered for layer in quantized_layers(model).values()):  # whatever the config says
-        rules = rules._replace(grouped=False, nearest=None)
+        rules = rules._replace(grouped=False)
     found = weight_sample(model)
     padded = pivot.logits.shape[-1] != model.get_input_embeddings().weight.shape[0]
     if not pivot.weights or not (padded or rules.words or not found[f"{INPUT}.weight"].plain):

@@ -26,7 +26,7 @@ def declared_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
 
 
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:
-    """`config`, changed in place so that it says nothing of a quantization: transformers' own quantizers leave it be."""
+    """`config`, changed in place so that it says nothing of a quantization; transformers' quantizers let it be."""
     for part in _parts(config):
         for key in _KEYS:
             if hasattr(part, key):

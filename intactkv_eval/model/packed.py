@@ -133,8 +133,8 @@ def _check_converted(named: NamedCheckpoint) -> None:
         )
     if converted:
         raise CheckpointError(
-            f"{folder}: {converted[0]} is not stored as the model holds it: transformers joins, splits or transposes it "
-            "when it loads a full-precision checkpoint, which is not done for packed ones; evaluate that one"
+            f"{folder}: {converted[0]} is not stored as the model holds it: transformers joins, splits or transposes "
+            "it when it loads a full-precision checkpoint, which is not done for packed ones; evaluate that one"
         )
 
 

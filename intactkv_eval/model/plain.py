@@ -56,7 +56,7 @@ def scales_elementwise(module: nn.Module) -> bool:
     its own have w [H, D] (Cohere's q_norm); a matrix product has no such form.
     """
     weights = dict(module.named_parameters())
-    if list(module.children()) or list(module.buffers()) or set(weights) != {"weight"}:
+    if any(True for _ in module.children()) or any(True for _ in module.buffers()) or set(weights) != {"weight"}:
         return False
     if weights["weight"].numel() > _MOST_SCALES:
         return False

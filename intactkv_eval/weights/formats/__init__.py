@@ -25,9 +25,9 @@ class Format(Protocol):
     def main(self) -> str: ...  # noqa: D102
 
     def summary(self) -> dict[str, Any]:
-        """What a run records of it: method, bits, group_size, symmetric, act_order, static_groups, mixed.
+        """What a run records of it: method, bits, group_size, symmetric, act_order, mixed, and perhaps static_groups.
 
-        act_order: whether the columns were quantized by activation, as the config says. static_groups: whether the
+        act_order: whether the columns were quantized by activation, as the config says. static_groups: true where the
         groups are of neighbours in the matrix all the same.
         """
         ...

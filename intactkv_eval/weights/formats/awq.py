@@ -26,6 +26,7 @@ from intactkv_eval.weights.formats.spellings import one_of, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "awq"
+_LAYOUTS = {"gemm", "gemv", "gemv_fast", "llm_awq"}
 TENSORS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in each nibble of a gemm word, lowest first
 BITS = 4
@@ -68,13 +69,16 @@ def read_config(config: Mapping[str, Any]) -> "AWQFormat":
             "quantization_config: backend is llm-awq, whose layout is not read; read natively are AutoAWQ's and "
             "GPTQModel's gemm and gemv"
         )
+    others = ("checkpoint_format", "format")
+    if said.get("version") is not None:  # beside which a GPTQ layout may have been left
+        others = tuple(key for key in others if word(said.get(key)) in _LAYOUTS)
     named = {
         "bits": one_of(said, ("bits", "w_bit"), whole_number),
         "group_size": one_of(said, ("group_size", "q_group_size"), whole_number),
-        "version": one_of(said, ("version", "checkpoint_format", "format"), word),
+        "version": one_of(said, ("version", *others), word),
     }
-    dropped = {"w_bit", "q_group_size", "checkpoint_format", "format"}
-    rest = {key: value for key, value in said.items() if key not in dropped | named.keys()}
+    aliases = ("w_bit", "q_group_size", "checkpoint_format", "format")
+    rest = {key: value for key, value in said.items() if key not in {*aliases, *named}}
     return AWQFormat({**rest, **{key: value for key, value in named.items() if value is not None}})
 
 
@@ -105,7 +109,6 @@ class AWQFormat:
             "group_size": self._group_size(),
             "symmetric": not self.config.get("zero_point", True),
             "act_order": False,
-            "static_groups": False,
             "mixed": False,
         }
 

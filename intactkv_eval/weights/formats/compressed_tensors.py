@@ -150,8 +150,8 @@ class CompressedTensorsFormat:
             "group_size": first.get("group_size") or -1,
             "symmetric": first.get("symmetric") is not False,
             "act_order": first["actorder"] is not None,
-            "static_groups": first["actorder"] == "weight",
             "mixed": any(one.get(key) != first.get(key) for one in weights for key in read),
+            **({"static_groups": True} if first["actorder"] == "weight" else {}),
         }
 
     def read(self, layer: LayerTensors) -> QuantizedWeight:

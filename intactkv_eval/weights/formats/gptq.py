@@ -26,6 +26,7 @@ from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "gptq"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+_ALIASES = ("format", "w_bit", "wbits", "q_group_size", "groupsize", "symmetric", "act_order", "act-order", "actorder")
 
 
 def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
@@ -112,8 +113,7 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
         "desc_act": None if order is None else True,
         "static_groups": True if static is True or order == "weight" else None,
     }
-    dropped = {"format", "w_bit", "wbits", "q_group_size", "groupsize", "symmetric", "act_order", "act-order", "actorder"}
-    rest = {key: value for key, value in said.items() if key not in dropped | named.keys()}
+    rest = {key: value for key, value in said.items() if key not in {*_ALIASES, *named}}
     return {**rest, **{key: value for key, value in named.items() if value is not None}}
 
 
@@ -134,7 +134,7 @@ class GPTQFormat:
         said = self.config.get("checkpoint_format", "gptq")
         if said not in {"gptq", "gptq_v2"}:
             raise CheckpointError(
-                f"quantization_config: the format is {said!r}; read natively are gptq and gptq_v2. Others (gptq_p, "
+                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Others (gptq_p, "
                 "marlin, bitblas, ...) hold weights in another layout: use the checkpoint that they were made from"
             )
         if self.config.get("pack_dtype", "int32") != "int32":
@@ -148,8 +148,8 @@ class GPTQFormat:
             "group_size": self.config.get("group_size", 128),
             "symmetric": bool(self.config.get("sym", True)),
             "act_order": bool(self.config.get("desc_act", False)),
-            "static_groups": bool(self.config.get("desc_act") and self.config.get("static_groups")),
             "mixed": bool(self.config.get("dynamic")),
+            **({"static_groups": True} if self.config.get("desc_act") and self.config.get("static_groups") else {}),
         }
 
     def read(self, layer: LayerTensors) -> QuantizedWeight:
@@ -174,7 +174,7 @@ class GPTQFormat:
                 settings = {**self.config, **_settled(override)}
                 check_settings(GPTQSettings, settings, f"quantization_config of {layer.name}")
                 if settings.get("checkpoint_format") != self.config.get("checkpoint_format"):
-                    raise CheckpointError(f"quantization_config: {layer.name} has a format of its own, which is not read")
+                    raise CheckpointError(f"quantization_config: {layer.name} has a format of its own: it is not read")
                 return settings
         return self.config
 
