@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from intactkv_eval.compat.transformers_api import file_of
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.declared import declared_quantization
-from intactkv_eval.model.linear import backends_of
+from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import NAMES, Format, compressed_tensors, format_of, gptq
 from intactkv_eval.weights.formats.spellings import name_of
@@ -64,6 +64,13 @@ def read_quantization(pretrained: str, config: PretrainedConfig, revision: str =
             "writes there: remove the key, or make the checkpoint anew"
         )
     return Quantization({**summary, "made": made} if made else summary, layout)
+
+
+def as_held(summary: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any] | None:
+    """`summary` with act-order where the layers of the loaded model have it, though the config may not say so."""
+    if summary is None or not any(layer.is_ordered for layer in quantized_layers(model).values()):
+        return summary
+    return {key: value for key, value in summary.items() if key != "static_groups"} | {"act_order": True}
 
 
 def _described(pretrained: str, config: PretrainedConfig, revision: str) -> dict[str, Any] | None:

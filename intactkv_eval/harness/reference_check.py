@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.awq_basis import MAY_BE_SCALED
-from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Nearest, Rules, check_same
@@ -42,8 +41,6 @@ def check_reference(
     Raises PivotError, with the tensor and the figure, where `model` is made from another one.
     """
     rules = rules_of(quantization)
-    if any(layer.is_ordered for layer in quantized_layers(model).values()):  # whatever the config says
-        rules = rules._replace(grouped=False)
     found = weight_sample(model)
     padded = pivot.logits.shape[-1] != model.get_input_embeddings().weight.shape[0]
     if not pivot.weights or not (padded or rules.words or not found[f"{INPUT}.weight"].plain):

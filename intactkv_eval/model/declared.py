@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-_KEYS = ("quantization_config", "compression_config")
+_OLDER = "compression_config"
+_KEYS = ("quantization_config", _OLDER)
 _SPARSITY = "sparsity_config"
 
 
@@ -20,9 +21,17 @@ def declared_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
             if said is None:
                 continue
             found: dict[str, Any] = dict(said) if isinstance(said, dict) else said.to_dict()
+            if key == _OLDER:
+                found = _flat(found)
             beside = getattr(part, _SPARSITY, None)
             return {_SPARSITY: beside, **found} if beside else found
     return None
+
+
+def _flat(said: dict[str, Any]) -> dict[str, Any]:
+    """What stands under the older key; its two parts, of which the second is `sparsity_config`, may be apart."""
+    inner = said.pop(_KEYS[0], None)
+    return {"quant_method": "compressed-tensors", **said, **(inner if isinstance(inner, dict) else {})}
 
 
 def without_quantization(config: PretrainedConfig) -> PretrainedConfig:

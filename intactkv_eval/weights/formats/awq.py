@@ -69,7 +69,7 @@ def read_config(config: Mapping[str, Any]) -> "AWQFormat":
             "quantization_config: backend is llm-awq, whose layout is not read; read natively are AutoAWQ's and "
             "GPTQModel's gemm and gemv"
         )
-    others = ("checkpoint_format", "format")
+    others: tuple[str, ...] = ("checkpoint_format", "format")
     if said.get("version") is not None:  # beside which a GPTQ layout may have been left
         others = tuple(key for key in others if word(said.get(key)) in _LAYOUTS)
     named = {

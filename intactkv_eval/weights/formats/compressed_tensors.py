@@ -77,8 +77,6 @@ def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
 
 def read_config(config: Mapping[str, Any]) -> "CompressedTensorsFormat":
     """The format that a checkpoint's config describes, in the spelling of any release. Raises CheckpointError."""
-    nested = config.get("quantization_config")  # some wrote the two parts of `compression_config` apart
-    config = {**config, **nested} if isinstance(nested, dict) else config
     if not config.get("config_groups"):
         raise CheckpointError("quantization_config: config_groups is empty: it does not say what is quantized")
     check_settings(CompressedTensorsSettings, config)
@@ -91,7 +89,7 @@ def is_idle(config: Mapping[str, Any]) -> bool:
 
     Raises CheckpointError where they are stored sparsely.
     """
-    if config.get("config_groups") or config.get("quantization_config") or config.get("transform_config"):
+    if config.get("config_groups") or config.get("transform_config"):
         return False
     _check_sparsity(config.get("sparsity_config"))
     return "sparsity_config" in config
@@ -167,7 +165,7 @@ class CompressedTensorsFormat:
         groups = -(-inputs // size)
         codes = _unpack(layer, "weight_packed", bits, outputs, inputs)
         scales, zeros = _scales_and_zeros(layer, weights, groups)
-        act_order = weights["actorder"] == "group"
+        act_order = weights["actorder"] == "group" and groups > 1
         codes, order = in_group_order(layer, "weight_g_idx", codes, groups, size, required=act_order)
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
 

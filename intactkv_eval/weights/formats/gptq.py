@@ -26,7 +26,8 @@ from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "gptq"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-_ALIASES = ("format", "w_bit", "wbits", "q_group_size", "groupsize", "symmetric", "act_order", "act-order", "actorder")
+_ACT_ORDER = ("desc_act", "act_order", "act-order", "actorder")  # the first is the one that libraries read
+_ALIASES = ("format", "w_bit", "wbits", "q_group_size", "groupsize", "symmetric", *_ACT_ORDER)
 
 
 def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
     meta = said.get("meta") if isinstance(said.get("meta"), dict) else {}
     if said.get("is_marlin_format"):
         said["checkpoint_format"] = "marlin"
-    order = one_of(said, ("desc_act", "act_order", "act-order", "actorder"), group_order)
+    order = group_order(next((said[key] for key in _ACT_ORDER if said.get(key) is not None), None))
     static = one_of(said, ("static_groups",)) or one_of(meta or {}, ("static_groups",))
     if isinstance(said.get("zero_point"), bool):
         said.setdefault("sym", not said["zero_point"])
