@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string, with_cpu_memory
@@ -73,6 +73,7 @@ class IntactKVLM(PivotedTalks):
         self.built: Built | None = None
         self._quantization = quantization_in_memory(loaded) if loaded is not None else None
         self._layout: Format | None = None
+        self._idle: PretrainedConfig | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         with loading(f"pretrained={self.cell.model.pretrained!r}"):
             if loaded is None:
@@ -159,7 +160,8 @@ class IntactKVLM(PivotedTalks):
             return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
 
         def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
-            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain)
+            said = self._idle if name == pretrained else None
+            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain, said)
             try:
                 parent(pretrained=name, revision=revision, **own)
             finally:
@@ -176,6 +178,7 @@ class IntactKVLM(PivotedTalks):
         self._quantization, self._layout = found.summary, found.layout
         if found.layout is not None or found.idle:
             without_quantization(self._config)
+        self._idle = self._config if found.idle else None
 
     def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
         assert self._layout is not None

@@ -175,7 +175,7 @@ def test_what_compressed_tensors_config_is_refused(config, message):
 
 @pytest.mark.parametrize("said", [{"format": "gemv"}, {"checkpoint_format": "gemv"}])
 def test_two_layouts_of_awq(said):
-    with pytest.raises(CheckpointError, match="version is 'GEMM' and .*format is 'gemv'"):
+    with pytest.raises(CheckpointError, match=r"version is 'GEMM' and .*format is 'gemv'"):
         format_of({"quant_method": "awq", "bits": 4, "version": "GEMM", **said})
 
 

@@ -135,8 +135,8 @@ class GPTQFormat:
         said = self.config.get("checkpoint_format", "gptq")
         if said not in {"gptq", "gptq_v2"}:
             raise CheckpointError(
-                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Others (gptq_p, "
-                "marlin, bitblas, ...) hold weights in another layout: use the checkpoint that they were made from"
+                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Others "
+                "(gptq_p, marlin, bitblas, ...) hold repacked weights: use the checkpoint that they were made from"
             )
         if self.config.get("pack_dtype", "int32") != "int32":
             raise CheckpointError(f"quantization_config: pack_dtype is {self.config['pack_dtype']!r}; expected 'int32'")
