@@ -101,7 +101,9 @@ def _listed(folder: Path) -> dict[str, str]:
             f"{folder}: its weights are a pickle ({pickles[0]}), which can run any code when it is read; expected "
             "safetensors: convert it where you trust it (AutoModelForCausalLM ... save_pretrained), or take another"
         )
-    raise CheckpointError(f"{folder}: no weights: expected {SINGLE} or {INDEX} with its shards")
+    raise CheckpointError(
+        f"{folder}: no weights: expected {SINGLE} or {INDEX} with its shards (pickles are not fetched from the hub)"
+    )
 
 
 def _indexed(folder: Path, index: Path) -> dict[str, str]:
