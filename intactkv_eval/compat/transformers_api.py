@@ -8,15 +8,18 @@ model of ours.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
@@ -34,10 +37,12 @@ __all__ = [
     "cache_argument",
     "cache_layers",
     "cached_file",
+    "file_of",
     "generate_cache_argument",
     "ignored_tensors",
     "keeps_given_cache",
     "no_init_weights",
+    "renamed_on_loading",
     "set_output_cache",
     "takes_cache",
     "tied_tensors",
@@ -144,6 +149,41 @@ def attention_implementation(model: PreTrainedModel) -> str | None:
     """The name of the attention function that `model` calls: "sdpa", "eager", "flash_attention_2", ..."""
     name: str | None = getattr(model.config, "_attn_implementation", None)
     return name
+
+
+def file_of(pretrained: str, name: str, revision: str = "main") -> Path | None:
+    """The file `name` of a checkpoint, a folder or a name on the hub; None where it has no such file.
+
+    Of the hub it is fetched, or taken from the local cache; None where neither can be.
+    """
+    found = cached_file(
+        pretrained,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def renamed_on_loading(model: PreTrainedModel) -> Callable[[str], tuple[str, bool]]:
+    """How transformers calls a checkpoint's tensors when it loads them into `model`.
+
+    Returns:
+        A function of a tensor's name in the checkpoint. It gives the name in the model, before a prefix of the base
+        model is added or removed, and whether the tensor is converted on the way: joined with others, as experts that
+        are stored apart, split or transposed.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+
+    def renamed(stored: str) -> tuple[str, bool]:
+        name, pattern = rename_source_key(stored, renamings, converters)
+        return str(name), pattern is not None
+
+    return renamed
 
 
 def tied_tensors(model: PreTrainedModel) -> dict[str, str]:

@@ -16,6 +16,7 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.value_places import ValuePlace, value_places
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import decoder_layers
+from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_basis
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
@@ -57,7 +58,7 @@ def in_basis_of(
         )
     if strange is not None:
         return pivot, None
-    source = Checkpoint(checkpoint_folder(reference, "main"))
+    source = NamedCheckpoint(Checkpoint(checkpoint_folder(reference, "main")), model)
     sites = zip(places, pivot.values, strict=True)
     found = [
         _of_layer(model, index, place, len(values), source)
@@ -68,7 +69,7 @@ def in_basis_of(
     return to_basis(pivot, [layer.ratio for layer in found]), worst
 
 
-def _of_layer(model: PreTrainedModel, index: int, place: ValuePlace, heads: int, source: Checkpoint) -> LayerBasis:
+def _of_layer(model: PreTrainedModel, index: int, place: ValuePlace, heads: int, source: NamedCheckpoint) -> LayerBasis:
     """heads: of the values in the cache."""
     prefix, layers = decoder_layers(model)
     layer: Any = layers[index]
@@ -118,11 +119,12 @@ def dequantized(layer: torch.nn.Module) -> Tensor:
     return matrix.t() if isinstance(layer, Conv1D) else matrix
 
 
-def read_layer(source: Checkpoint, prefix: str, index: int, names: Sequence[str]) -> list[Tensor]:
+def read_layer(source: NamedCheckpoint, prefix: str, index: int, names: Sequence[str]) -> list[Tensor]:
     """Tensors of one decoder layer from a reference's files, by their names in it.
 
-    prefix: the list of layers in the model. Files may say it otherwise before its last word (`model.layers` for
-    `layers`, `language_model.model.layers`). Raises PivotError where no list of layers holds them, or several do.
+    prefix: the list of layers in the model. Files of a model of another class may say it otherwise before its last word
+    (`model.layers` for `layers`, `language_model.model.layers`). Raises PivotError where no list of layers holds them,
+    or several do.
     """
     word = prefix.rpartition(".")[2]
     tails = [f".{index}.{name}" for name in names]

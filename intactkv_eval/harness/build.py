@@ -27,6 +27,7 @@ from intactkv_eval.harness.cell_checks import (
 )
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.quantization import as_held
 from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
@@ -89,6 +90,7 @@ def build(
         pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, config)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = _loaded(cell, load)
+    quantization = as_held(quantization, model)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
     residual = None
     if pivot is not None:

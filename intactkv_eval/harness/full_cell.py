@@ -56,7 +56,7 @@ def rotation_seed(cell: CellSpec) -> int | None:
     if cell.weights.rotate:
         return 0
     config = AutoConfig.from_pretrained(cell.model.pretrained, revision=cell.model.revision)
-    rotation = rotation_of(read_quantization(cell.model.pretrained, config).layout)
+    rotation = rotation_of(read_quantization(cell.model.pretrained, config, cell.model.revision).layout)
     return None if rotation is None else rotation.seed
 
 

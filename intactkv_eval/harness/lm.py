@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string, with_cpu_memory
@@ -36,6 +36,7 @@ from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
@@ -72,6 +73,7 @@ class IntactKVLM(PivotedTalks):
         self.built: Built | None = None
         self._quantization = quantization_in_memory(loaded) if loaded is not None else None
         self._layout: Format | None = None
+        self._idle: PretrainedConfig | None = None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         with loading(f"pretrained={self.cell.model.pretrained!r}"):
             if loaded is None:
@@ -158,7 +160,8 @@ class IntactKVLM(PivotedTalks):
             return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
 
         def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
-            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain)
+            said = self._idle if name == pretrained else None
+            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain, said)
             try:
                 parent(pretrained=name, revision=revision, **own)
             finally:
@@ -171,10 +174,11 @@ class IntactKVLM(PivotedTalks):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
-        found = read_quantization(pretrained, self._config)
+        found = read_quantization(pretrained, self._config, self.cell.model.revision)
         self._quantization, self._layout = found.summary, found.layout
-        if found.layout is not None and hasattr(self._config, "quantization_config"):
-            del self._config.quantization_config
+        if found.layout is not None or found.idle:
+            without_quantization(self._config)
+        self._idle = self._config if found.idle else None
 
     def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
         assert self._layout is not None

@@ -16,6 +16,7 @@ from intactkv_eval.compat.rope_length import rope_by_length
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.prefix_search import tokens_of
+from intactkv_eval.model.declared import declared_quantization
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
@@ -53,7 +54,7 @@ def pivot_of_reference(
 def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
     """A model to capture or search in. Raises PivotError where it is quantized, UnsupportedModelError."""
     model = load(name, revision)
-    if getattr(model.config, "quantization_config", None) is not None:
+    if declared_quantization(model.config) is not None:
         raise PivotError(f"{name} is itself quantized: name the full-precision model with reference=...")
     check_supported(model)
     check_resident(model)

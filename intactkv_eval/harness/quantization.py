@@ -1,47 +1,60 @@
 """What a checkpoint says of its own quantization, and who reads it: we natively, or transformers."""
 
-from pathlib import Path
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.compat.transformers_api import file_of
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.model.linear import backends_of
+from intactkv_eval.model.declared import declared_quantization
+from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.weights.checkpoint import quantization_beside
-from intactkv_eval.weights.formats import Format, format_of
+from intactkv_eval.weights.formats import NAMES, Format, compressed_tensors, format_of, gptq
+from intactkv_eval.weights.formats.spellings import name_of
 
 RECORD = "intactkv_quantize"
 """The key of a checkpoint's config.json under which `intactkv quantize` tells how it was made."""
 
 
 class Quantization(NamedTuple):
-    """summary: what a run records, None for a checkpoint in full precision. layout: the format, if read natively."""
+    """summary: what a run records, None for a checkpoint in full precision. layout: the format, if read natively.
+
+    idle: the config has a part that describes a quantization, and it quantizes nothing.
+    """
 
     summary: dict[str, Any] | None
     layout: Format | None
+    idle: bool = False
 
 
 def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
     """What a loaded model says of its own quantization, or shows by its layers; None for one in full precision."""
-    said = getattr(model.config, "quantization_config", None)
+    said = declared_quantization(model.config)
     if said is not None:
-        return {"method": str((said if isinstance(said, dict) else said.to_dict()).get("quant_method"))}
+        return {"method": str(said.get("quant_method"))}
     return {"method": "packed layers"} if backends_of(model) else None
 
 
-def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization:
-    """Of a checkpoint by its config, or by the separate file of older releases (looked for in folders only).
+def read_quantization(pretrained: str, config: PretrainedConfig, revision: str = "main") -> Quantization:
+    """Of a checkpoint by its config, and by the separate file that older releases wrote beside it.
 
-    Raises CheckpointError for a variant of a known format that is not read natively, and for a damaged record of ours.
+    Args:
+        pretrained: A folder, or a name on the hub, whose files are looked for in the local cache when offline.
+        config: Its config, as transformers reads it.
+        revision: Of the hub.
+
+    Raises:
+        CheckpointError: A variant of a known format that is not read natively, two descriptions that contradict each
+            other, or a damaged record of ours.
     """
-    said = getattr(config, "quantization_config", None)
-    if said is None:
-        found = quantization_beside(Path(pretrained)) if Path(pretrained).is_dir() else None
-    else:
-        found = said if isinstance(said, dict) else said.to_dict()
-    method = str((found or {}).get("quant_method", "")).lower().rpartition(".")[2]
+    found = _described(pretrained, config, revision)
+    method = _method(found or {})
     if found is None or not method or method == "gguf":
         return Quantization(None, None)  # GGUF is dequantized by transformers when it is loaded
+    if method == compressed_tensors.NAME and compressed_tensors.is_idle(found):
+        return Quantization(None, None, idle=True)
     layout = format_of({**found, "quant_method": method})
     summary = layout.summary() if layout else {"method": method}
     made = getattr(config, RECORD, None)
@@ -51,6 +64,31 @@ def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization
             "writes there: remove the key, or make the checkpoint anew"
         )
     return Quantization({**summary, "made": made} if made else summary, layout)
+
+
+def as_held(summary: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any] | None:
+    """`summary` with act-order where the layers of the loaded model have it, though the config may not say so."""
+    if summary is None or not any(layer.is_ordered for layer in quantized_layers(model).values()):
+        return summary
+    return {key: value for key, value in summary.items() if key != "static_groups"} | {"act_order": True}
+
+
+def _described(pretrained: str, config: PretrainedConfig, revision: str) -> dict[str, Any] | None:
+    """What config.json says, else the separate file; of GPTQ the version too, which config.json may leave out."""
+    said = declared_quantization(config)
+    if said is not None and (_method(said) != gptq.NAME or gptq.version_of(said) is not None):
+        return said
+    beside = quantization_beside(partial(file_of, pretrained, revision=revision))
+    if said is None:
+        return beside
+    version = gptq.version_of(beside) if beside is not None and _method(beside) == gptq.NAME else None
+    return said if version is None else {**said, "checkpoint_format": version}
+
+
+def _method(found: Mapping[str, Any]) -> str:
+    """The method that a description names, which GPTQModel's newest releases call `method`; "" where it names none."""
+    name = name_of(found.get("quant_method") or found.get("method") or "")
+    return NAMES.get(name, name)
 
 
 def _is_record(made: object) -> bool:

@@ -241,7 +241,7 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         check_layers(source.pretrained, source.revision)
         check_tokens(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)
-        if read_quantization(source.pretrained, config).summary is not None:
+        if read_quantization(source.pretrained, config, source.revision).summary is not None:
             raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **options)
         model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(

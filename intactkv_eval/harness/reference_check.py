@@ -67,7 +67,8 @@ def rules_of(quantization: Mapping[str, Any] | None) -> Rules:
         nearest: Nearest = "all" if method in _TO_NEAREST else None
         return Rules(scaled, method in _ALONG_ROWS, None, nearest, dequantized=True)
     size = quantization.get("group_size")
-    along = not quantization.get("act_order") and isinstance(size, int) and (size < 0 or size % _GROUP == 0)
+    natural = not quantization.get("act_order") or quantization.get("static_groups")
+    along = isinstance(size, int) and (size < 0 or (bool(natural) and size % _GROUP == 0))
     bits = None if quantization.get("mixed") else int(quantization["bits"])
     rounded = along and not scaled and _job(quantization).get("method") == "rtn"
     return Rules(scaled, along, bits, "all" if rounded else None)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.awq_basis import dequantized, read_layer
 from intactkv_eval.model.structure import decoder_layers
+from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_rotated
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Rules, check_same
@@ -48,7 +49,7 @@ def in_rotated_basis(
     if reference is None:
         return to_rotated(pivot), None
     names = FAMILIES[model.config.get_text_config(decoder=True).model_type]
-    source = Checkpoint(checkpoint_folder(reference, "main"))
+    source = NamedCheckpoint(Checkpoint(checkpoint_folder(reference, "main")), model)
     prefix, layers = decoder_layers(model)
     values: list[LayerBasis] = []
     sampled: dict[str, Sampled] = {}
@@ -77,7 +78,7 @@ class _Part(NamedTuple):
     expected: Tensor
 
 
-def _parts(names: LayerNames, source: Checkpoint, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
+def _parts(names: LayerNames, source: NamedCheckpoint, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
     """values: how many of the last rows of the matrix that makes V are V's."""
     prefix, _, index = layer.rpartition(".")
 

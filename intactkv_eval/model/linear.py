@@ -42,6 +42,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size, self.digest = weight.bits, weight.group_size, weight.digest()
+        self.is_ordered = weight.order is not None
         self.compute_dtype = compute_dtype or weight.scales.dtype
         parts = _parts_of(weight)
         try:

@@ -20,14 +20,17 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from intactkv_eval.compat.transformers_api import Conv1D, ignored_tensors, no_init_weights, tied_tensors
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.activations import InputStage
+from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.load import swap, verify
+from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats import Format, rotation_of, stage_of
 from intactkv_eval.weights.formats.layer import LayerTensors
 
 logger = logging.getLogger(__name__)
 
+_EXPERT = re.compile(r"(^|[._])experts?\.")
 # Buffers that older releases saved and that models compute themselves.
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$")
 
@@ -49,7 +52,7 @@ def packed_model(
     config says, or has no place; ConfigError where the backend cannot run a layer.
     """
     model = _skeleton(config, auto_class, dtype, options)
-    names = _Names(checkpoint, model)
+    names = _Names(checkpoint, model, layout.tensors)
     places = _devices(model, device_map, max_memory)
     packed = {
         name: layer
@@ -95,30 +98,44 @@ def _give_back_freed_memory() -> None:
 
 
 class _Names:
-    """The checkpoint's tensors by the model's names: some checkpoints leave the base model's prefix out, or add it."""
+    """The checkpoint's tensors by the model's names, each taken once: what is never taken has no place."""
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, packed: Collection[str]) -> None:
         self.checkpoint = checkpoint
-        prefix = f"{model.base_model_prefix}."
-        modules = {name for name, _ in model.named_modules()}
-        self._stored: dict[str, str] = {}
-        for stored in sorted(checkpoint.names):
-            asked = (stored, prefix + stored, stored.removeprefix(prefix))
-            name = next((one for one in asked if one.rpartition(".")[0] in modules), stored)
-            self._stored[name] = stored
+        self._named = NamedCheckpoint(checkpoint, model, packed)
+        self._unread = set(self._named.names)
+        _check_converted(self._named)
 
     @property
     def unread(self) -> frozenset[str]:
-        return frozenset(self._stored)
+        return frozenset(self._unread)
 
     def has(self, name: str) -> bool:
-        return name in self._stored
+        return name in self._unread
+
+    def stored_as(self, name: str) -> str:
+        return self._named.stored_as(name)
 
     def take(self, wanted: list[str]) -> dict[str, Tensor]:
-        """Read these tensors, each once: what is never taken has no place."""
-        stored = {name: self._stored.pop(name) for name in wanted}
-        found = self.checkpoint.read(stored.values())
-        return {name: found[key] for name, key in stored.items()}
+        """Read these tensors, each once."""
+        self._unread -= set(wanted)
+        return self._named.read(wanted)
+
+
+def _check_converted(named: NamedCheckpoint) -> None:
+    """Raise CheckpointError for tensors that transformers joins or splits when it loads them: packed ones it cannot."""
+    folder, converted = named.folder, named.converted
+    experts = [name for name in (*converted, *named.placeless) if _EXPERT.search(name)]
+    if experts:
+        raise CheckpointError(
+            f"{folder}: is a mixture of experts whose experts are stored apart ({experts[0]}, ...); packed checkpoints "
+            "with experts are not read yet: evaluate the full-precision checkpoint (pretrained=...), or a dense model"
+        )
+    if converted:
+        raise CheckpointError(
+            f"{folder}: {converted[0]} is not stored as the model holds it: transformers joins, splits or transposes "
+            "it when it loads a full-precision checkpoint, which is not done for packed ones; evaluate that one"
+        )
 
 
 class _Places:
@@ -141,9 +158,7 @@ def _skeleton(
     config: PretrainedConfig, auto_class: Any, dtype: torch.dtype | None, options: dict[str, Any]
 ) -> PreTrainedModel:
     """The model with its parameters on meta and the buffers that it computes for itself in place."""
-    config = copy.deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = without_quantization(copy.deepcopy(config))
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto_class.from_config(config, dtype=dtype or config.dtype or torch.float16, **options)
     return model
@@ -183,10 +198,12 @@ def _read_layer(
     device: torch.device,
 ) -> QuantizedLinear:
     held = [key for key in (*layout.tensors, "bias") if names.has(f"{name}.{key}")]
+    stored = names.stored_as(f"{name}.{layout.main}").rpartition(".")[0]
     tensors = {key.rpartition(".")[2]: value for key, value in names.take([f"{name}.{key}" for key in held]).items()}
     bias = tensors.pop("bias", None)
     inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-    held_tensors = LayerTensors(name, tensors, inputs, outputs)
+    kinds = frozenset({"Linear", *(kind.__name__ for kind in type(layer).__mro__)})
+    held_tensors = LayerTensors(name, tensors, inputs, outputs, stored, kinds)
     weight, stage = layout.read(held_tensors), stage_of(layout, held_tensors)
     if bias is None and layer.bias is not None:
         raise CheckpointError(f"{name}.bias: expected the tensor, found only {', '.join(sorted(held))}")

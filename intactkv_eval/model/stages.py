@@ -16,7 +16,7 @@ from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelE
 from intactkv_eval.model.activations import InputStage, StagedLinear, activations_off
 from intactkv_eval.model.linear import QuantizedLinear, quantized_layers
 from intactkv_eval.model.load import swap
-from intactkv_eval.model.structure import decoder_layers, linear_layers
+from intactkv_eval.model.structure import decoder_layers, linear_layers, matrices_of
 from intactkv_eval.weights.stages import Range, Rotation, StageSpec
 
 
@@ -83,8 +83,8 @@ def staged_layers(model: PreTrainedModel) -> dict[str, Any]:
         return dict(linear_layers(model))
     prefix, layers = decoder_layers(model)
     for name, module in layers.named_modules(prefix=prefix):
-        held = [key for key, tensor in module.named_parameters(recurse=False) if tensor.ndim >= 2]
-        if held and not isinstance(module, QuantizedLinear):
+        held = [] if isinstance(module, QuantizedLinear) else matrices_of(module)
+        if held:
             raise UnsupportedModelError(
                 f"{name}.{held[0]} is not quantized, other layers are: activations stay as they are"
             )

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.model.activations import StagedLinear
+from intactkv_eval.model.plain import is_plain_linear, scales_elementwise
 
 
 def text_config(model: PreTrainedModel) -> object:
@@ -78,17 +79,21 @@ def linear_layers(model: PreTrainedModel) -> dict[str, LinearLayer]:
     prefix, layers = decoder_layers(model)
     found: dict[str, LinearLayer] = {}
     for name, module in layers.named_modules(prefix=prefix):
-        if type(module) is nn.Linear or isinstance(module, (Conv1D, StagedLinear)):
+        if isinstance(module, (Conv1D, StagedLinear)) or (isinstance(module, nn.Linear) and is_plain_linear(module)):
             found[name] = module
-            continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim >= 2:
-                raise UnsupportedModelError(
-                    f"{type(model).__name__}: {name}.{parameter_name} {tuple(parameter.shape)} in a "
-                    f"{type(module).__name__} is a matrix but not a plain linear layer "
-                    "(fused experts, adapters or already quantized layers); "
-                    "it would stay in full precision unnoticed, so this model is refused"
-                )
+        elif matrices := matrices_of(module):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name}.{matrices[0]} {tuple(module.get_parameter(matrices[0]).shape)} in a "
+                f"{type(module).__name__} is a matrix but not a plain linear layer "
+                "(fused experts, adapters or already quantized layers); "
+                "it would stay in full precision unnoticed, so this model is refused"
+            )
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__}: its decoder layers hold no linear layer to quantize")
     return found
+
+
+def matrices_of(module: nn.Module) -> list[str]:
+    """The names of the matrices that a module itself holds; weights of a norm are none, whatever their shape."""
+    held = [name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim >= 2]
+    return [] if held and scales_elementwise(module) else held

@@ -21,14 +21,19 @@ _OF_CONFIG = ("trust_remote_code", "attn_implementation")
 
 
 class WholeCheckpoint:
-    """An auto class of transformers whose `from_pretrained` raises CheckpointError for a missing tensor."""
+    """An auto class of transformers whose `from_pretrained` raises CheckpointError for a missing tensor.
 
-    def __init__(self, auto_class: Any) -> None:
-        self._auto_class = auto_class
+    config: what stands for the checkpoint's config.json, None for that itself.
+    """
+
+    def __init__(self, auto_class: Any, config: PretrainedConfig | None = None) -> None:
+        self._auto_class, self._config = auto_class, config
 
     def from_pretrained(self, name: str, **options: Any) -> Any:
         """The model, every tensor of which came from the checkpoint (or is tied to one that did)."""
         check_indexes(Path(name) / str(options.get("subfolder") or ""))
+        if self._config is not None:
+            options["config"] = self._config
         try:
             model, found = self._auto_class.from_pretrained(name, output_loading_info=True, **options)
         except RuntimeError as error:

@@ -169,7 +169,8 @@ def _checkpoint_label(record: Mapping[str, Any]) -> str | None:
     rotated = ["rotated"] if found.get("rotation") else []
     job = (found.get("made") or {}).get("job") or {}  # of our own: the method, whatever format holds it
     flags = symmetric_label(_formula(job, found["symmetric"]))
-    flags += [word for word, key in (("act-order", "act_order"), ("mixed", "mixed")) if found[key]]
+    ordered = "act-order static groups" if found.get("static_groups") else "act-order"
+    flags += [word for word, key in ((ordered, "act_order"), ("mixed", "mixed")) if found[key]]
     behind = _behind(job)
     aware = [f"calibrated behind {behind}"] if behind else []
     method = job.get("method", found["method"])

@@ -3,7 +3,7 @@
 Nothing is held: a tensor is read when it is asked for and is the caller's. Pickles are refused unread. Knows no model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,15 @@ class Checkpoint:
         return found
 
 
-def quantization_beside(folder: Path) -> dict[str, Any] | None:
-    """What an older release's separate file says of a model's quantization, as config.json says it today; or None."""
+def quantization_beside(file_of: Callable[[str], Path | None]) -> dict[str, Any] | None:
+    """What an older release's separate file says of a model's quantization, as config.json says it today; or None.
+
+    file_of: the file of a name in the checkpoint, None where it holds none.
+    """
     for name, method in _BESIDE.items():
-        if (folder / name).is_file():
-            return {"quant_method": method, **read_json(folder / name)}
+        path = file_of(name)
+        if path is not None:
+            return {"quant_method": method, **read_json(path)}
     return None
 
 
@@ -81,9 +85,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
-    if (folder / INDEX).is_file():
-        return _indexed(folder)
+    """Tensor name -> file name. An index may have another name than today's: AutoGPTQ's began with the model's."""
+    indexes = [folder / INDEX] if (folder / INDEX).is_file() else sorted(folder.glob("*.safetensors.index.json"))
+    if len(indexes) == 1:
+        return _indexed(folder, indexes[0])
     files = [SINGLE] if (folder / SINGLE).is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
     if len(files) == 1:
         with _opened(folder / files[0]) as tensors:
@@ -96,20 +101,22 @@ def _listed(folder: Path) -> dict[str, str]:
             f"{folder}: its weights are a pickle ({pickles[0]}), which can run any code when it is read; expected "
             "safetensors: convert it where you trust it (AutoModelForCausalLM ... save_pretrained), or take another"
         )
-    raise CheckpointError(f"{folder}: no weights: expected {SINGLE} or {INDEX} with its shards")
+    raise CheckpointError(
+        f"{folder}: no weights: expected {SINGLE} or {INDEX} with its shards (pickles are not fetched from the hub)"
+    )
 
 
-def _indexed(folder: Path) -> dict[str, str]:
-    found = _weight_map(folder / INDEX)
+def _indexed(folder: Path, index: Path) -> dict[str, str]:
+    found = _weight_map(index)
     held: dict[str, set[str]] = {}
     for file in sorted(set(found.values())):
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder}: the shard {file} that {INDEX} names is missing; download it anew")
+            raise CheckpointError(f"{folder}: the shard {file} that {index.name} names is missing; download it anew")
         with _opened(folder / file) as tensors:
             held[file] = set(tensors.keys())
     absent = [name for name, file in found.items() if name not in held[file]]
     if absent:
-        raise CheckpointError(f"{folder / found[absent[0]]}: {absent[0]} should be in it by {INDEX}, and is not")
+        raise CheckpointError(f"{folder / found[absent[0]]}: {absent[0]} should be in it by {index.name}, and is not")
     return found
 
 

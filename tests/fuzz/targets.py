@@ -89,7 +89,7 @@ def _checkpoints(folder: Path) -> dict[str, Target]:
 
         def read_config(path: Path, place=place, features=features) -> None:
             said = read_json(path)
-            quantization_beside(path.parent)
+            quantization_beside(lambda name: path.parent / name if (path.parent / name).is_file() else None)
             _read_layers(place, said, features)
 
         def read_index(path: Path) -> None:

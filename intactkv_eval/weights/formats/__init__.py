@@ -25,7 +25,11 @@ class Format(Protocol):
     def main(self) -> str: ...  # noqa: D102
 
     def summary(self) -> dict[str, Any]:
-        """What a run records of it: method, bits, group_size, symmetric, act_order, mixed."""
+        """What a run records of it: method, bits, group_size, symmetric, act_order, mixed, and perhaps static_groups.
+
+        act_order: whether the columns were quantized by activation, as the config says. static_groups: true where the
+        groups are of neighbours in the matrix all the same.
+        """
         ...
 
     def read(self, layer: LayerTensors) -> QuantizedWeight:
@@ -43,11 +47,15 @@ class Layout(NamedTuple):
 
 _CT = compressed_tensors
 FORMATS: dict[str, Layout] = {
-    gptq.NAME: Layout(gptq.GPTQFormat, gptq.describe, gptq.encode),
-    awq.NAME: Layout(awq.AWQFormat, awq.describe, awq.encode),
-    _CT.NAME: Layout(_CT.CompressedTensorsFormat, _CT.describe, _CT.encode),
+    gptq.NAME: Layout(gptq.read_config, gptq.describe, gptq.encode),
+    awq.NAME: Layout(awq.read_config, awq.describe, awq.encode),
+    _CT.NAME: Layout(_CT.read_config, _CT.describe, _CT.encode),
     intactkv.NAME: Layout(intactkv.IntactKVFormat, intactkv.describe, intactkv.encode),
 }
+
+
+NAMES = {"sparseml": _CT.NAME, "compressed_tensors": _CT.NAME}
+"""Other names of methods: compressed-tensors' own before 06/2024, and one without a hyphen."""
 
 
 def format_of(quantization: Mapping[str, Any] | None) -> Format | None:

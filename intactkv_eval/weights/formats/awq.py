@@ -22,9 +22,11 @@ from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import AWQSettings, check_settings
+from intactkv_eval.weights.formats.spellings import one_of, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "awq"
+_LAYOUTS = {"gemm", "gemv", "gemv_fast", "llm_awq"}
 TENSORS = ("qweight", "qzeros", "scales")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in each nibble of a gemm word, lowest first
 BITS = 4
@@ -56,9 +58,36 @@ def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     }
 
 
+def read_config(config: Mapping[str, Any]) -> "AWQFormat":
+    """The format that a checkpoint's config describes, in whatever spelling.
+
+    Raises CheckpointError for a config that it cannot be, and for two spellings that contradict each other.
+    """
+    said = {str(key).lower(): value for key, value in config.items()}
+    if word(said.get("backend")) == "llm_awq":
+        raise CheckpointError(
+            "quantization_config: backend is llm-awq, whose layout is not read; read natively are AutoAWQ's and "
+            "GPTQModel's gemm and gemv"
+        )
+    others: tuple[str, ...] = ("checkpoint_format", "format")
+    if said.get("version") is not None:  # beside which a GPTQ layout may have been left
+        others = tuple(key for key in others if word(said.get(key)) in _LAYOUTS)
+    named = {
+        "bits": one_of(said, ("bits", "w_bit"), whole_number),
+        "group_size": one_of(said, ("group_size", "q_group_size"), whole_number),
+        "version": one_of(said, ("version", *others), word),
+    }
+    aliases = ("w_bit", "q_group_size", "checkpoint_format", "format")
+    rest = {key: value for key, value in said.items() if key not in {*aliases, *named}}
+    return AWQFormat({**rest, **{key: value for key, value in named.items() if value is not None}})
+
+
 @dataclass(frozen=True)
 class AWQFormat:
-    """The format as a checkpoint's config describes it. Raises CheckpointError for a config that it cannot be."""
+    """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
+
+    Raises CheckpointError for a config that it cannot be.
+    """
 
     config: Mapping[str, Any]
     tensors: tuple[str, ...] = TENSORS
@@ -95,14 +124,13 @@ class AWQFormat:
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size)
 
     def _bits(self) -> object:
-        return self.config.get("bits", self.config.get("w_bit"))
+        return self.config.get("bits")
 
     def _group_size(self) -> int:
-        return int(self.config.get("group_size", self.config.get("q_group_size", 128)))
+        return int(self.config.get("group_size", 128))
 
     def _layout(self) -> str:
-        said = self.config.get("version", self.config.get("checkpoint_format", self.config.get("format", "gemm")))
-        return str(said).lower()
+        return str(self.config.get("version", "gemm"))
 
 
 def _read_gemm(layer: LayerTensors, size: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:

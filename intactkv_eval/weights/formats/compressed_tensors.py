@@ -5,7 +5,8 @@
     weight_shape [2]   weight_g_idx [I]  the group of each input (actorder `group` only)
 
 Codes and zeros are stored with 2**(b-1) added, so they are unsigned. Releases before dense packing put 32 // b codes in
-a word; the two differ in width, which tells them apart. Source: compressed-tensors 0.20, compressors/pack_quantized.
+a word; the two differ in width, which tells them apart. Zeros that are plain int8 [O, G], as releases before 0.9.4 and
+strategy `tensor` have them, are signed. Source: compressed-tensors 0.8 to 0.20, compressors/pack_quantized.
 """
 
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits,
 from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import CompressedTensorsSettings, check_settings
+from intactkv_eval.weights.formats.spellings import group_order, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "compressed-tensors"
+_STRATEGIES = ("group", "channel", "tensor")
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
@@ -72,11 +75,52 @@ def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     return tensors
 
 
+def read_config(config: Mapping[str, Any]) -> "CompressedTensorsFormat":
+    """The format that a checkpoint's config describes, in the spelling of any release. Raises CheckpointError."""
+    if not config.get("config_groups"):
+        raise CheckpointError("quantization_config: config_groups is empty: it does not say what is quantized")
+    check_settings(CompressedTensorsSettings, config)
+    groups = {name: _settled(group, config.get("format")) for name, group in config["config_groups"].items()}
+    return CompressedTensorsFormat({**config, "config_groups": groups})
+
+
+def is_idle(config: Mapping[str, Any]) -> bool:
+    """Whether a config of this method quantizes nothing: it only says how sparse weights are that are stored densely.
+
+    Raises CheckpointError where they are stored sparsely.
+    """
+    if config.get("config_groups") or config.get("transform_config"):
+        return False
+    _check_sparsity(config.get("sparsity_config"))
+    return "sparsity_config" in config
+
+
+def _settled(group: Mapping[str, Any], format_of_all: object) -> dict[str, Any]:
+    """A group of the config with what it leaves out, as the library infers it; words in small letters."""
+    weights = dict(group["weights"])
+    if weights.get("strategy") is None:
+        size = weights.get("group_size")
+        weights["strategy"] = "tensor" if size is None else "channel" if size == -1 else "group"
+    said = group.get("format")
+    return {
+        **group,
+        "format": format_of_all if said is None else said,
+        "weights": {
+            **weights,
+            "strategy": word(weights["strategy"]),
+            "type": word(weights.get("type", "int")),
+            "num_bits": whole_number(weights.get("num_bits")),
+            "actorder": group_order(weights.get("actorder")),
+        },
+    }
+
+
 @dataclass(frozen=True)
 class CompressedTensorsFormat:
-    """The format as a checkpoint's config describes it.
+    """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
 
-    Raises CheckpointError for what would be ignored if it were read: quantized activations, KV cache, transforms.
+    Raises CheckpointError for what would be ignored if it were read: quantized activations, KV cache, transforms, and
+    sparse weights.
     """
 
     config: Mapping[str, Any]
@@ -84,40 +128,28 @@ class CompressedTensorsFormat:
     main: str = "weight_packed"
 
     def __post_init__(self) -> None:
-        said = self.config.get("format")
-        if said != "pack-quantized":
-            raise CheckpointError(f"quantization_config: format is {said!r}; read natively is 'pack-quantized'")
-        for key in ("kv_cache_scheme", "transform_config", "sparsity_config"):
-            if self.config.get(key):
+        _check_sparsity(self.config.get("sparsity_config"))
+        transforms = self.config.get("transform_config")
+        idle = isinstance(transforms, dict) and not any(transforms.values())
+        for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+            if self.config.get(key) and not (key == "transform_config" and idle):
                 raise CheckpointError(f"quantization_config: {key} is set, which is not read; it would be ignored")
-        if not self._groups():
-            raise CheckpointError("quantization_config: config_groups is empty: it does not say what is quantized")
-        check_settings(CompressedTensorsSettings, self.config)
-        for name, group in self._groups().items():
-            weights = group.get("weights") or {}
-            check_config_bits(weights.get("num_bits"), f"quantization_config: config_groups.{name}.weights.num_bits")
-            if weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"):
-                raise CheckpointError(
-                    f"quantization_config: config_groups.{name}: weights of type {weights.get('type')!r}, strategy "
-                    f"{weights.get('strategy')!r}; read are type int, strategies group and channel"
-                )
-            for key in ("input_activations", "output_activations"):
-                if group.get(key):
-                    raise CheckpointError(
-                        f"quantization_config: config_groups.{name}.{key} is set and would be ignored"
-                    )
+        for name, group in self.config["config_groups"].items():
+            _check_group(f"quantization_config: config_groups.{name}", group)
 
     def summary(self) -> dict[str, Any]:
         """What a run records of it."""
-        weights = [group["weights"] for group in self._groups().values()]
+        weights = [group["weights"] for group in self.config["config_groups"].values()]
         first = weights[0]
+        read = ("num_bits", "group_size", "symmetric", "strategy", "actorder")
         return {
             "method": NAME,
             "bits": first["num_bits"],
             "group_size": first.get("group_size") or -1,
-            "symmetric": bool(first.get("symmetric", True)),
-            "act_order": first.get("actorder") == "group",
-            "mixed": any(one != first for one in weights),
+            "symmetric": first.get("symmetric") is not False,
+            "act_order": first["actorder"] is not None,
+            "mixed": any(one.get(key) != first.get(key) for one in weights for key in read),
+            **({"static_groups": True} if first["actorder"] == "weight" else {}),
         }
 
     def read(self, layer: LayerTensors) -> QuantizedWeight:
@@ -127,40 +159,83 @@ class CompressedTensorsFormat:
         shape = layer.integers("weight_shape", (2,), 2**31).tolist()
         if shape != [outputs, inputs]:
             raise layer.error("weight_shape", [outputs, inputs], shape)
-        size = inputs if weights["strategy"] == "channel" else min(int(weights.get("group_size") or -1), inputs)
+        size = inputs if weights["strategy"] != "group" else min(int(weights.get("group_size") or -1), inputs)
         if size < 1:
             raise CheckpointError(f"{layer.name}: strategy group with group_size {weights.get('group_size')}")
         groups = -(-inputs // size)
         codes = _unpack(layer, "weight_packed", bits, outputs, inputs)
-        scales = layer.scales("weight_scale", (outputs, groups))
-        if layer.has("weight_zero_point"):
-            zeros = _unpack(layer, "weight_zero_point", bits, groups, outputs, down=True).t()
-        elif weights.get("symmetric", True):
-            zeros = torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
-        else:
-            raise layer.error("weight_zero_point", "the tensor (symmetric is false)", "none")
-        act_order = weights.get("actorder") == "group"
+        scales, zeros = _scales_and_zeros(layer, weights, groups)
+        act_order = weights["actorder"] == "group" and groups > 1
         codes, order = in_group_order(layer, "weight_g_idx", codes, groups, size, required=act_order)
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
 
-    def _groups(self) -> Mapping[str, Any]:
-        groups = self.config.get("config_groups")
-        return groups if isinstance(groups, dict) else {}
-
     def _weights(self, layer: LayerTensors) -> Mapping[str, Any]:
-        """The scheme of the layer: that of the most exact of the targets that it matches."""
+        """The scheme of the layer: that of the most exact of the targets that it matches, by any of its names."""
         found: dict[int, Mapping[str, Any]] = {}
-        for group in self._groups().values():
+        for group in self.config["config_groups"].values():
             for target in group.get("targets") or ():
-                if target == layer.name:
+                if target in layer.names:
                     found[0] = group["weights"]
-                elif target.startswith("re:") and matches(target.removeprefix("re:"), layer.name):
-                    found.setdefault(1, group["weights"])
-                elif target == "Linear":
+                elif target.startswith("re:"):
+                    if any(matches(target.removeprefix("re:"), name) for name in layer.names):
+                        found.setdefault(1, group["weights"])
+                elif target in layer.kinds:
                     found.setdefault(2, group["weights"])
         if not found:
             raise CheckpointError(f"{layer.name}: is packed, but no target of quantization_config names it")
         return found[min(found)]
+
+
+def _check_sparsity(said: object) -> None:
+    """Raise CheckpointError where weights are stored sparsely: as a mask, and the numbers that are not zero.
+
+    A config that says how sparse weights are that are stored densely is idle, and so is one that says none are.
+    """
+    if not said:
+        return
+    if not isinstance(said, dict):
+        raise CheckpointError(f"quantization_config: sparsity_config is {said!r:.80}; expected a JSON object")
+    stored, sparsity = said.get("format"), said.get("global_sparsity")
+    is_none = isinstance(sparsity, int | float) and sparsity == 0
+    if stored is None or word(stored) == "dense" or is_none:
+        return
+    raise CheckpointError(
+        f"quantization_config: sparsity_config says that weights are stored sparsely (format {stored!r:.40}, structure "
+        f"{said.get('sparsity_structure')!r:.40}), which is not read: save it with the sparsity format dense, or take "
+        "the checkpoint without sparsity"
+    )
+
+
+def _check_group(source: str, group: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a group of the config that is not read."""
+    weights = group["weights"]
+    if group["format"] != "pack-quantized":
+        raise CheckpointError(f"{source}: format is {group['format']!r:.40}; read natively is 'pack-quantized'")
+    check_config_bits(weights["num_bits"], f"{source}.weights.num_bits")
+    if weights["type"] != "int" or weights["strategy"] not in _STRATEGIES:
+        raise CheckpointError(
+            f"{source}: weights of type {weights['type']!r:.40}, strategy {weights['strategy']!r:.40}; read are type "
+            f"int, strategies {', '.join(_STRATEGIES)}"
+        )
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise CheckpointError(f"{source}.{key} is set and would be ignored")
+
+
+def _scales_and_zeros(layer: LayerTensors, weights: Mapping[str, Any], groups: int) -> tuple[Tensor, Tensor]:
+    """Scales [O, G], and zeros [O, G] as unsigned codes; of strategy tensor there is one of each for all."""
+    bits, outputs = int(weights["num_bits"]), layer.out_features
+    held = (1,) if weights["strategy"] == "tensor" else (outputs, groups)
+    scales = layer.scales("weight_scale", held).expand(outputs, groups).contiguous()
+    middle = 2 ** (bits - 1)
+    if layer.dtype("weight_zero_point") == torch.int8:
+        signed = layer.signed("weight_zero_point", held, bits).expand(outputs, groups)
+        return scales, (signed + middle).to(torch.uint8)
+    if layer.has("weight_zero_point"):
+        return scales, _unpack(layer, "weight_zero_point", bits, groups, outputs, down=True).t()
+    if weights.get("symmetric") is False:
+        raise layer.error("weight_zero_point", "the tensor (symmetric is false)", "none")
+    return scales, torch.full((outputs, groups), middle, dtype=torch.uint8)
 
 
 def _unpack(layer: LayerTensors, key: str, bits: int, rows: int, count: int, down: bool = False) -> Tensor:

@@ -21,10 +21,13 @@ from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits,
 from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
+from intactkv_eval.weights.formats.spellings import group_order, one_of, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "gptq"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+_ACT_ORDER = ("desc_act", "act_order", "act-order", "actorder")  # the first is the one that libraries read
+_ALIASES = ("format", "w_bit", "wbits", "q_group_size", "groupsize", "symmetric", *_ACT_ORDER)
 
 
 def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
@@ -74,9 +77,53 @@ def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     return {**tensors, "scales": tensors["scales"].to(torch.float16)}
 
 
+def read_config(config: Mapping[str, Any]) -> "GPTQFormat":
+    """The format that a checkpoint's config describes, in whatever spelling.
+
+    Raises CheckpointError for a config that it cannot be, and for two spellings that contradict each other.
+    """
+    return GPTQFormat(_settled(config))
+
+
+def version_of(config: Mapping[str, Any]) -> str | None:
+    """The version of the format that a config names, None where it names none. Raises CheckpointError for two."""
+    version: str | None = one_of(config, ("checkpoint_format", "format"), word)
+    return version
+
+
+def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the keys and words that GPTQFormat reads, for all their spellings; what is not said stays away.
+
+    The version is `checkpoint_format` for AutoGPTQ, GPTQModel and vLLM, and `format` for transformers and GPTQModel
+    since 4.0, which writes both.
+    """
+    said = {str(key).lower(): value for key, value in config.items()}
+    meta = said.get("meta") if isinstance(said.get("meta"), dict) else {}
+    if said.get("is_marlin_format"):
+        said["checkpoint_format"] = "marlin"
+    order = group_order(next((said[key] for key in _ACT_ORDER if said.get(key) is not None), None))
+    static = one_of(said, ("static_groups",)) or one_of(meta or {}, ("static_groups",))
+    if isinstance(said.get("zero_point"), bool):
+        said.setdefault("sym", not said["zero_point"])
+    named = {
+        "checkpoint_format": version_of(said),
+        "bits": one_of(said, ("bits", "w_bit", "wbits"), whole_number),
+        "group_size": one_of(said, ("group_size", "q_group_size", "groupsize"), whole_number),
+        "sym": one_of(said, ("sym", "symmetric")),
+        "pack_dtype": one_of(said, ("pack_dtype",), word),
+        "desc_act": None if order is None else True,
+        "static_groups": True if static is True or order == "weight" else None,
+    }
+    rest = {key: value for key, value in said.items() if key not in {*_ALIASES, *named}}
+    return {**rest, **{key: value for key, value in named.items() if value is not None}}
+
+
 @dataclass(frozen=True)
 class GPTQFormat:
-    """The format as a checkpoint's config describes it. Raises CheckpointError for a config that it cannot be."""
+    """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
+
+    Raises CheckpointError for a config that it cannot be.
+    """
 
     config: Mapping[str, Any]
     tensors: tuple[str, ...] = TENSORS
@@ -88,8 +135,8 @@ class GPTQFormat:
         said = self.config.get("checkpoint_format", "gptq")
         if said not in {"gptq", "gptq_v2"}:
             raise CheckpointError(
-                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Kernel "
-                "formats (marlin, bitblas, ...) hold repacked weights: use the checkpoint that they were made from"
+                f"quantization_config: checkpoint_format is {said!r}; read natively are gptq and gptq_v2. Others "
+                "(gptq_p, marlin, bitblas, ...) hold repacked weights: use the checkpoint that they were made from"
             )
         if self.config.get("pack_dtype", "int32") != "int32":
             raise CheckpointError(f"quantization_config: pack_dtype is {self.config['pack_dtype']!r}; expected 'int32'")
@@ -103,11 +150,12 @@ class GPTQFormat:
             "symmetric": bool(self.config.get("sym", True)),
             "act_order": bool(self.config.get("desc_act", False)),
             "mixed": bool(self.config.get("dynamic")),
+            **({"static_groups": True} if self.config.get("desc_act") and self.config.get("static_groups") else {}),
         }
 
     def read(self, layer: LayerTensors) -> QuantizedWeight:
         """The layer's weight, exactly. Raises CheckpointError where a tensor is not what the config says."""
-        settings = self._settings(layer.name)
+        settings = self._settings(layer)
         bits = check_config_bits(settings.get("bits"), f"quantization_config of {layer.name}")
         inputs, outputs = layer.in_features, layer.out_features
         size = int(settings.get("group_size", 128))
@@ -120,12 +168,14 @@ class GPTQFormat:
         codes, order = in_group_order(layer, "g_idx", codes, groups, size, required=bool(settings.get("desc_act")))
         return QuantizedWeight.from_codes(codes, scales, zeros, bits, size, order)
 
-    def _settings(self, name: str) -> Mapping[str, Any]:
+    def _settings(self, layer: LayerTensors) -> Mapping[str, Any]:
         """The config with GPTQModel's per-module overrides (`dynamic`: regular expressions, `+:` or none in front)."""
         for pattern, override in (self.config.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and matches(pattern.removeprefix("+:"), name):
-                settings = {**self.config, **override}
-                check_settings(GPTQSettings, settings, f"quantization_config of {name}")
+            if not pattern.startswith("-:") and any(matches(pattern.removeprefix("+:"), name) for name in layer.names):
+                settings = {**self.config, **_settled(override)}
+                check_settings(GPTQSettings, settings, f"quantization_config of {layer.name}")
+                if settings.get("checkpoint_format") != self.config.get("checkpoint_format"):
+                    raise CheckpointError(f"quantization_config: {layer.name} has a format of its own: it is not read")
                 return settings
         return self.config
 

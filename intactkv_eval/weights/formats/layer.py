@@ -13,11 +13,25 @@ from intactkv_eval.weights.quantized import BITS
 
 
 class LayerTensors:
-    """The tensors of the linear layer `name` [in_features] -> [out_features], by their names in the format."""
+    """The tensors of the linear layer `name` [in_features] -> [out_features], by their names in the format.
 
-    def __init__(self, name: str, tensors: Mapping[str, Tensor], in_features: int, out_features: int) -> None:
+    stored: what the checkpoint's files call the layer, where that is not its name in the model. kinds: the names of its
+    class and of what that is derived from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        in_features: int,
+        out_features: int,
+        stored: str | None = None,
+        kinds: frozenset[str] = frozenset({"Linear"}),
+    ) -> None:
         self.name, self._tensors = name, tensors
         self.in_features, self.out_features = in_features, out_features
+        self.names = tuple(dict.fromkeys((stored or name, name)))
+        self.kinds = kinds
 
     def has(self, key: str) -> bool:
         """Whether the checkpoint holds `key` for this layer."""
@@ -45,6 +59,18 @@ class LayerTensors:
         if found.numel() and not (int(found.min()) >= 0 and int(found.max()) < below):
             raise self.error(key, f"numbers from 0 to {below - 1}", f"{int(found.min())} to {int(found.max())}")
         return found
+
+    def signed(self, key: str, shape: tuple[int, ...], bits: int) -> Tensor:
+        """The plain int8 tensor `key` of `bits` bits, signed, as int16. Raises CheckpointError for others."""
+        found = self._get(key, (torch.int8,), shape).to(torch.int16)
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        if found.numel() and not (int(found.min()) >= low and int(found.max()) <= high):
+            raise self.error(key, f"numbers from {low} to {high}", f"{int(found.min())} to {int(found.max())}")
+        return found
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """The dtype of `key`, or None where the checkpoint does not hold it."""
+        return self._tensors[key].dtype if key in self._tensors else None
 
     def error(self, key: str, expected: object, found: object) -> CheckpointError:
         """The error to raise about one tensor."""

@@ -36,6 +36,7 @@ class GPTQSettings(_Settings):
     group_size: GroupSize = 128
     sym: bool | None = True
     desc_act: bool | None = False
+    static_groups: bool | None = False
     checkpoint_format: str = "gptq"
     pack_dtype: str = "int32"
     dynamic: dict[Pattern, dict[str, Any]] | None = None
@@ -46,19 +47,20 @@ class AWQSettings(_Settings):
     """Of AWQ checkpoints."""
 
     group_size: GroupSize = 128
-    q_group_size: GroupSize = 128
     zero_point: bool | None = True
 
 
 class _Weights(_Settings):
+    strategy: str | None = None
     group_size: GroupSize | None = None
     symmetric: bool | None = True
     actorder: str | bool | None = None
 
 
 class _Group(_Settings):
-    targets: list[Pattern] = Field(default_factory=list)
+    targets: list[Pattern] | None = Field(default_factory=list)
     weights: _Weights
+    format: str | None = None
 
 
 class CompressedTensorsSettings(_Settings):
