@@ -5,7 +5,7 @@ Knows models and cells; no lm_eval.
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +61,15 @@ def build(
     tokenizer: Any,
     load: Loader,
     quantization: dict[str, Any] | None = None,
-    changed: bool = False,
+    changed: Collection[str] = (),
     rotation: Rotation | None = None,
     shelf: Shelf | None = None,
     chat: Mapping[str, Any] | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
-    `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
-    what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
+    `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: names
+    whose models are not what their files alone say (an adapter, a GGUF file, an object): no pivot is kept under these.
     `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
     `chat`: what the chat template is given beside the messages.
 
@@ -86,7 +86,7 @@ def build(
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
-        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load)
+        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, changed)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = _loaded(cell, load)
     search = None if cell.weights.search is None else load_search(Path(cell.weights.search))
@@ -104,7 +104,7 @@ def build(
         model = _ours(model, cell, shelf)
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
-        pivot = captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
+        pivot = captured(model, cell.model.pretrained, cell, token_ids, search, changed)
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated_once(model, cell, search, shelf)

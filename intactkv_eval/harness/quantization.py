@@ -7,6 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import backends_of
+from intactkv_eval.model.packed import LAYOUT
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import Format, format_of
 
@@ -21,12 +22,19 @@ class Quantization(NamedTuple):
     layout: Format | None
 
 
-def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What a loaded model says of its own quantization, or shows by its layers; None for one in full precision."""
+def quantization_in_memory(model: PreTrainedModel) -> Quantization:
+    """Of a loaded model: what it was read as by us, what transformers says in its config, or what its layers show."""
     said = getattr(model.config, "quantization_config", None)
+    layout: Format | None = getattr(model, LAYOUT, None)
     if said is not None:
-        return {"method": str((said if isinstance(said, dict) else said.to_dict()).get("quant_method"))}
-    return {"method": "packed layers"} if backends_of(model) else None
+        method = str((said if isinstance(said, dict) else said.to_dict()).get("quant_method"))
+        return Quantization({"method": method.lower().rpartition(".")[2]}, None)
+    if not backends_of(model):
+        return Quantization(None, None)
+    if layout is None:
+        return Quantization({"method": "packed layers"}, None)
+    made = getattr(model.config, RECORD, None)
+    return Quantization({**layout.summary(), "made": made} if made else layout.summary(), layout)
 
 
 def read_quantization(pretrained: str, config: PretrainedConfig) -> Quantization:

@@ -1,0 +1,64 @@
+"""The seam to what wraps a transformers model: torch.compile, torch's data parallelism, and peft's PeftModel.
+
+A wrapper hides the signature of the forward, the KV cache and the names of the tensors. So everything else in the
+package works on the PreTrainedModel inside, which this module takes out.
+
+    torch.compile(model)                a module that holds `_orig_mod`; the same for single layers of a model
+    DataParallel, DistributedData...    modules that hold `module`
+    peft.PeftModel                      see peft_api.py
+"""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from intactkv_eval.compat.module_copies import replaced
+from intactkv_eval.compat.peft_api import check_adapters, is_peft_model
+
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Unwrapped(NamedTuple):
+    """model: what was inside, a PreTrainedModel or not. wrappers: what was taken off, the outermost first."""
+
+    model: nn.Module
+    wrappers: tuple[str, ...]
+
+
+def unwrapped(model: nn.Module) -> Unwrapped:
+    """The module inside all wrappers that are known; nothing is changed, and nothing is run.
+
+    Raises:
+        UnsupportedModelError: The wrapper computes something that the model inside does not.
+    """
+    wrappers: list[str] = []
+    while True:
+        inner = _inside(model)
+        if inner is None:
+            return Unwrapped(_without_compiled_parts(model, wrappers), tuple(wrappers))
+        wrappers.append(inner[0])
+        model = inner[1]
+
+
+def _inside(model: Any) -> tuple[str, Any] | None:
+    """The name of a wrapper and the module in it, or None where `model` is no wrapper."""
+    if _is_compiled(model):
+        return "torch.compile", model._orig_mod
+    if isinstance(model, _PARALLEL):
+        return type(model).__name__, model.module
+    if is_peft_model(model):
+        check_adapters(model)
+        return f"peft {type(model).__name__}", model.get_base_model()
+    return None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod")
+
+
+def _without_compiled_parts(model: nn.Module, wrappers: list[str]) -> nn.Module:
+    """`model` with the layers in the place of their compiled selves, whose names of tensors no checkpoint has."""
+    if not any(_is_compiled(module) for module in model.modules()):
+        return model
+    wrappers.append("torch.compile of parts")
+    return replaced(model, lambda module: module._orig_mod if _is_compiled(module) else None)
