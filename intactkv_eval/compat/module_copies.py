@@ -26,7 +26,7 @@ def replaced(model: nn.Module, replace: Callable[[Any], nn.Module | None]) -> nn
         other = replace(module)
         if other is not None:
             return visit(other) if other is not module else module
-        children = {name: child and visit(child) for name, child in module._modules.items()}
+        children = {name: None if child is None else visit(child) for name, child in module._modules.items()}
         if all(children[name] is child for name, child in module._modules.items()):
             return module
         changed = copy.copy(module)

@@ -5,7 +5,11 @@ model.add_adapter, load_adapter     transformers' own way to put peft's layers i
 """
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.module_copies import probe, replaced
-from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 _MERGE_ERRORS = (NotImplementedError, ValueError, AttributeError)
 _BOUND = {torch.float16: 2**-4, torch.bfloat16: 2**-4}
@@ -46,7 +50,8 @@ def check_adapters(model: Any) -> None:
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
     """The kinds of the adapters of peft that act in `model`, such as ("LORA",); empty where it has none."""
-    if not any(_is_adapted(module) for module in model.modules()):
+    layers = [module for module in model.modules() if _is_adapted(module)]
+    if not any(not getattr(layer, "disable_adapters", False) for layer in layers):
         return ()
     configs: Any = getattr(model, "peft_config", None) or {}
     return tuple(sorted({_kind(configs[name]) for name in _active(model) if name in configs})) or ("adapter",)
@@ -56,8 +61,9 @@ def _active(model: Any) -> list[str]:
     """The names of the active adapters: of a PeftModel or its inner model, or of transformers' own adapters."""
     layers = (module for module in model.modules() if _is_adapted(module) and hasattr(module, "active_adapters"))
     layer: Any = next(layers, None)
-    named = getattr(layer if layer is not None else model, "active_adapters", None) or []
-    named = named() if callable(named) else named
+    named = getattr(layer if layer is not None else model, "active_adapters", None)
+    if named is None or callable(named):  # of adapters that are in no layers, transformers would ask peft's release
+        named = list(getattr(model, "peft_config", None) or {})
     return [named] if isinstance(named, str) else list(named)
 
 
@@ -67,10 +73,28 @@ def _kind(config: Any) -> str:
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether a module is one of peft's, around a layer of the model."""
-    return hasattr(module, "unload_and_optionally_merge_module") or (
-        hasattr(module, "base_layer") and hasattr(module, "merge") and hasattr(module, "get_base_layer")
-    )
+    """Whether a module is one of peft's, in the place of a layer of the model."""
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def check_peft_is_here(adapter: str) -> None:
+    """Raise ConfigError where the package is not installed."""
+    if find_spec("peft") is None:
+        raise ConfigError(f"peft={adapter}: needs the package peft, which is not installed: pip install peft")
+
+
+@contextmanager
+def whole_adapters() -> Iterator[None]:
+    """While it lasts, an adapter that holds only a part of its tensors raises CheckpointError.
+
+    peft itself leaves the others at random numbers or zeros, and warns.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[Mm]issing adapter keys.*")
+        try:
+            yield
+        except UserWarning as warning:
+            raise CheckpointError(f"peft: the adapter lacks tensors ({str(warning)[:300]})") from None
 
 
 @torch.no_grad()
@@ -83,15 +107,17 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: A layer cannot be merged, or the merged model computes something else.
     """
-    kinds = adapters_of(model)
-    if not kinds:
+    if not any(_is_adapted(module) for module in model.modules()):
         return model
+    kinds = adapters_of(model) or ("disabled adapters",)
     plain: Any = replaced(model, lambda module: _merged_layer(module) if _is_adapted(module) else None)
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
-    _untie(plain)
+    front, head = plain.get_input_embeddings(), plain.get_output_embeddings()
+    if plain.config.tie_word_embeddings and head is not None and head.weight is not front.weight:
+        _untie(plain)
     words = model.get_input_embeddings().weight
-    before, after = probe(model, words), probe(plain, plain.get_input_embeddings().weight)
+    before, after = probe(model, words), probe(plain, words)
     error = float((after - before).double().norm() / before.double().norm())
     bound = _BOUND.get(model.dtype, 1e-3)
     if not error <= bound:
@@ -124,12 +150,25 @@ def _merged_layer(module: Any) -> nn.Module:
     return plain
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Say so in the config where merging made the output embeddings another matrix than the input embeddings."""
-    front, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if model.config.tie_word_embeddings and head is not None and head.weight is not front.weight:
-        model.config = copy.deepcopy(model.config)
-        model.config.tie_word_embeddings = False
+def untied(model: Any) -> Any:
+    """`model`, or a copy that shares its modules and does not tie its embeddings, where an adapter is on one of them.
+
+    transformers' tie_weights, which `hf` calls, would undo such an adapter, or fail on it.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.config.tie_word_embeddings:
+        return model
+    if not (_is_adapted(model.get_input_embeddings()) or _is_adapted(model.get_output_embeddings())):
+        return model
+    apart: Any = copy.copy(model)
+    apart.__dict__["_modules"] = dict(model._modules)
+    _untie(apart)
+    return apart
+
+
+def _untie(model: Any) -> None:
+    model.config = copy.deepcopy(model.config)
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
 
 
 def with_adapters_of(model: PreTrainedModel, reference: PreTrainedModel) -> PreTrainedModel:
@@ -147,8 +186,8 @@ def with_adapters_of(model: PreTrainedModel, reference: PreTrainedModel) -> PreT
             outcome = peft.set_peft_model_state_dict(reference, state, adapter_name=name)
         except (*_MERGE_ERRORS, KeyError, RuntimeError) as error:
             raise UnsupportedModelError(
-                f"peft: the adapter {name!r} cannot be put on the reference too ({error}); capture the pivot with the "
-                "adapted full-precision model, and name the file with pivot=FILE.safetensors"
+                f"peft: the adapter {name!r} cannot be put on the reference too ({error}); hand over the "
+                "full-precision model with the adapter in it as reference=..."
             ) from error
         if getattr(outcome, "unexpected_keys", None):
             raise UnsupportedModelError(

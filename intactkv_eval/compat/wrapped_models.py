@@ -4,10 +4,14 @@ A wrapper hides the signature of the forward, the KV cache and the names of the 
 package works on the PreTrainedModel inside, which this module takes out.
 
     torch.compile(model)                a module that holds `_orig_mod`; the same for single layers of a model
+    model.forward = torch.compile(...)  a compiled function among the attributes of a module
     DataParallel, DistributedData...    modules that hold `module`
     peft.PeftModel                      see peft_api.py
 """
 
+import copy
+from functools import partial
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -58,7 +62,27 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _without_compiled_parts(model: nn.Module, wrappers: list[str]) -> nn.Module:
     """`model` with the layers in the place of their compiled selves, whose names of tensors no checkpoint has."""
-    if not any(_is_compiled(module) for module in model.modules()):
+    if not any(_is_compiled(module) or _has_compiled_forward(module) for module in model.modules()):
         return model
     wrappers.append("torch.compile of parts")
-    return replaced(model, lambda module: module._orig_mod if _is_compiled(module) else None)
+    plain = replaced(model, lambda module: module._orig_mod if _is_compiled(module) else None)
+    return replaced(plain, lambda module: _with_own_forward(module) if _has_compiled_forward(module) else None)
+
+
+def _has_compiled_forward(module: nn.Module) -> bool:
+    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+
+
+def _with_own_forward(module: nn.Module) -> nn.Module:
+    plain = copy.copy(module)
+    del plain.__dict__["forward"]
+    return plain
+
+
+def replaced_forwards(model: nn.Module) -> list[str]:
+    """The modules whose forward is a function that was put into them, and that may hold on to the module itself."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "forward" in vars(module) and not isinstance(vars(module)["forward"], (MethodType, partial))
+    ]

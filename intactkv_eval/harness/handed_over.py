@@ -3,6 +3,7 @@
 Behind these checks an object is treated as its folder would be. Knows no pivot and no quantizer.
 """
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from intactkv_eval.compat.module_copies import probe
-from intactkv_eval.compat.peft_api import adapters_of, is_peft_model
+from intactkv_eval.compat.peft_api import adapters_of, is_peft_model, untied
 from intactkv_eval.compat.wrapped_models import unwrapped
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
 from intactkv_eval.harness.cell_checks import IN_MEMORY
+from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.capture import check_supported
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_IN_MEMORY = "in-memory reference"
 """What stands for the name of a reference that was given loaded."""
@@ -41,6 +45,7 @@ class HandedOver:
             "given_as": self.given,
             "wrapped_by": list(self.wrappers),
             "adapters": list(adapters_of(self.model)),
+            "rounded_buffers": rounded_buffers(self.model),
         }
 
 
@@ -66,18 +71,26 @@ def handed_over(value: Any, key: str) -> HandedOver:
     given = type(value).__name__
     inside = unwrapped(value) if isinstance(value, nn.Module) else None
     if inside is None or not isinstance(inside.model, PreTrainedModel):
-        held = next((name for name in ("model", "pretrained_model", "module") if hasattr(value, name)), None)
+        names = ("model", "pretrained_model", "module")
+        held = next((name for name in names if isinstance(getattr(value, name, None), nn.Module)), None)
         raise ConfigError(
             f"{key}: an object of the class {given} was given; expected a folder or hub name, or a PreTrainedModel of "
             "transformers, alone or in torch.compile, DataParallel, DistributedDataParallel or a PeftModel"
-            + (f". If there is one in it, hand over its .{held}" if held else "")
+            + (f". Its .{held} may be one" if held else "")
         )
-    model = inside.model
+    model = untied(inside.model)
     _check_whole(model, key)
     check_supported(model)
+    decoder_layers(model)
     model.eval()
     _check_head(model)
     check_wrapper(value.eval(), model)
+    rounded = rounded_buffers(model)
+    if rounded:
+        logger.warning(
+            "%s: %s of the model that was handed over is in %s, as model.to(dtype) makes it; a model that is loaded "
+            "with from_pretrained(..., dtype=) has it in fp32, and other numbers", key, rounded[0], model.dtype,
+        )  # fmt: skip
     return HandedOver(model, given, inside.wrappers)
 
 
@@ -97,6 +110,12 @@ def _check_whole(model: PreTrainedModel, key: str) -> None:
             f"{key}: {len(sharded)} weights of the model that was handed over ({sharded[0]}, ...) are shards (DTensor) "
             "of FSDP or tensor parallelism: save it, and give the folder"
         )
+
+
+def rounded_buffers(model: PreTrainedModel) -> list[str]:
+    """Frequencies that were rounded to 16 bits: from_pretrained keeps them in fp32, `model.to(dtype)` does not."""
+    short = {torch.float16, torch.bfloat16}
+    return [name for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.dtype in short]
 
 
 def _check_head(model: PreTrainedModel) -> None:
@@ -156,13 +175,13 @@ def cell_of_object(model: PreTrainedModel, cell: CellSpec, arguments: Mapping[st
         if fix is not None and chosen:
             raise ConfigError(f"{key}={value}: does nothing to a model that was handed over loaded; {fix}")
     if cell.backend != "auto" and cell.weights.method == "none":
-        raise ConfigError(f"backend={cell.backend}: does nothing, {IN_MEMORY} layers have theirs already; drop it")
+        raise ConfigError(f"backend={cell.backend}: does nothing to a model that was handed over loaded; drop it")
     _check_place(model, arguments.get("device"))
     own = str(model.dtype).removeprefix("torch.")
     if cell.model.dtype not in {"auto", own}:
         raise ConfigError(
-            f"dtype={cell.model.dtype}: the model was handed over in {own}, and is not changed here; hand over "
-            f"model.to(torch.{cell.model.dtype}), or leave dtype out"
+            f"dtype={cell.model.dtype}: the model was handed over in {own}, and is not converted here; load it with "
+            f"from_pretrained(..., dtype=torch.{cell.model.dtype}), or leave dtype out"
         )
     return cell.model_copy(update={"model": cell.model.model_copy(update={"dtype": own})})
 

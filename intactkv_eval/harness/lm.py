@@ -6,6 +6,7 @@ launch); this class adds the cell's arguments, and does its own scoring and gene
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -27,7 +28,7 @@ from intactkv_eval.harness.flags import chosen_flags
 from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
 from intactkv_eval.harness.lm_loading import CellLoading
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.loading import check_layers, check_no_adapter, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.record import cell_identity, versions
@@ -71,14 +72,16 @@ class IntactKVLM(CellLoading, PivotedTalks):
         self._quantization, self._layout = None, None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         tokens = arguments["tokenizer"] = named_tokenizer(arguments.get("tokenizer"), loaded)
-        what = f"pretrained={self.cell.model.pretrained!r}" if loaded is None else f"tokenizer={str(tokens)[:200]!r}"
-        with loading(what):
+        named = tokens if loaded is not None and isinstance(tokens, str) else None
+        with loading(f"pretrained={self.cell.model.pretrained!r}" if named is None else f"tokenizer={named!r}"):
             if loaded is None:
+                check_no_adapter(self.cell.model.pretrained)
                 check_layers(self.cell.model.pretrained, self.cell.model.revision)
             check_tokens(tokens if isinstance(tokens, str) else self.cell.model.pretrained, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if loaded is not None:
-            with loading(f"reference={self.cell.model.reference!r}"):
+            reference = self.cell.model.reference
+            with nullcontext() if reference is None else loading(f"reference={reference!r}"):
                 self._take_object(arguments)
         check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
         self._set_ranks()

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.compat.lm_eval_api import HFLM, with_cpu_memory
-from intactkv_eval.compat.peft_api import adapters_of, merged, with_adapters_of
+from intactkv_eval.compat.peft_api import (
+    adapters_of,
+    check_peft_is_here,
+    merged,
+    untied,
+    whole_adapters,
+    with_adapters_of,
+)
 from intactkv_eval.compat.transformers_api import attention_implementation
-from intactkv_eval.compat.wrapped_models import unwrapped
+from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.config import CellSpec
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.handed_over import OF_REFERENCE, REFERENCE_IN_MEMORY, HandedOver, check_wrapper
@@ -66,11 +73,12 @@ class CellLoading(HFLM):
         def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
             self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain)
             try:
-                parent(pretrained=name, revision=revision, **own)
+                with whole_adapters():
+                    parent(pretrained=name, revision=revision, **own)
             finally:
                 self.AUTO_MODEL_CLASS = plain
             whole, self._model = self._model.eval(), None
-            model = unwrapped(whole).model
+            model: Any = untied(unwrapped(whole).model)
             check_wrapper(whole, model)
             carrier = self._objects.get(IN_MEMORY)
             if name != pretrained and carrier is not None and adapters_of(carrier.model):
@@ -85,7 +93,16 @@ class CellLoading(HFLM):
         if name == REFERENCE_IN_MEMORY and carrier is not None and not adapters_of(model):
             kinds = adapters_of(carrier.model)
             model = with_adapters_of(carrier.model, copy.deepcopy(model)) if kinds else model
-        return merged(model) if merge else model
+        if not merge:
+            return model
+        strange = replaced_forwards(model)
+        if strange:
+            raise UnsupportedModelError(
+                f"{name}: the forward of {strange[0] or type(model).__name__} is a function that was put into the "
+                "object. A copy with quantized layers would still call the layers of the object itself; quantize "
+                "nothing, or write that forward into a class"
+            )
+        return merged(model)
 
     @property
     def _merges_adapters(self) -> bool:
@@ -125,6 +142,8 @@ class CellLoading(HFLM):
         key, value = given[0], arguments[given[0]]
         if len(given) > 1:
             raise ConfigError("delta and peft: hf takes one of them; put the other into the model's folder first")
+        if key == "peft":
+            check_peft_is_here(str(value))
         if self._layout is not None:
             raise ConfigError(
                 f"{key}={value}: {self.cell.model.pretrained} is a packed checkpoint, into whose layers nothing can be "
