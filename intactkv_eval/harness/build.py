@@ -18,6 +18,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
+    REFERENCE_IN_MEMORY,
     check_belongs,
     check_cache,
     check_calibrated,
@@ -40,6 +41,7 @@ from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.checkpoint import HeldTensors, TensorSource, files_of
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Rotation, StageSpec
 
@@ -93,7 +95,7 @@ def build(
     residual = None
     if pivot is not None:
         pivot, compared = check_belongs(pivot, model, cell, quantization, rotation)
-        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared)
+        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared, load)
     if levels is not None:
         check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
@@ -133,17 +135,24 @@ def _in_basis(
     quantization: dict[str, Any] | None,
     rotation: Rotation | None,
     compared: Compared,
+    load: Loader,
 ) -> tuple[PivotKV, float | None]:
     """`pivot` in the basis of a checkpoint's values; and how far the checkpoint is from its reference."""
     checkpoint, reference = cell.model.pretrained, cell.model.reference
     if _is_trained_here(pivot, cell):
         return pivot, compared.residual
+
+    def tensors_of(name: str) -> TensorSource:
+        held = HeldTensors(name, load(name, "main").state_dict()) if name == REFERENCE_IN_MEMORY else None
+        return held or files_of(name)
+
     if rotation is not None:
-        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules_of(quantization))
+        rules = rules_of(quantization)
+        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules, tensors_of)
     if quantization is None:
         return pivot, compared.residual
     method = writer_of(quantization)
-    pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled)
+    pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled, tensors_of)
     return pivot, compared.residual if residual is None else residual
 
 

@@ -18,14 +18,12 @@ from intactkv_eval.compat.peft_api import adapters_of, is_peft_model, untied
 from intactkv_eval.compat.wrapped_models import unwrapped
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
-from intactkv_eval.harness.cell_checks import IN_MEMORY
+from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.capture import check_supported
 
 logger = logging.getLogger(__name__)
 
-REFERENCE_IN_MEMORY = "in-memory reference"
-"""What stands for the name of a reference that was given loaded."""
 _WORDS = (str, int, float, bool)
 
 

@@ -21,8 +21,8 @@ from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
-from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.handed_over import OF_REFERENCE, REFERENCE_IN_MEMORY, HandedOver, check_wrapper
+from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
+from intactkv_eval.harness.handed_over import OF_REFERENCE, HandedOver, check_wrapper
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.linear import backends_of
 from intactkv_eval.model.packed import LAYOUT
+from intactkv_eval.pivot.weight_sample import kinds_of_codes
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import Format, format_of
 
@@ -30,7 +31,8 @@ def quantization_in_memory(model: PreTrainedModel) -> Quantization:
         method = str((said if isinstance(said, dict) else said.to_dict()).get("quant_method"))
         return Quantization({"method": method.lower().rpartition(".")[2]}, None)
     if not backends_of(model):
-        return Quantization(None, None)
+        kinds = kinds_of_codes(model)
+        return Quantization({"method": f"layers of {', '.join(sorted(kinds))}"} if kinds else None, None)
     if layout is None:
         return Quantization({"method": "packed layers"}, None)
     made = getattr(model.config, RECORD, None)

@@ -4,7 +4,7 @@ The rotation is known from the checkpoint's config, so nothing is estimated: the
 must be the checkpoint's up to rounding (v_proj whole, some rows of others), and so must the embeddings, turned back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ from intactkv_eval.quantize.rotation import (
     rotated_writer,
     unrotated_rows,
 )
-from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.checkpoint import TensorSource, files_of
 from intactkv_eval.weights.hadamard import hadamard_rows
 from intactkv_eval.weights.stages import Rotation
 
@@ -35,9 +35,17 @@ _ROWS = 16
 
 
 def in_rotated_basis(
-    pivot: PivotKV, model: PreTrainedModel, rotation: Rotation, checkpoint: str, reference: str | None, rules: Rules
+    pivot: PivotKV,
+    model: PreTrainedModel,
+    rotation: Rotation,
+    checkpoint: str,
+    reference: str | None,
+    rules: Rules,
+    tensors_of: Callable[[str], TensorSource] = files_of,
 ) -> tuple[PivotKV, float | None]:
     """`pivot`, plain, in the basis of the rotated `model`; and, where there is a reference, v_proj's worst residual.
+
+    tensors_of: of `reference`, by its name.
 
     Raises PivotError where the weights say that the checkpoint is of another model, or V is scaled beside.
     """
@@ -48,7 +56,7 @@ def in_rotated_basis(
     if reference is None:
         return to_rotated(pivot), None
     names = FAMILIES[model.config.get_text_config(decoder=True).model_type]
-    source = Checkpoint(checkpoint_folder(reference, "main"))
+    source = tensors_of(reference)
     prefix, layers = decoder_layers(model)
     values: list[LayerBasis] = []
     sampled: dict[str, Sampled] = {}
@@ -77,7 +85,7 @@ class _Part(NamedTuple):
     expected: Tensor
 
 
-def _parts(names: LayerNames, source: Checkpoint, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
+def _parts(names: LayerNames, source: TensorSource, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
     """values: how many of the last rows of the matrix that makes V are V's."""
     prefix, _, index = layer.rpartition(".")
 

@@ -35,6 +35,26 @@ class Sampled(NamedTuple):
     plain: bool
 
 
+def kinds_of_codes(model: PreTrainedModel) -> set[str]:
+    """What holds the matrices of linear layers that are no plain numbers: classes of tensors or layers, or dtypes.
+
+    By it a model shows that it is quantized where its config does not say so.
+    """
+    found: set[str] = set()
+    for module in model.modules():
+        if not _is_linear(module) or any(True for _ in module.children()):
+            continue
+        weight = getattr(module, "weight", None)
+        if _is_plain(weight):
+            continue
+        if isinstance(weight, Tensor):
+            plain = type(weight) in (Tensor, nn.Parameter)
+            found.add(str(weight.dtype).removeprefix("torch.") if plain else type(weight).__name__)
+        else:
+            found.add(type(module).__name__)
+    return found
+
+
 @torch.no_grad()
 def weight_sample(model: PreTrainedModel) -> dict[str, Sampled]:
     """The sample of a model as it is loaded, on the CPU, by names inside its decoder.
