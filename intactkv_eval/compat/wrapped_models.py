@@ -4,6 +4,7 @@ A wrapper hides the signature of the forward, the KV cache and the names of the 
 package works on the PreTrainedModel inside, which this module takes out.
 
     torch.compile(model)                a module that holds `_orig_mod`; the same for single layers of a model
+    model.compile()                     a compiled function in the module's own place for one
     model.forward = torch.compile(...)  a compiled function among the attributes of a module
     DataParallel, DistributedData...    modules that hold `module`
     peft.PeftModel                      see peft_api.py
@@ -62,20 +63,27 @@ def _is_compiled(module: nn.Module) -> bool:
 
 def _without_compiled_parts(model: nn.Module, wrappers: list[str]) -> nn.Module:
     """`model` with the layers in the place of their compiled selves, whose names of tensors no checkpoint has."""
-    if not any(_is_compiled(module) or _has_compiled_forward(module) for module in model.modules()):
+    if not any(_is_compiled(module) or _runs_compiled(module) for module in model.modules()):
         return model
-    wrappers.append("torch.compile of parts")
+    wrappers.append("torch.compile in place")
     plain = replaced(model, lambda module: module._orig_mod if _is_compiled(module) else None)
-    return replaced(plain, lambda module: _with_own_forward(module) if _has_compiled_forward(module) else None)
+    return replaced(plain, lambda module: _with_own_forward(module) if _runs_compiled(module) else None)
 
 
-def _has_compiled_forward(module: nn.Module) -> bool:
-    return hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+def _runs_compiled(module: nn.Module) -> bool:
+    own = vars(module)
+    return own.get("_compiled_call_impl") is not None or _is_compiled_function(own.get("forward"))
+
+
+def _is_compiled_function(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def _with_own_forward(module: nn.Module) -> nn.Module:
     plain = copy.copy(module)
-    del plain.__dict__["forward"]
+    plain.__dict__.pop("_compiled_call_impl", None)
+    if _is_compiled_function(vars(plain).get("forward")):
+        del plain.__dict__["forward"]
     return plain
 
 
