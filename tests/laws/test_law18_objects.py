@@ -126,6 +126,8 @@ def test_packed_layers_keep_the_format_that_they_were_read_from(llama, saved_lla
         of_object(llama, reference=model)
     with pytest.raises(PivotError, match="is quantized"):
         of_object(model)
+    with pytest.raises(ConfigError, match="backend=dense: does nothing to a model that was handed over"):
+        of_object(model, pivot="none", backend="dense")
 
 
 def test_layers_that_were_quantized_by_hand_are_no_full_precision_model(llama, saved_llama):
