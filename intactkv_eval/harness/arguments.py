@@ -16,7 +16,9 @@ _LOADING_KEYS = """
     max_memory offload_buffers offload_state_dict token use_safetensors variant
 """.split()  # noqa: SIM905  read more easily as a paragraph
 # What describes `pretrained` alone, and must not be applied to a full-precision `reference`.
-OF_PRETRAINED = {"quantization_config", "gguf_file", "subfolder", "peft", "delta"}
+OF_PRETRAINED = {"quantization_config", "gguf_file", "subfolder"}
+ADAPTERS = {"peft", "delta"}
+"""What is added to the weights of `pretrained`, and so to those of the full-precision `reference` behind them."""
 _OWN_HF_KEYS = {"self", "kwargs", "pretrained", "revision", "dtype", "backend"}
 _NOT_TAKEN = {
     "autogptq": "name the checkpoint with pretrained=...",

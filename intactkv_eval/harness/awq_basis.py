@@ -3,7 +3,7 @@
 The reference's tensors are read one layer at a time: the model need not be loaded for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.peft_api import adapters_of
 from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.value_places import ValuePlace, value_places
@@ -19,7 +20,7 @@ from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_basis
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.checkpoint import TensorSource, files_of
 
 # RTN and GPTQ leave the weights where they are; AWQ and OmniQuant may not, in whatever format they are written.
 MAY_BE_SCALED = frozenset({"awq", "omniquant", "compressed-tensors", "intactkv"})
@@ -32,11 +33,12 @@ def in_basis_of(
     checkpoint: str,
     reference: str | None,
     unscaled: bool = False,
+    tensors_of: Callable[[str], TensorSource] = files_of,
 ) -> tuple[PivotKV, float | None]:
     """`pivot`, of `reference`, in the basis of the quantized `model`; and the worst residual, None where V is plain.
 
     method: what wrote the checkpoint (reference_check.writer_of). unscaled: the weights, as far as they were sampled,
-    are not scaled anywhere.
+    are not scaled anywhere. tensors_of: of `reference`, by its name.
 
     Raises PivotError where it cannot be told (no reference, an architecture whose values are not a matrix's outputs),
     or where the residual says that the checkpoint is of another model.
@@ -48,6 +50,12 @@ def in_basis_of(
             f"{checkpoint} ({method}) may have V scaled: name the full-precision model with reference=..., so that the "
             "scale can be recovered; a PivotKV file alone does not tell it"
         )
+    kinds = adapters_of(model)
+    if kinds:
+        raise PivotError(
+            f"{checkpoint} ({method}) may have V scaled, which is not told behind its adapters ({', '.join(kinds)}); "
+            "merge them into the full-precision model, and quantize that"
+        )
     places = value_places(model, pivot.token_ids)
     strange = next((index for index, place in enumerate(places) if place is None), None)
     if strange is not None and not unscaled:
@@ -58,7 +66,7 @@ def in_basis_of(
         )
     if strange is not None:
         return pivot, None
-    source = NamedCheckpoint(Checkpoint(checkpoint_folder(reference, "main")), model)
+    source = NamedCheckpoint(tensors_of(reference), model)
     sites = zip(places, pivot.values, strict=True)
     found = [
         _of_layer(model, index, place, len(values), source)

@@ -5,7 +5,7 @@ Knows models and cells; no lm_eval.
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
+    REFERENCE_IN_MEMORY,
     check_belongs,
     check_cache,
     check_calibrated,
@@ -41,6 +42,7 @@ from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.weights.checkpoint import HeldTensors, TensorSource, files_of
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_eval.weights.stages import Rotation, StageSpec
 
@@ -62,15 +64,15 @@ def build(
     tokenizer: Any,
     load: Loader,
     quantization: dict[str, Any] | None = None,
-    changed: bool = False,
+    changed: Collection[str] = (),
     rotation: Rotation | None = None,
     shelf: Shelf | None = None,
     chat: Mapping[str, Any] | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
-    `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
-    what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
+    `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: names
+    whose models are not what their files alone say (an adapter, a GGUF file, an object): no pivot is kept under these.
     `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
     `chat`: what the chat template is given beside the messages.
 
@@ -87,7 +89,7 @@ def build(
     levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
-        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, config)
+        pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, config, changed)
     check_origin(cell, quantization, needs_pivot=cell.pivot.intact and pivot is None)
     model = _loaded(cell, load)
     quantization = as_held(quantization, model)
@@ -95,7 +97,7 @@ def build(
     residual = None
     if pivot is not None:
         pivot, compared = check_belongs(pivot, model, cell, quantization, rotation)
-        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared)
+        pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared, load)
     if levels is not None:
         check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
@@ -106,7 +108,7 @@ def build(
         model = _ours(model, cell, shelf)
         apply_scales(model, search)
     if cell.pivot.intact and pivot is None:
-        pivot = captured(model, None if changed else cell.model.pretrained, cell, token_ids, search)
+        pivot = captured(model, cell.model.pretrained, cell, token_ids, search, changed)
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated_once(model, cell, search, shelf)
@@ -137,17 +139,24 @@ def _in_basis(
     quantization: dict[str, Any] | None,
     rotation: Rotation | None,
     compared: Compared,
+    load: Loader,
 ) -> tuple[PivotKV, float | None]:
     """`pivot` in the basis of a checkpoint's values; and how far the checkpoint is from its reference."""
     checkpoint, reference = cell.model.pretrained, cell.model.reference
     if _is_trained_here(pivot, cell):
         return pivot, compared.residual
+
+    def tensors_of(name: str) -> TensorSource:
+        held = HeldTensors(name, load(name, "main").state_dict()) if name == REFERENCE_IN_MEMORY else None
+        return held or files_of(name)
+
     if rotation is not None:
-        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules_of(quantization))
+        rules = rules_of(quantization)
+        return in_rotated_basis(pivot, model, rotation, checkpoint, reference, rules, tensors_of)
     if quantization is None:
         return pivot, compared.residual
     method = writer_of(quantization)
-    pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled)
+    pivot, residual = in_basis_of(pivot, model, method, checkpoint, reference, compared.unscaled, tensors_of)
     return pivot, compared.residual if residual is None else residual
 
 

@@ -30,6 +30,8 @@ _NOISE = {torch.bfloat16: 2**-4, torch.float16: 2**-4, torch.float32: 2**-6, tor
 
 IN_MEMORY = "in-memory"
 """What stands for the name of a model that was given loaded."""
+REFERENCE_IN_MEMORY = "in-memory reference"
+"""What stands for the name of a reference that was given loaded."""
 
 
 def check_origin(cell: CellSpec, quantization: dict[str, Any] | None, needs_pivot: bool) -> None:

@@ -6,6 +6,7 @@ launch); this class adds the cell's arguments, and does its own scoring and gene
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -13,22 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from intactkv_eval.cell_arguments import CELL_KEYS
-from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string, with_cpu_memory
+from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import OF_PRETRAINED, chat_arguments, check_front, checked_cell
+from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
 from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.flags import chosen_flags
+from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
+from intactkv_eval.harness.lm_loading import CellLoading
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.loading import check_layers, check_no_adapter, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
-from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.record import cell_identity, versions
 from intactkv_eval.harness.score_table import Score
 from intactkv_eval.harness.scoring import Counts, score
@@ -36,34 +38,30 @@ from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
-from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.devices import automatic_device
-from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
-from intactkv_eval.weights.formats import Format, rotation_of
+from intactkv_eval.weights.formats import rotation_of
 from intactkv_kernels.native import library
 
 logger = logging.getLogger(__name__)
 
 
-class IntactKVLM(PivotedTalks):
+class IntactKVLM(CellLoading, PivotedTalks):
     """The model class `intactkv` of lm_eval.
 
     Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
     PreTrainedModel. Raises IntactKVError for anything that is wrong with them.
     """
 
-    _model: Any
-    AUTO_MODEL_CLASS: Any
-
     def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
-        loaded = pretrained if isinstance(pretrained, PreTrainedModel) else None
-        own["pretrained"] = IN_MEMORY if loaded is not None else pretrained
+        own["pretrained"] = pretrained
+        self._objects = take_objects(own)
         self.cell = checked_cell(own, arguments)
         self.hf_arguments = {key: value for key, value in arguments.items() if value is not None}
-        if self.hf_arguments.get("peft") and self.cell.weights.method != "none":
-            raise ConfigError("peft: an adapter's own layers would be quantized too; merge it into the model first")
+        loaded = self._objects[IN_MEMORY].model if IN_MEMORY in self._objects else None
+        if loaded is not None:
+            self.cell = cell_of_object(loaded, self.cell, self.hf_arguments)
         arguments["batch_size"] = check_batch_size(arguments.get("batch_size"))
         arguments["device"] = str(arguments.get("device") or automatic_device())
         self._most_rows = arguments.get("max_batch_size")
@@ -71,18 +69,20 @@ class IntactKVLM(PivotedTalks):
         self._warned = False
         self._encoded = lru_cache(maxsize=2)(super().tok_encode)
         self.built: Built | None = None
-        self._quantization = quantization_in_memory(loaded) if loaded is not None else None
-        self._layout: Format | None = None
-        self._idle: PretrainedConfig | None = None
+        self._quantization, self._layout, self._idle = None, None, None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
-        with loading(f"pretrained={self.cell.model.pretrained!r}"):
+        tokens = arguments["tokenizer"] = named_tokenizer(arguments.get("tokenizer"), loaded)
+        named = tokens if loaded is not None and isinstance(tokens, str) else None
+        with loading(f"pretrained={self.cell.model.pretrained!r}" if named is None else f"tokenizer={named!r}"):
             if loaded is None:
+                check_no_adapter(self.cell.model.pretrained)
                 check_layers(self.cell.model.pretrained, self.cell.model.revision)
-                named = arguments.get("tokenizer")
-                check_tokens(named if isinstance(named, str) else self.cell.model.pretrained, self.cell.model.revision)
+            check_tokens(tokens if isinstance(tokens, str) else self.cell.model.pretrained, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
-        if self.built is None:
-            self._build(lambda name, revision: self._model)
+        if loaded is not None:
+            reference = self.cell.model.reference
+            with nullcontext() if reference is None else loading(f"reference={reference!r}"):
+                self._take_object(arguments)
         check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
@@ -125,6 +125,7 @@ class IntactKVLM(PivotedTalks):
             **self._identity(),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "scoring_on_rank_0": asdict(self.counts),
+            "handed_over": self._record_of_objects(),
             "world_size": self.world_size,
             "versions": versions(),
             "basis_residual": self.built.basis_residual if self.built else None,
@@ -147,50 +148,9 @@ class IntactKVLM(PivotedTalks):
         if self.cell.pivot.chat_template:
             use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
 
-    def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
-        parent, plain = super()._create_model, self.AUTO_MODEL_CLASS
-
-        def load(name: str, revision: str) -> Any:
-            packed = self._layout is not None and name == pretrained
-            own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
-            shelf = current_shelf()
-            if shelf is None:
-                return fresh(name, revision, packed, own)
-            key = (name, revision, self.cell.backend if packed else "", str(self.device), repr(sorted(own.items())))
-            return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
-
-        def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
-            said = self._idle if name == pretrained else None
-            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain, said)
-            try:
-                parent(pretrained=name, revision=revision, **own)
-            finally:
-                self.AUTO_MODEL_CLASS = plain
-            model, self._model = self._model, None
-            return model
-
-        self._build(load)
-
-    def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
-        """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
-        super()._get_config(pretrained, *args, **kwargs)
-        found = read_quantization(pretrained, self._config, self.cell.model.revision)
-        self._quantization, self._layout = found.summary, found.layout
-        if found.layout is not None or found.idle:
-            without_quantization(self._config)
-        self._idle = self._config if found.idle else None
-
-    def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
-        assert self._layout is not None
-        return PackedCheckpoint(auto_class, self._layout, self._config, self.cell.backend)
-
-    def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return with_cpu_memory(super()._get_accelerate_args(*args, **kwargs), kwargs.get("max_cpu_memory"))
-
     def _build(self, load: Any) -> None:
-        changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
         self.built = build(
-            self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout),
+            self.cell, self.config, self.tokenizer, load, self._quantization, self._changed, rotation_of(self._layout),
             current_shelf(), chat_arguments(self.hf_arguments),
         )  # fmt: skip
         self._model = self.built.pivoted.model

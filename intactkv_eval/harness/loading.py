@@ -24,6 +24,19 @@ _LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no such
 _MOST = 1_000  # five times what the deepest model has; each is built before a tensor is read
 
 
+def check_no_adapter(pretrained: str) -> None:
+    """Raise ConfigError for a folder that holds an adapter of peft and no model."""
+    folder = Path(pretrained)
+    if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
+        return
+    base = parse_json((folder / "adapter_config.json").read_bytes())
+    name = base.get("base_model_name_or_path") if isinstance(base, dict) else None
+    raise ConfigError(
+        f"pretrained={pretrained}: the folder holds an adapter of peft, and no model: name the model that it belongs "
+        f"to with pretrained={name or '...'}, and the adapter with peft={pretrained}"
+    )
+
+
 @contextmanager
 def loading(what: str) -> Iterator[None]:
     """Raises ConfigError for what is not there or not loadable, CheckpointError for files that are damaged.

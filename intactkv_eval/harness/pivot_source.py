@@ -5,7 +5,7 @@ Knows models and cells; neither changes a model nor quantizes one.
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from intactkv_eval.compat.rope_length import rope_by_length
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.prefix_search import tokens_of
-from intactkv_eval.model.declared import declared_quantization
+from intactkv_eval.harness.quantization import quantization_in_memory
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
@@ -35,15 +35,24 @@ def pivot_of_file(cell: CellSpec) -> PivotKV | None:
 
 
 def pivot_of_reference(
-    cell: CellSpec, reference: str, token_ids: tuple[int, ...], load: Loader, config: PretrainedConfig
+    cell: CellSpec,
+    reference: str,
+    token_ids: tuple[int, ...],
+    load: Loader,
+    config: PretrainedConfig,
+    changed: Collection[str] = (),
 ) -> PivotKV:
-    """From the store, or from the reference itself, which is loaded and freed again. config: of the evaluated model."""
-    kept = store.find(store.source_identity(reference, "main"), cell.model.dtype, token_ids)
+    """From the store, or from the reference itself, which is loaded and freed again; `changed` as in `captured`.
+
+    config: of the evaluated model.
+    """
+    identity = None if reference in changed else store.source_identity(reference, "main")
+    kept = store.find(identity, cell.model.dtype, token_ids)
     if kept is not None and _is_whole(kept, config):
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
     model = _full_precision(reference, "main", load)
-    pivot = captured(model, reference, cell, token_ids)
+    pivot = captured(model, reference, cell, token_ids, changed=changed)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -54,7 +63,7 @@ def pivot_of_reference(
 def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
     """A model to capture or search in. Raises PivotError where it is quantized, UnsupportedModelError."""
     model = load(name, revision)
-    if declared_quantization(model.config) is not None:
+    if quantization_in_memory(model).summary is not None:
         raise PivotError(f"{name} is itself quantized: name the full-precision model with reference=...")
     check_supported(model)
     check_resident(model)
@@ -63,17 +72,19 @@ def _full_precision(name: str, revision: str, load: Loader) -> PreTrainedModel:
 
 def captured(
     model: PreTrainedModel,
-    name: str | None,
+    name: str,
     cell: CellSpec,
     token_ids: tuple[int, ...],
     search: AWQSearch | None = None,
+    changed: Collection[str] = (),
 ) -> PivotKV:
-    """What `model` computes, or what it computed when it was kept under `name` (None: nothing is).
+    """What `model` computes, or what it computed when it was kept under `name`.
 
-    search: whose scales are in the model.
+    search: whose scales are in the model. changed: names whose models are not what their files alone say; nothing is
+    kept under these.
     """
     revision = "main" if name == cell.model.reference else cell.model.revision
-    identity = store.source_identity(name, revision) if name is not None else None
+    identity = None if name in changed else store.source_identity(name, revision)
     fingerprint = fingerprint_of(model, revision)
     if search is not None:
         identity = identity and f"{identity} awq_search {search.digest}"
@@ -99,7 +110,7 @@ def tokens_in_front(
     load: Loader,
     quantization: dict[str, Any] | None,
     chat: Mapping[str, Any] | None,
-    changed: bool,
+    changed: Collection[str],
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; the rest as `build.build` has it. Raises PivotError, DataError."""
     if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
@@ -109,5 +120,5 @@ def tokens_in_front(
         )
     source = cell.model.reference or cell.model.pretrained
     revision = "main" if cell.model.reference else cell.model.revision
-    known = None if changed and source == cell.model.pretrained else (source, revision, cell.model.dtype)
+    known = None if source in changed else (source, revision, cell.model.dtype)
     return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load), chat)

@@ -10,6 +10,8 @@ from intactkv_eval.compat.transformers_api import file_of
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.declared import declared_quantization
 from intactkv_eval.model.linear import backends_of, quantized_layers
+from intactkv_eval.model.packed import LAYOUT
+from intactkv_eval.pivot.weight_sample import kinds_of_codes
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import NAMES, Format, compressed_tensors, format_of, gptq
 from intactkv_eval.weights.formats.spellings import name_of
@@ -29,12 +31,19 @@ class Quantization(NamedTuple):
     idle: bool = False
 
 
-def quantization_in_memory(model: PreTrainedModel) -> dict[str, Any] | None:
-    """What a loaded model says of its own quantization, or shows by its layers; None for one in full precision."""
+def quantization_in_memory(model: PreTrainedModel) -> Quantization:
+    """Of a loaded model: what it was read as by us, what transformers says in its config, or what its layers show."""
     said = declared_quantization(model.config)
+    layout: Format | None = getattr(model, LAYOUT, None)
     if said is not None:
-        return {"method": str(said.get("quant_method"))}
-    return {"method": "packed layers"} if backends_of(model) else None
+        return Quantization({"method": _method(said)}, None)
+    if not backends_of(model):
+        kinds = kinds_of_codes(model)
+        return Quantization({"method": f"layers of {', '.join(sorted(kinds))}"} if kinds else None, None)
+    if layout is None:
+        return Quantization({"method": "packed layers"}, None)
+    made = getattr(model.config, RECORD, None)
+    return Quantization({**layout.summary(), "made": made} if made else layout.summary(), layout)
 
 
 def read_quantization(pretrained: str, config: PretrainedConfig, revision: str = "main") -> Quantization:

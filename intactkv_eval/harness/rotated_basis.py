@@ -4,7 +4,7 @@ The rotation is known from the checkpoint's config, so nothing is estimated: the
 must be the checkpoint's up to rounding (v_proj whole, some rows of others), and so must the embeddings, turned back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from intactkv_eval.quantize.rotation import (
     rotated_writer,
     unrotated_rows,
 )
-from intactkv_eval.weights.checkpoint import Checkpoint, checkpoint_folder
+from intactkv_eval.weights.checkpoint import TensorSource, files_of
 from intactkv_eval.weights.hadamard import hadamard_rows
 from intactkv_eval.weights.stages import Rotation
 
@@ -36,9 +36,17 @@ _ROWS = 16
 
 
 def in_rotated_basis(
-    pivot: PivotKV, model: PreTrainedModel, rotation: Rotation, checkpoint: str, reference: str | None, rules: Rules
+    pivot: PivotKV,
+    model: PreTrainedModel,
+    rotation: Rotation,
+    checkpoint: str,
+    reference: str | None,
+    rules: Rules,
+    tensors_of: Callable[[str], TensorSource] = files_of,
 ) -> tuple[PivotKV, float | None]:
     """`pivot`, plain, in the basis of the rotated `model`; and, where there is a reference, v_proj's worst residual.
+
+    tensors_of: of `reference`, by its name.
 
     Raises PivotError where the weights say that the checkpoint is of another model, or V is scaled beside.
     """
@@ -49,7 +57,7 @@ def in_rotated_basis(
     if reference is None:
         return to_rotated(pivot), None
     names = FAMILIES[model.config.get_text_config(decoder=True).model_type]
-    source = NamedCheckpoint(Checkpoint(checkpoint_folder(reference, "main")), model)
+    source = NamedCheckpoint(tensors_of(reference), model)
     prefix, layers = decoder_layers(model)
     values: list[LayerBasis] = []
     sampled: dict[str, Sampled] = {}

@@ -6,6 +6,7 @@ copied. Knows nothing of pivots and of the harness.
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from accelerate import dispatch_model
@@ -39,7 +40,7 @@ def quantized_model(
     """
     layers, specs = linear_layers(source), stages or {}
     check_resident(source)
-    target = _build_on_meta(source)
+    target = _copy_on_meta(source)
     for name, layer in layers.items():
         held = layer.prepare.spec if isinstance(layer, StagedLinear) else StageSpec()
         spec = specs.get(name, held)
@@ -56,6 +57,21 @@ def quantized_model(
     if devices and len(set(map(str, devices.values()))) > 1:
         dispatch_model(target, device_map=devices)
     return target
+
+
+def _copy_on_meta(source: PreTrainedModel) -> PreTrainedModel:
+    """The modules of `source` with every tensor on meta: its class may need more than a config, or its modules differ.
+
+    Where accelerate has put its hooks around modules, they are built anew from the config, and get hooks of their own.
+    """
+    if any(hasattr(module, "_hf_hook") for module in source.modules()):
+        return _build_on_meta(source)
+    memo: dict[int, Any] = {}
+    for parameter in source.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+    for buffer in source.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(source, memo)
 
 
 def _build_on_meta(source: PreTrainedModel) -> PreTrainedModel:

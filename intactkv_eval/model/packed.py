@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _EXPERT = re.compile(r"(^|[._])experts?\.")
 # Buffers that older releases saved and that models compute themselves.
+LAYOUT = "intactkv_layout"
+"""The attribute of a model that holds the format which its packed layers were read from."""
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$")
 
 
@@ -74,6 +76,7 @@ def packed_model(
             set_module_tensor_to_device(model, name, places.of(name))
     verify(model)
     model.name_or_path = str(checkpoint.folder)
+    setattr(model, LAYOUT, layout)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     model.eval().requires_grad_(False)

@@ -11,19 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.transformers_api import renamed_on_loading
-from intactkv_eval.weights.checkpoint import Checkpoint
+from intactkv_eval.weights.checkpoint import TensorSource
 
 
 class NamedCheckpoint:
     """The tensors of a checkpoint by their names in `model`; those that have no place in it by their own.
 
     Args:
-        checkpoint: The files.
+        checkpoint: The files, or the tensors of a loaded model.
         model: The model that they are read into; it may be on meta.
         packed: The last words of the names of what stands for a `weight`: qweight, scales, ...
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel, packed: Collection[str] = ()) -> None:
+    def __init__(self, checkpoint: TensorSource, model: PreTrainedModel, packed: Collection[str] = ()) -> None:
         self.checkpoint = checkpoint
         self._stored: dict[str, str] = {}
         self.converted: list[str] = []
@@ -42,8 +42,8 @@ class NamedCheckpoint:
             self._stored[stored if name is None or name in self._stored else name] = stored
 
     @property
-    def folder(self) -> Path:
-        """Of the checkpoint."""
+    def folder(self) -> Path | str:
+        """Of the checkpoint; the name of a loaded model."""
         return self.checkpoint.folder
 
     @property

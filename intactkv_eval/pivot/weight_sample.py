@@ -35,6 +35,26 @@ class Sampled(NamedTuple):
     plain: bool
 
 
+def kinds_of_codes(model: PreTrainedModel) -> set[str]:
+    """What holds the matrices of linear layers that are no plain numbers: classes of tensors or layers, or dtypes.
+
+    By it a model shows that it is quantized where its config does not say so.
+    """
+    found: set[str] = set()
+    for module in model.modules():
+        if not _is_linear(module) or any(True for _ in module.children()):
+            continue
+        weight = getattr(module, "weight", None)
+        if _is_plain(weight):
+            continue
+        if isinstance(weight, Tensor):
+            plain = type(weight) in (Tensor, nn.Parameter)
+            found.add(str(weight.dtype).removeprefix("torch.") if plain else type(weight).__name__)
+        else:
+            found.add(type(module).__name__)
+    return found
+
+
 @torch.no_grad()
 def weight_sample(model: PreTrainedModel) -> dict[str, Sampled]:
     """The sample of a model as it is loaded, on the CPU, by names inside its decoder.
@@ -62,7 +82,8 @@ def _body(model: PreTrainedModel) -> nn.Module:
 
 def _of_module(module: nn.Module, dtype: torch.dtype, words: bool) -> Iterator[tuple[str, Sampled]]:
     own = dict(module.named_parameters(recurse=False))
-    if _is_linear(module) and not (set(own) <= {"weight", "bias"} and _is_plain(own.get("weight"))):
+    embeds = isinstance(getattr(module, "weight", None), Tensor) and _wraps_embedding(module)
+    if _is_linear(module) and not embeds and not (set(own) <= {"weight", "bias"} and _is_plain(own.get("weight"))):
         yield "weight", Sampled(_of_quantized(module, dtype, words), plain=False)
         own.pop("weight", None)
     for key, value in own.items():
@@ -110,6 +131,11 @@ def _without_bias(module: nn.Module) -> Iterator[None]:
 def _is_linear(module: nn.Module) -> bool:
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
     return all(isinstance(size, int) and size > 0 for size in sizes)
+
+
+def _wraps_embedding(module: nn.Module) -> bool:
+    """An adapter around an embedding has the sizes of a linear layer, and takes ids."""
+    return any(isinstance(child, nn.Embedding) for child in module.children())
 
 
 def _is_plain(tensor: Any) -> TypeGuard[Tensor]:

@@ -3,9 +3,9 @@
 Nothing is held: a tensor is read when it is asked for and is the caller's. Pickles are refused unread. Knows no model.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -45,6 +45,31 @@ class Checkpoint:
             with _opened(self.folder / file) as tensors:
                 found.update({name: tensors.get_tensor(name).clone() for name in inside})
         return found
+
+
+class HeldTensors:
+    """The tensors of a loaded model, read as those of a folder's files are."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self.folder = name
+        self._tensors = tensors
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every tensor's name."""
+        return frozenset(self._tensors)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of these names, on the CPU, with storage of their own."""
+        return {name: self._tensors[name].detach().to("cpu", copy=True) for name in names}
+
+
+TensorSource: TypeAlias = Checkpoint | HeldTensors
+
+
+def files_of(reference: str) -> TensorSource:
+    """The tensors of a model that is named, on the hub's main branch. Raises CheckpointError where there are none."""
+    return Checkpoint(checkpoint_folder(reference, "main"))
 
 
 def quantization_beside(file_of: Callable[[str], Path | None]) -> dict[str, Any] | None:
