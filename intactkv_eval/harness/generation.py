@@ -22,6 +22,7 @@ from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, generate_with_cache
 from intactkv_eval.compat.transformers_api import set_output_cache
 from intactkv_eval.errors import NumericsError, PivotError
+from intactkv_eval.harness.generation_settings import refusals_explained, served
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
@@ -45,11 +46,14 @@ def generate(
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`. Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
+    `transformers.generate`, over those of the model's generation_config (generation_settings.py). Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
     that requests have in common, and of earlier turns. sampler: how each row is sampled, instead of by `options`.
-    Raises PivotError for a row without a token where there is no pivot either.
+    Raises PivotError for a row without a token where there is no pivot either, ConfigError for settings that cannot be
+    served, or that transformers refuses.
     """
-    return _generated(pivoted, bodies, mask, _How(max_new_tokens, stopping, sampler, options), starts)
+    found = served(pivoted.model.generation_config, options, pivoted.writer is not None)
+    how = _How(max_new_tokens, stopping, sampler, found.options, found.beams, found.by_length)
+    return _generated(pivoted, bodies, mask, how, starts)
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,8 @@ class _How:
     stopping: Stopping | None
     sampler: RowSampler | None
     options: dict[str, Any]
-
-    @property
-    def beams(self) -> int:
-        """transformers repeats the ids of a row for its beams, not a given cache."""
-        return int(self.options.get("num_beams") or 1)
+    beams: int  # transformers repeats the ids of a row for them, not a given cache
+    by_length: bool  # whether a row must not have padding
 
     def of(self, rows: Tensor) -> "_How":
         """For the rows of a batch that `rows` [B] (bool) names."""
@@ -83,7 +84,8 @@ def _generated(
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
     in_groups = pivoted.writer is not None and pivoted.writer.in_groups
-    if (in_groups and padding.any()) or _padding_counts(pivoted, rows, front, how.new_tokens):
+    apart = (in_groups or how.by_length) and padding.any()
+    if apart or _padding_counts(pivoted, rows, front, how.new_tokens):
         lengths = [padding == amount for amount in sorted(set(padding.tolist()))]
         return _apart(pivoted, bodies, mask, lengths, how)
     if front is not None or pivoted.pivot is not None:
@@ -113,16 +115,17 @@ def _called(
 ) -> Tensor:
     """transformers' generate; what a broken row of `rows` is broken by is looked for."""
     try:
-        out: Tensor = generate_with_cache(
-            pivoted.model,
-            cache,
-            ids,
-            attention_mask=mask,
-            max_new_tokens=how.new_tokens,
-            stopping_criteria=how.stopping(ids.shape[1], len(ids)) if how.stopping else None,
-            logits_processor=LogitsProcessorList([FiniteLogits(), *([how.sampler] if how.sampler else [])]),
-            **how.options,
-        )
+        with refusals_explained(pivoted.model, how.options):
+            out: Tensor = generate_with_cache(
+                pivoted.model,
+                cache,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=how.new_tokens,
+                stopping_criteria=how.stopping(ids.shape[1], len(ids)) if how.stopping else None,
+                logits_processor=LogitsProcessorList([FiniteLogits(), *([how.sampler] if how.sampler else [])]),
+                **how.options,
+            )
     except BrokenLogits as error:
         broken = [*rows[error.place // how.beams], *error.tokens[ids.shape[1] :].tolist()]
         raise NumericsError(f"{error}: {_where(pivoted, broken)}") from None
@@ -186,10 +189,13 @@ def _pivot_ids(pivoted: PivotedModel, bodies: Tensor) -> Tensor:
 
 
 def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """`front` [B, P] between each row's padding and its body, as a tokenizer puts it; ids and mask [B, P + T]."""
+    """`front` [B, P] between each row's padding and its body, as a tokenizer puts it; ids and mask [B, P + T].
+
+    Padding is a token of the row itself: a tokenizer's own may be no word of the model.
+    """
     ids = torch.cat([front, bodies], dim=1)
     for row, amount in enumerate(padding.tolist()):
-        ids[row] = torch.cat([bodies[row, :amount], front[row], bodies[row, amount:]])
+        ids[row] = torch.cat([bodies[row, amount].expand(amount), front[row], bodies[row, amount:]])
     columns = torch.arange(ids.shape[1], device=ids.device)
     return ids, (columns >= padding.to(ids.device)[:, None]).long()
 

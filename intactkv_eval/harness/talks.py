@@ -15,11 +15,13 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.generation_settings import served
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import Draw, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 
 CHUNK = 64
+_ONE_BEAM = {"num_beams": 1, "stop_strings": None}  # whatever the checkpoint's file says: stop strings are the codec's
 Talk = TypeVar("Talk")
 Talk_contra = TypeVar("Talk_contra", contravariant=True)
 
@@ -77,7 +79,8 @@ def converse(
     """Answer all talks, `rows` at a time; `done` gets each one's number and turns as it ends."""
     waiting = deque(_Row(place, talk) for place, talk in enumerate(talks))
     under_way: list[_Row[Talk]] = []
-    chunk = CHUNK if starts is not None and starts.turns is not None else None
+    kept = starts is not None and starts.turns is not None
+    chunk = CHUNK if kept and not served(pivoted.model.generation_config, _ONE_BEAM).in_one_go else None
     while waiting or under_way:
         while waiting and len(under_way) < rows:
             under_way.append(waiting.popleft())
@@ -118,6 +121,7 @@ def _go_on(
         eos_token_id=list(codec.eos),
         pad_token_id=codec.pad,
         do_sample=False,
+        **_ONE_BEAM,
     )
     for row, made in zip(rows, out[:, longest:].tolist(), strict=True):
         _take(row, made, codec)
