@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
+from intactkv_eval.compat.tensor_parts import plain_numbers, tensor_parts
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot.kv import Fingerprint, PivotKV
@@ -92,14 +93,18 @@ def embedding_hash(model: PreTrainedModel) -> str:
 
 def embedding_sample(model: PreTrainedModel) -> tuple[float, ...]:
     """256 evenly spaced numbers of the input embeddings."""
-    flat = model.get_input_embeddings().weight.detach().reshape(-1)
+    flat = plain_numbers(model.get_input_embeddings().weight).reshape(-1)
     return tuple(flat[:: max(1, flat.numel() // 256)][:256].to(torch.float64).tolist())
 
 
 def weight_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over name, shape, dtype and 1024 evenly spaced elements of every tensor; wherever the files lie."""
+    """SHA-256 over name, shape, dtype and 1024 evenly spaced elements of every tensor; wherever the files lie.
+
+    Of a tensor that wraps others (torchao's), it is that of its parts.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    parts = [part for name, tensor in tensors for part in tensor_parts(name, tensor)]
+    for name, tensor in sorted(parts, key=lambda item: item[0]):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLE)
