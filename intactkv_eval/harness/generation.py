@@ -46,8 +46,9 @@ def generate(
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`, over those of the model's generation_config (generation_settings.py). Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
-    that requests have in common, and of earlier turns. sampler: how each row is sampled, instead of by `options`.
+    `transformers.generate`, over those of the model's generation_config (generation_settings.py). Rows that cannot
+    share a batch are generated in several. starts: keeps the KV of a start that requests have in common, and of
+    earlier turns. sampler: how each row is sampled, instead of by `options`.
     Raises PivotError for a row without a token where there is no pivot either, ConfigError for settings that cannot be
     served, or that transformers refuses.
     """

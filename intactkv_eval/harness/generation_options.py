@@ -45,7 +45,9 @@ class _Kind(NamedTuple):
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
         kinds = (int,) if self.kind is int else (int, float)
-        return isinstance(value, kinds) and self.least <= value <= self.most and not (self.above and value == self.least)
+        return (
+            isinstance(value, kinds) and self.least <= value <= self.most and not (self.above and value == self.least)
+        )
 
 
 class _Tokens(NamedTuple):
@@ -67,7 +69,8 @@ _POSITIVE = _Kind(float, "a number above 0", above=True)
 _ONE_OR_MORE = _Tokens("a token id, or a list of them", alone=True)
 _KINDS: dict[str, _Kind | _Tokens] = {
     **dict.fromkeys((*LENGTHS, "max_length", "num_beams", "num_return_sequences", "num_beam_groups"), _FROM_1),
-    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _FROM_0),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k"), _FROM_0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), _FROM_0),
     **dict.fromkeys(("top_p", "min_p", "epsilon_cutoff", "eta_cutoff"), _SHARE),
     **dict.fromkeys(("typical_p", "top_h"), _OPEN_SHARE),
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty", "max_time"), _POSITIVE),
@@ -81,13 +84,13 @@ _KINDS: dict[str, _Kind | _Tokens] = {
 }  # fmt: skip
 
 
-def check_options(options: Mapping[str, Any], source: str = "--gen_kwargs", others: tuple[str, ...] = ()) -> None:
+def check_options(options: Mapping[str, Any], source: str = "--gen_kwargs") -> None:
     """Raise ConfigError for an option that nobody reads, or that `generate` would refuse.
 
-    source: where the options are from, for the message. others: names that a task of ours reads itself.
+    source: where the options are from, for the message.
     """
     settings = known_settings()
-    offered = [key for key in (*_OF_LM_EVAL, *others, *settings) if key not in {*_REFUSED, *_NOTHING, *DROPPED}]
+    offered = [key for key in (*_OF_LM_EVAL, *settings) if key not in {*_REFUSED, *_NOTHING, *DROPPED}]
     for key, value in options.items():
         if key in _REFUSED or key in _NOTHING:
             reason = _REFUSED.get(key, "it does nothing here")

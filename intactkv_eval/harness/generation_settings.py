@@ -130,7 +130,7 @@ class OwnLengths:
 
 
 def own_lengths(file: GenerationConfig, options: Mapping[str, Any]) -> OwnLengths:
-    """The lengths that a checkpoint's settings and lm_eval's options ask for, in the order of precedence of `generate`."""
+    """The lengths that a checkpoint's settings and lm_eval's options ask for, by the precedence of `generate`."""
     shortest = options.get("min_length", file.min_length)
     least = options.get("min_new_tokens", file.min_new_tokens)
     return OwnLengths(file.max_new_tokens, options.get("max_length"), shortest if shortest and least is None else None)
@@ -177,7 +177,7 @@ def _check_served(both: Mapping[str, Any], options: Mapping[str, Any], quantizes
         reasons["num_return_sequences"] = "a request has one answer (lm_eval asks for several by a task's `repeats`)"
     if both.get("token_healing"):
         reasons["token_healing"] = "it replaces the last tokens of a prompt, and lm_eval's hf does not generate with it"
-    if quantizes_kv and both.get("guidance_scale") not in {None, 1, 1.0}:
+    if quantizes_kv and both.get("guidance_scale") not in {None, 1}:
         reasons["guidance_scale"] = "its second pass over the model has a KV cache of its own, which is not quantized"
     if options.get("stop_strings") is not None:
         reasons["stop_strings"] = "lm_eval names stop strings by until=..."

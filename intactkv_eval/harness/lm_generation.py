@@ -120,8 +120,8 @@ class PivotedGeneration(HFLM):
             longest = min(longest, self.max_length + len(self.framing.token_ids) - new)
             if longest >= lengths.total:
                 raise ConfigError(
-                    f"{source}: max_length={lengths.total} leaves no room behind a prompt of {longest} tokens, which it "
-                    "counts too; choose the number of new tokens with max_gen_toks"
+                    f"{source}: max_length={lengths.total} leaves no room behind a prompt of {longest} tokens, which "
+                    "it counts too; choose the number of new tokens with max_gen_toks"
                 )
 
     def _new_tokens(self, options: Mapping[str, Any]) -> int:
