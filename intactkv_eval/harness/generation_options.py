@@ -25,6 +25,10 @@ _NOTHING = (
     "assistant_confidence_threshold", "max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind",
     "assistant_ensemble_weight",
 )  # fmt: skip
+_OTHER_KINDS = (
+    "constraints", "dola_layers", "force_words_ids", "num_beam_groups", "diversity_penalty", "stop_strings",
+    "token_healing", "num_return_sequences",
+)  # fmt: skip  # which are never suggested
 _OTHER_NAMES = {
     "stop": "until", "stop_sequences": "until", "stop_words": "until", "stop_token_ids": "eos_token_id",
     "eos": "eos_token_id", "beam_size": "num_beams", "beams": "num_beams", "n": "num_return_sequences",
@@ -90,12 +94,12 @@ def check_options(options: Mapping[str, Any], source: str = "--gen_kwargs") -> N
     source: where the options are from, for the message.
     """
     settings = known_settings()
-    offered = [key for key in (*_OF_LM_EVAL, *settings) if key not in {*_REFUSED, *_NOTHING, *DROPPED}]
+    offered = [key for key in (*_OF_LM_EVAL, *settings) if key not in {*_REFUSED, *_NOTHING, *_OTHER_KINDS, *DROPPED}]
     for key, value in options.items():
         if key in _REFUSED or key in _NOTHING:
             reason = _REFUSED.get(key, "it does nothing here")
             raise ConfigError(f"{source}: {key}={value!r}: {reason}; leave it out")
-        if key not in offered and key not in DROPPED:
+        if key not in {*offered, *_OTHER_KINDS, *DROPPED}:
             if key in _OTHER_NAMES:
                 raise ConfigError(f"{source}: unknown argument {key!r}: did you mean {_OTHER_NAMES[key]!r}?")
             raise ConfigError(f"{source}: {unknown_key(key, offered)}")
@@ -110,7 +114,7 @@ def check_options(options: Mapping[str, Any], source: str = "--gen_kwargs") -> N
         served(GenerationConfig(), own)
         GenerationConfig().update(**{key: value for key, value in own.items() if value is not None})
     except (ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{source}: {str(error)[:400]}") from None
+        raise ConfigError(f"{source}: transformers' generate refuses {own}: {str(error)[:300]}") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 

@@ -124,9 +124,9 @@ class OwnLengths:
             return self.new
         return otherwise if self.total is None else self.total - prompt
 
-    def least(self, prompt: int) -> int | None:
-        """The least new tokens behind it, None where nothing is asked."""
-        return None if self.shortest is None else max(0, self.shortest - prompt)
+    def least(self, prompt: int, new: int) -> int | None:
+        """The least new tokens behind it, of at most `new`; None where nothing is asked."""
+        return None if self.shortest is None else min(max(0, self.shortest - prompt), new)
 
 
 def own_lengths(file: GenerationConfig, options: Mapping[str, Any]) -> OwnLengths:

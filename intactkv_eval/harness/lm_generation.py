@@ -165,10 +165,10 @@ class PivotedGeneration(HFLM):
         if file.stop_strings is not None:
             options["tokenizer"] = self.tokenizer
         fill = self.filling_token
-        rows = [
-            (lengths.new_tokens(length, max_length - context.shape[1]), lengths.least(length), None if fill else place)
-            for place, length in enumerate(self._prompt_lengths)
-        ]
+        rows = []
+        for place, length in enumerate(self._prompt_lengths):
+            new = lengths.new_tokens(length, max_length - context.shape[1])
+            rows.append((new, lengths.least(length, new), None if fill is not None else place))
         found: list[list[int]] = [[] for _ in rows]
         for one in dict.fromkeys(rows):
             alike = torch.tensor([row == one for row in rows])
@@ -181,7 +181,7 @@ class PivotedGeneration(HFLM):
                 new,
                 partial(row_stops, self.tokenizer, stop),
                 self._starts,
-                pad_token_id=fill or 0,
+                pad_token_id=0 if fill is None else fill,
                 **for_generate(options if least is None else {**options, "min_new_tokens": least, "min_length": None}),
             )
             width = context.shape[1] - first  # behind it; beams without an EOS are filled up with -1
