@@ -102,7 +102,9 @@ def test_what_changes_no_number_is_left_out_and_said(asking, caplog):
 
 def test_stop_strings_of_the_file_end_a_text(asking, llama, tokenizer):
     ids = torch.tensor([tokenizer(PROMPTS[0]).input_ids])
-    plain = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0, ids.shape[1] :]
+    plain = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[
+        0, ids.shape[1] :
+    ]
     stop = tokenizer.decode(plain[2:3])
     expected = llama.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
@@ -138,7 +140,9 @@ def test_what_transformers_refuses_is_no_traceback(asking):
 def test_a_row_ends_at_the_eos_that_the_file_does_not_name(asking, llama, tokenizer):
     """The rows beside it go on; a special token is not decoded, so nothing would be cut where it stood."""
     ids = torch.tensor([tokenizer(PROMPTS[0]).input_ids])
-    plain = llama.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None)
+    plain = llama.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False, eos_token_id=None
+    )
     mark = tokenizer.convert_ids_to_tokens(int(plain[0, ids.shape[1] + 3]))
     for eos in (None, [5]):
         folder = asking(eos_token_id=eos)
