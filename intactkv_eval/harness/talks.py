@@ -10,7 +10,7 @@ beside it, but for the rounding of other batch shapes. Knows tokens; texts are i
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +21,10 @@ from intactkv_eval.harness.row_sampler import Draw, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 
 CHUNK = 64
-_ONE_BEAM = {"num_beams": 1, "stop_strings": None}  # whatever the checkpoint's file says: stop strings are the codec's
+_ONE_BEAM: dict[str, Any] = {
+    "num_beams": 1,
+    "stop_strings": None,
+}  # whatever the checkpoint's file says: stop strings are the codec's
 Talk = TypeVar("Talk")
 Talk_contra = TypeVar("Talk_contra", contravariant=True)
 

@@ -65,7 +65,7 @@ def asking(saved_llama):
         {"max_new_tokens": 12},
         {"eos_token_id": [5, 40], "pad_token_id": -1},
     ],
-    ids=lambda settings: "+".join(settings),
+    ids="+".join,
 )
 def test_what_the_file_asks_for_counts_as_in_hf(asking, settings):
     folder = asking(**settings)
@@ -133,7 +133,7 @@ def test_what_cannot_be_served_is_refused_by_its_name_and_place(asking, settings
 
 
 def test_what_transformers_refuses_is_no_traceback(asking):
-    with pytest.raises(ConfigError, match="refuses the settings.*bad_words_ids"):
+    with pytest.raises(ConfigError, match=r"refuses the settings.*bad_words_ids"):
         texts(ours(asking(bad_words_ids=[]), pivot="bos"))
 
 
