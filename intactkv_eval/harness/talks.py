@@ -21,10 +21,7 @@ from intactkv_eval.harness.row_sampler import Draw, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 
 CHUNK = 64
-_ONE_BEAM: dict[str, Any] = {
-    "num_beams": 1,
-    "stop_strings": None,
-}  # whatever the checkpoint's file says: stop strings are the codec's
+_ONE_BEAM: dict[str, Any] = {"num_beams": 1, "stop_strings": None}  # over the checkpoint's: the codec has stop strings
 Talk = TypeVar("Talk")
 Talk_contra = TypeVar("Talk_contra", contravariant=True)
 
