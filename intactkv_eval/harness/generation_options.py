@@ -6,7 +6,7 @@ Their names and values are checked before anything is generated, and those of a 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, WatermarkingConfig
 
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.generation_settings import DROPPED, known_settings, served
@@ -109,10 +109,11 @@ def check_options(options: Mapping[str, Any], source: str = "--gen_kwargs") -> N
     _check_until(options.get("until", []), source)
     if options.get("do_sample") and options.get("temperature") == 0:
         raise ConfigError(f"{source}: do_sample=True with temperature=0: sampling needs a temperature above 0")
-    own = for_generate({key: value for key, value in options.items() if key in settings and key not in LENGTHS})
+    own = {key: value for key, value in options.items() if key in settings and key not in LENGTHS}
     try:
+        own = for_generate(own)
         served(GenerationConfig(), own)
-        GenerationConfig().update(**{key: value for key, value in own.items() if value is not None})
+        GenerationConfig(**{key: value for key, value in own.items() if value is not None}).validate()
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{source}: transformers' generate refuses {own}: {str(error)[:300]}") from None
     except ConfigError as error:
@@ -126,6 +127,9 @@ def _check_until(until: Any, source: str) -> None:
 
 
 def for_generate(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with whole numbers as floats where transformers takes nothing else."""
+    """The same in the types that every release of transformers takes: floats, and the object of a watermark."""
     floats = {key for key, kind in _KINDS.items() if isinstance(kind, _Kind) and kind.kind is float}
-    return {key: float(value) if key in floats and value is not None else value for key, value in options.items()}
+    out = {key: float(value) if key in floats and value is not None else value for key, value in options.items()}
+    if isinstance(out.get("watermarking_config"), dict):
+        out["watermarking_config"] = WatermarkingConfig(**out["watermarking_config"])
+    return out
