@@ -44,7 +44,7 @@ def chosen_flags(arguments: Mapping[str, Any], flags: Mapping[str, Any]) -> dict
     """
     check_names(*split_model_args(arguments))
     handed = {key: value for key, value in flags.items() if value is not None}
-    given = given_to_lm_eval()
+    given = _given_to_lm_eval()
     defaults = {key for key in handed if given is not None and given.get(key) is None}
     for key in handed.keys() & {key for key, value in arguments.items() if value is not None}:
         if key not in defaults:
@@ -77,6 +77,17 @@ def check_generation_flags(flags: Mapping[str, Any]) -> None:
         check_options(simple_parse_args_string(given) if isinstance(given, str) else given)
 
 
+def begin_command() -> None:
+    """In a run of lm_eval's command, before a model is loaded: its generation options are checked, its errors told.
+
+    Raises ConfigError.
+    """
+    flags = _given_to_lm_eval()
+    if flags is not None:
+        errors_in_one_message()
+        check_generation_flags(flags)
+
+
 def errors_in_one_message() -> None:
     """Let an error of the user end lm_eval's own command in one message and exit code 2, as `intactkv` does."""
     other = sys.excepthook
@@ -91,7 +102,7 @@ def errors_in_one_message() -> None:
     sys.excepthook = told
 
 
-def given_to_lm_eval() -> dict[str, Any] | None:
+def _given_to_lm_eval() -> dict[str, Any] | None:
     """What stands in lm_eval's command line and its --config YAML; None where this process is no lm_eval command."""
     program = Path(sys.argv[0])
     if program.stem not in {"lm_eval", "lm-eval"} and program.parent.name != "lm_eval":

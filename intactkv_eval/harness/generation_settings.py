@@ -52,6 +52,7 @@ _OF_THE_WHOLE = (
     "exponential_decay_length_penalty", "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
     "watermarking_config", "max_time", "stop_strings",
 )  # fmt: skip
+_COUNTS = ("num_beams", "num_beam_groups", "num_return_sequences", "min_length", "min_new_tokens", "max_new_tokens")
 _DEFAULTS = {"length_penalty": 1.0, "early_stopping": False, "do_sample": False}  # what None may not stand for
 _OFF = {"encoder_repetition_penalty": 1.0, "guidance_scale": 1.0}  # where neither None, 0 nor False turns it off
 
@@ -89,12 +90,13 @@ def served(file: GenerationConfig, options: Mapping[str, Any], quantizes_kv: boo
     they are written. Raises ConfigError for a setting that cannot be served, with the place where it was found.
     """
     known = known_settings()
+    _check_counts(file)
     both = {**{key: getattr(file, key, None) for key in known}, **options}
     _check_served(both, options, quantizes_kv)
     out = {key: _DEFAULTS.get(key) if value is None else value for key, value in options.items()}
     for key, reason in DROPPED.items():
         if key in known:
-            if key not in options and getattr(file, key, None) not in {None, False}:
+            if key not in options and getattr(file, key, None) not in (None, False):
                 _tell(key, repr(getattr(file, key)), reason)
             out[key] = None
     beams = int(both.get("num_beams") or 1)
@@ -153,12 +155,20 @@ def _tell(key: str, value: str, reason: str) -> None:
     logger.warning("%s: %s=%s is left out: %s", FILE, key, value, reason)
 
 
+def _check_counts(file: GenerationConfig) -> None:
+    """Raise ConfigError for a number of the file that is none."""
+    for key in _COUNTS:
+        value = getattr(file, key, None)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ConfigError(f"{FILE}: {key}={value!r}: expected a whole number")
+
+
 def _check_served(both: Mapping[str, Any], options: Mapping[str, Any], quantizes_kv: bool) -> None:
     """Raise ConfigError for a setting of `both` places, `options` among them, that cannot be served."""
     reasons = {
         key: f"it does nothing here, since {reason}"
         for key, reason in DROPPED.items()
-        if options.get(key) not in {None, False} and (key, options[key]) != ("cache_implementation", "dynamic")
+        if options.get(key) not in (None, False) and (key, options[key]) != ("cache_implementation", "dynamic")
     }
     if both.get("cache_implementation") == "quantized":
         reasons["cache_implementation"] = (
@@ -166,7 +176,9 @@ def _check_served(both: Mapping[str, Any], options: Mapping[str, Any], quantizes
         )
     beams = int(both.get("num_beams") or 1)
     top_k = 50 if both.get("top_k") is None else both["top_k"]
-    if (both.get("penalty_alpha") or 0) > 0 and top_k > 1 and beams == 1 and not both.get("do_sample"):
+    alpha = both.get("penalty_alpha")
+    contrastive = isinstance(alpha, int | float) and alpha > 0 and isinstance(top_k, int) and top_k > 1
+    if contrastive and beams == 1 and not both.get("do_sample"):
         reasons["penalty_alpha"] = f"contrastive search: {_HUB}"
     if int(both.get("num_beam_groups") or 1) > 1 and beams > 1:
         reasons["num_beam_groups"] = f"groups of beams: {_HUB}"
@@ -177,7 +189,7 @@ def _check_served(both: Mapping[str, Any], options: Mapping[str, Any], quantizes
         reasons["num_return_sequences"] = "a request has one answer (lm_eval asks for several by a task's `repeats`)"
     if both.get("token_healing"):
         reasons["token_healing"] = "it replaces the last tokens of a prompt, and lm_eval's hf does not generate with it"
-    if quantizes_kv and both.get("guidance_scale") not in {None, 1}:
+    if quantizes_kv and both.get("guidance_scale") not in (None, 1):
         reasons["guidance_scale"] = "its second pass over the model has a KV cache of its own, which is not quantized"
     if options.get("stop_strings") is not None:
         reasons["stop_strings"] = "lm_eval names stop strings by until=..."

@@ -23,12 +23,7 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.flags import (
-    check_generation_flags,
-    chosen_flags,
-    errors_in_one_message,
-    given_to_lm_eval,
-)
+from intactkv_eval.harness.flags import begin_command, chosen_flags
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import check_layers, check_settings_file, check_tokens, loading
 from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
@@ -100,10 +95,7 @@ class IntactKVLM(PivotedTalks):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "IntactKVLM":
         """As lm_eval makes it: of the model's arguments, and of its own flags without defaults that nobody chose."""
-        flags = given_to_lm_eval()
-        if flags is not None:
-            errors_in_one_message()
-            check_generation_flags(flags)
+        begin_command()
         return cls(**{**arg_dict, **chosen_flags(arg_dict, additional_config or {})})
 
     @classmethod

@@ -8,6 +8,7 @@ import pytest
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness import command
+from intactkv_eval.harness.flags import errors_in_one_message
 from intactkv_eval.harness.generation_options import check_options, for_generate
 from intactkv_eval.harness.lm import IntactKVLM
 
@@ -81,6 +82,19 @@ def test_a_task_of_whom_one_option_is_wrong_is_named_before_anything_is_generate
         lm.generate_until(asked, disable_tqdm=True)
 
 
+def test_an_error_of_the_user_is_one_message_and_exit_code_2(monkeypatch, capsys):
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: others.append(error))
+    errors_in_one_message()
+    with pytest.raises(SystemExit) as ended:
+        sys.excepthook(ConfigError, ConfigError("no such key"), None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "intactkv: no such key\n"
+    sys.excepthook(ValueError, ValueError("ours"), None)
+    assert len(others) == 1
+
+
+@pytest.mark.slow
 def test_lm_evals_own_command_ends_in_one_message_too(tmp_path):
     """Run as lm_eval's program is: by a file of its name."""
     program = tmp_path / "lm_eval"

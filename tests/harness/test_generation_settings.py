@@ -92,12 +92,17 @@ def test_beams_end_at_a_stop_string_as_in_a_batch_of_one(asking):
 
 
 def test_what_changes_no_number_is_left_out_and_said(asking, caplog):
-    folder = asking(cache_implementation="offloaded", return_dict_in_generate=True, output_attentions=True)
+    folder = asking(
+        cache_implementation="offloaded",
+        compile_config={"mode": "default"},
+        return_dict_in_generate=True,
+        output_attentions=True,
+    )
     with caplog.at_level(logging.WARNING):
         found = texts(ours(folder, pivot="bos"))
     assert "generation_config.json: cache_implementation='offloaded' is left out" in caplog.text
     assert "return_dict_in_generate=True is left out" in caplog.text
-    asking(cache_implementation=None, return_dict_in_generate=False, output_attentions=False)
+    asking(cache_implementation=None, compile_config=None, return_dict_in_generate=False, output_attentions=False)
     assert found == texts(hf(folder))
 
 
@@ -123,6 +128,7 @@ def test_stop_strings_of_the_file_end_a_text(asking, llama, tokenizer):
         ({"penalty_alpha": 0.6}, {}, "penalty_alpha=0.6: contrastive"),
         ({"dola_layers": "high"}, {}, "dola_layers='high'"),
         ({"num_beams": 2, "num_beam_groups": 2}, {}, "num_beam_groups=2"),
+        ({"num_beams": "four"}, {}, "num_beams='four': expected a whole number"),
         ({"token_healing": True}, {}, "token_healing=True"),
         ({"guidance_scale": 1.5}, {"kv_bits": 4}, "guidance_scale=1.5.*not quantized"),
     ],
