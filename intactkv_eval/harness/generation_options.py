@@ -129,7 +129,9 @@ def _check_until(until: Any, source: str) -> None:
 def for_generate(options: Mapping[str, Any]) -> dict[str, Any]:
     """The same in the types that every release of transformers takes: floats, and the object of a watermark."""
     floats = {key for key, kind in _KINDS.items() if isinstance(kind, _Kind) and kind.kind is float}
-    out = {key: float(value) if key in floats and value is not None else value for key, value in options.items()}
+    out: dict[str, Any] = {
+        key: float(value) if key in floats and value is not None else value for key, value in options.items()
+    }
     if isinstance(out.get("watermarking_config"), dict):
         out["watermarking_config"] = WatermarkingConfig(**out["watermarking_config"])
     return out

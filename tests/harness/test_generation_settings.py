@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CompileConfig, GenerationConfig
 
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.errors import ConfigError
@@ -94,7 +94,6 @@ def test_beams_end_at_a_stop_string_as_in_a_batch_of_one(asking):
 def test_what_changes_no_number_is_left_out_and_said(asking, caplog):
     folder = asking(
         cache_implementation="offloaded",
-        compile_config={"mode": "default"},
         return_dict_in_generate=True,
         output_attentions=True,
     )
@@ -102,8 +101,13 @@ def test_what_changes_no_number_is_left_out_and_said(asking, caplog):
         found = texts(ours(folder, pivot="bos"))
     assert "generation_config.json: cache_implementation='offloaded' is left out" in caplog.text
     assert "return_dict_in_generate=True is left out" in caplog.text
-    asking(cache_implementation=None, compile_config=None, return_dict_in_generate=False, output_attentions=False)
+    asking(cache_implementation=None, return_dict_in_generate=False, output_attentions=False)
     assert found == texts(hf(folder))
+
+
+def test_settings_that_are_objects_are_left_out_too():
+    found = generation_settings.served(GenerationConfig(compile_config=CompileConfig()), {"output_scores": False})
+    assert found.options["compile_config"] is None
 
 
 def test_stop_strings_of_the_file_end_a_text(asking, llama, tokenizer):
