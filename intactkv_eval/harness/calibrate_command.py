@@ -25,6 +25,7 @@ from intactkv_eval.calibrate.student import Quality, Student
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.calibrate.vicuna import is_vicuna
+from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
@@ -40,7 +41,6 @@ from intactkv_eval.harness.full_cell import (
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.capture import weight_hash
 from intactkv_eval.pivot.kv import Calibrated, PivotKV
 
 

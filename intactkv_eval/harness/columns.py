@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
 from intactkv_eval.compat.transformers_api import cache_layers
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.harness.generation_settings import plain_greedy
 from intactkv_eval.model.activations import activations_off
 from intactkv_eval.model.structure import text_config
 
@@ -103,11 +104,8 @@ class Columns:
             torch.cat([kept, kept[:, :1].expand(1, padding), text], dim=1),
             attention_mask=torch.tensor([[1] * _KEPT + [0] * padding + [1] * _TEXT], device=ids.device),
             max_new_tokens=1,
-            do_sample=False,
-            num_beams=1,
-            return_dict_in_generate=True,
-            output_logits=True,
             pad_token_id=0,
+            **{**plain_greedy(), "return_dict_in_generate": True, "output_logits": True},
         )
         logits: Tensor = made.logits[0]
         return logits

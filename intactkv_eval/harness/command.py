@@ -17,7 +17,7 @@ from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import checked_cell, split_model_args
 from intactkv_eval.harness.batching import check_batch_size
 from intactkv_eval.harness.evaluate import cache_explained, check_written, results_below, task_manager
-from intactkv_eval.harness.flags import check_device_flag, check_flag_names, read_flags_file
+from intactkv_eval.harness.flags import check_device_flag, check_flag_names, check_generation_flags, read_flags_file
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
@@ -92,6 +92,7 @@ def _check(parsed: Namespace) -> None:
     check_flag_names(getattr(parsed, "config", None), from_file)
     if settings["model"] == NAME:
         checked_cell(*split_model_args(settings.get("model_args") or {}))
+        check_generation_flags(settings)
     check_device_flag(settings)
     check_batch_size(settings.get("batch_size"))
     if settings.get("output_path"):

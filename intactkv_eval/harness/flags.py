@@ -8,12 +8,14 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from intactkv_eval.compat.lm_eval_api import EvaluatorConfig, HarnessCLI
+from intactkv_eval.compat.lm_eval_api import EvaluatorConfig, HarnessCLI, simple_parse_args_string
 from intactkv_eval.documents import parse_yaml_of_two
-from intactkv_eval.errors import ConfigError, unknown_key
+from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.harness.arguments import check_names, split_model_args
+from intactkv_eval.harness.generation_options import check_options
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.model.devices import automatic_device, check_device
 
@@ -66,6 +68,38 @@ def check_device_flag(flags: Mapping[str, Any]) -> None:
     """Raise ConfigError for a --device that is not here, where the model class would take the CPU instead."""
     if flags.get("model") in _ON_A_DEVICE:
         check_device(flags.get("device"), "--device ")
+
+
+def check_generation_flags(flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for --gen_kwargs that nobody reads, or that transformers' `generate` would refuse."""
+    given = flags.get("gen_kwargs")
+    if given:
+        check_options(simple_parse_args_string(given) if isinstance(given, str) else given)
+
+
+def begin_command() -> None:
+    """In a run of lm_eval's command, before a model is loaded: its generation options are checked, its errors told.
+
+    Raises ConfigError.
+    """
+    flags = _given_to_lm_eval()
+    if flags is not None:
+        errors_in_one_message()
+        check_generation_flags(flags)
+
+
+def errors_in_one_message() -> None:
+    """Let an error of the user end lm_eval's own command in one message and exit code 2, as `intactkv` does."""
+    other = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, IntactKVError):
+            other(kind, error, trace)
+            return
+        sys.stderr.write(f"intactkv: {error}\n")
+        raise SystemExit(2)  # of which Python makes the exit code
+
+    sys.excepthook = told
 
 
 def _given_to_lm_eval() -> dict[str, Any] | None:

@@ -7,15 +7,15 @@ Where the KV is quantized in groups, rows have no padding, and the cache holds a
 Knows tokens; stop strings and decoding of text are lm_eval's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import LogitsProcessorList
 
 from intactkv_eval.cache.group_cache import StreamCache
 from intactkv_eval.cache.pivot_cache import PivotCache
@@ -23,14 +23,13 @@ from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, gen
 from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
 from intactkv_eval.errors import ConfigError, NumericsError, PivotError
+from intactkv_eval.harness.generation_plan import GenerationPlan, Stopping
+from intactkv_eval.harness.generation_settings import refusals_explained, served
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
 from intactkv_eval.pivot.watch import where_not_finite
-
-Stopping = Callable[[int, int], StoppingCriteriaList]
-"""(columns before the first new token, rows) -> when to stop."""
 
 
 def generate(
@@ -46,66 +45,37 @@ def generate(
     """Left-padded `bodies` [B, T] with `mask` [B, T] (1 where a token is) -> [B, T + N], N <= max_new_tokens.
 
     A row without any token gets its first one from the pivot's own logits. `options` are those of
-    `transformers.generate`. Rows that cannot share a batch are generated in several. starts: keeps the KV of a start
-    that requests have in common, and of earlier turns. sampler: how each row is sampled, instead of by `options`.
-    Raises PivotError for a row without a token where there is no pivot either.
+    `transformers.generate`, over those of the model's generation_config (generation_settings.py). Rows that cannot
+    share a batch are generated in several. starts: keeps the KV of a start that requests have in common, and of
+    earlier turns. sampler: how each row is sampled, instead of by `options`.
+    Raises PivotError for a row without a token where there is no pivot either, ConfigError for settings that cannot be
+    served, or that transformers refuses.
     """
-    return _generated(pivoted, bodies, mask, _How(max_new_tokens, stopping, sampler, options), starts)
-
-
-@dataclass(frozen=True)
-class _How:
-    """How rows go on."""
-
-    new_tokens: int
-    stopping: Stopping | None
-    sampler: RowSampler | None
-    options: dict[str, Any]
-
-    @property
-    def beams(self) -> int:
-        """transformers repeats the ids of a row for its beams, not a given cache."""
-        return int(self.options.get("num_beams") or 1)
-
-    def ended(self, model: PreTrainedModel, ids: Tensor, prompt: int) -> bool:
-        """Whether the one row `ids` [1, T] has ended with its last token, `prompt` columns of which were given."""
-        eos = self.options.get("eos_token_id")
-        ends = eos_ids(model) if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        stopping = self.stopping(prompt, 1) if self.stopping else []
-        return int(ids[0, -1]) in ends or any(bool(torch.as_tensor(one(ids, None)).all()) for one in stopping)
-
-    def behind(self, new_tokens: int) -> "_How":
-        """For rows to which so many new tokens were added already."""
-        stopping, options = self.stopping, dict(self.options)
-        if options.get("min_new_tokens"):
-            options["min_new_tokens"] = max(0, options["min_new_tokens"] - new_tokens)
-        moved = stopping and (lambda columns, rows: stopping(columns - new_tokens, rows))
-        return _How(self.new_tokens - new_tokens, moved, self.sampler, options)
-
-    def of(self, rows: Tensor) -> "_How":
-        """For the rows of a batch that `rows` [B] (bool) names."""
-        return replace(self, sampler=self.sampler and self.sampler.of(rows))
+    found = served(pivoted.model.generation_config, options, pivoted.writer is not None)
+    in_one_go = found.beams > 1 or found.in_one_go
+    plan = GenerationPlan(max_new_tokens, stopping, sampler, found.options, found.beams, found.by_length, in_one_go)
+    return _generated(pivoted, bodies, mask, plan, starts)
 
 
 def _generated(
-    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, how: _How, starts: SharedStart | None = None
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: SharedStart | None = None
 ) -> Tensor:
     padding = (mask == 0).sum(dim=1)
     # The last new token is never an input.
-    longest = (len(pivoted.token_ids) + mask.shape[1] - padding + how.new_tokens - 1).tolist()
+    longest = (len(pivoted.token_ids) + mask.shape[1] - padding + plan.new_tokens - 1).tolist()
     crossing = torch.tensor([pivoted.rope.is_beyond(length) for length in longest], device=mask.device)
     if crossing.any():
         if len(crossing) > 1:
             rows = torch.arange(len(crossing), device=mask.device)
             alone = [rows == row for row in crossing.nonzero()[:, 0]]
-            return _apart(pivoted, bodies, mask, [*alone, *([] if crossing.all() else [~crossing])], how)
-        return _across(pivoted, bodies, mask, how)
+            return _apart(pivoted, bodies, mask, [*alone, *([] if crossing.all() else [~crossing])], plan)
+        return _across(pivoted, bodies, mask, plan)
     if pivoted.rope.grows:
         forget_long_texts(pivoted.model)
-    return _up_to_border(pivoted, bodies, mask, how, starts)
+    return _up_to_border(pivoted, bodies, mask, plan, starts)
 
 
-def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, how: _How) -> Tensor:
+def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, plan: GenerationPlan) -> Tensor:
     """One row [1, T] beyond the border of the RoPE frequencies, alone: in two parts where it begins before the border.
 
     What transformers does with a cache of its own: with longrope everything is computed again at the border; with
@@ -115,54 +85,56 @@ def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, how: _How) -> Ten
     if not pivoted.rope.is_beyond(length):
         forget_long_texts(pivoted.model)
     fitting = pivoted.for_length(length)
-    alone = pivoted.pivot is None and pivoted.writer is None and how.beams > 1
+    alone = pivoted.pivot is None and pivoted.writer is None and plan.in_one_go
     if pivoted.rope.grows or alone:
-        return _up_to_border(fitting, body, mask, how)
+        return _up_to_border(fitting, body, mask, plan)
     if not pivoted.rope.is_beyond(length):
-        if how.beams > 1:
+        if plan.in_one_go:
             raise ConfigError(
-                f"num_beams={how.beams}: a text grows beyond the {pivoted.rope.border} tokens from which on "
-                f"{type(pivoted.model).__name__} has other RoPE frequencies: beams cannot go on there behind a pivot "
-                "or with a quantized KV cache. Use num_beams=1, or shorter prompts and answers"
+                f"a text grows beyond {pivoted.rope.border} tokens; there {type(pivoted.model).__name__} has other RoPE "
+                "frequencies, and beams (num_beams), and settings that count from the end of the prompt "
+                "(min_new_tokens, ...), cannot go on behind a pivot or with a quantized KV cache: leave them out, or "
+                "use shorter prompts and answers"
             )
         first = (pivoted.rope.border or 0) + 1 - length
-        out = _up_to_border(pivoted, body, mask, replace(how, new_tokens=first))
-        if out.shape[1] - body.shape[1] < first or how.ended(pivoted.model, out, body.shape[1]):
+        out = _up_to_border(pivoted, body, mask, replace(plan, new_tokens=first))
+        if out.shape[1] - body.shape[1] < first or plan.ended(pivoted.model, out, body.shape[1]):
             return out
         grown = torch.nn.functional.pad(mask, (0, first), value=1)
-        return _across(pivoted, out, grown, how.behind(first))
+        return _across(pivoted, out, grown, plan.behind(first))
     with keeps_given_cache(pivoted.model):
-        return _up_to_border(fitting, body, mask, how)
+        return _up_to_border(fitting, body, mask, plan)
 
 
 def _up_to_border(
-    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, how: _How, starts: SharedStart | None = None
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: SharedStart | None = None
 ) -> Tensor:
     """Rows that stay on one side of the border of the RoPE frequencies."""
     padding = (mask == 0).sum(dim=1)
     empty = padding == mask.shape[1]
     if empty.all():
-        return torch.cat([bodies, _from_nothing(pivoted, bodies[:, mask.shape[1] :], how)], dim=1)
+        return torch.cat([bodies, _from_nothing(pivoted, bodies[:, mask.shape[1] :], plan)], dim=1)
     if empty.any():
-        return _apart(pivoted, bodies, mask, [empty, ~empty], how)
+        return _apart(pivoted, bodies, mask, [empty, ~empty], plan)
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
     in_groups = pivoted.writer is not None and pivoted.writer.in_groups
-    if (in_groups and padding.any()) or _padding_counts(pivoted, rows, front, how.new_tokens):
+    apart = (in_groups or plan.by_length) and padding.any()
+    if apart or _padding_counts(pivoted, rows, front, plan.new_tokens):
         lengths = [padding == amount for amount in sorted(set(padding.tolist()))]
-        return _apart(pivoted, bodies, mask, lengths, how)
+        return _apart(pivoted, bodies, mask, lengths, plan)
     if front is not None or pivoted.pivot is not None:
         ids, mask = _behind_front(rows, pivoted.token_ids, front, bodies)
     else:
         ids, mask = _behind_padding(_pivot_ids(pivoted, bodies), bodies, padding)
-    turns = starts.turns if starts is not None and how.beams == 1 else None
+    turns = starts.turns if starts is not None and plan.beams == 1 else None
     cache: PivotCache | StreamCache | None = None
     if in_groups:
-        cache = pivoted.prefilled(ids.repeat_interleave(how.beams, 0))
+        cache = pivoted.prefilled(ids.repeat_interleave(plan.beams, 0))
     elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.writer is not None:
-        columns = (mask == 0).sum(dim=1).repeat_interleave(how.beams)
-        cache = pivoted.new_cache(len(rows) * how.beams, columns, *([front.repeated(how.beams)] if front else []))
-    out = _called(pivoted, rows, ids, mask, cache, how)
+        columns = (mask == 0).sum(dim=1).repeat_interleave(plan.beams)
+        cache = pivoted.new_cache(len(rows) * plan.beams, columns, *([front.repeated(plan.beams)] if front else []))
+    out = _called(pivoted, rows, ids, mask, cache, plan)
     if turns is not None and isinstance(cache, PivotCache) and len(out) == len(ids):
         turns.hold(out, torch.nn.functional.pad(mask, (0, out.shape[1] - ids.shape[1]), value=1), cache)
     return torch.cat([bodies, out[:, ids.shape[1] :]], dim=1)
@@ -174,22 +146,23 @@ def _called(
     ids: Tensor,
     mask: Tensor,
     cache: PivotCache | StreamCache | None,
-    how: _How,
+    plan: GenerationPlan,
 ) -> Tensor:
     """transformers' generate; what a broken row of `rows` is broken by is looked for."""
     try:
-        out: Tensor = generate_with_cache(
-            pivoted.model,
-            cache,
-            ids,
-            attention_mask=mask,
-            max_new_tokens=how.new_tokens,
-            stopping_criteria=how.stopping(ids.shape[1], len(ids)) if how.stopping else None,
-            logits_processor=LogitsProcessorList([FiniteLogits(), *([how.sampler] if how.sampler else [])]),
-            **how.options,
-        )
+        with refusals_explained(pivoted.model, plan.options):
+            out: Tensor = generate_with_cache(
+                pivoted.model,
+                cache,
+                ids,
+                attention_mask=mask,
+                max_new_tokens=plan.new_tokens,
+                stopping_criteria=plan.stopping(ids.shape[1], len(ids)) if plan.stopping else None,
+                logits_processor=LogitsProcessorList([FiniteLogits(), *([plan.sampler] if plan.sampler else [])]),
+                **plan.options,
+            )
     except BrokenLogits as error:
-        broken = [*rows[error.place // how.beams], *error.tokens[ids.shape[1] :].tolist()]
+        broken = [*rows[error.place // plan.beams], *error.tokens[ids.shape[1] :].tolist()]
         raise NumericsError(f"{error}: {_where(pivoted, broken)}") from None
     return out
 
@@ -233,14 +206,16 @@ def _padding_counts(pivoted: PivotedModel, rows: list[list[int]], front: Front |
     return pivoted.columns.counted(len(pivoted.token_ids) + max(held) + max(rest) + new_tokens)
 
 
-def _apart(pivoted: PivotedModel, bodies: Tensor, mask: Tensor, groups: Sequence[Tensor], how: _How) -> Tensor:
+def _apart(
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, groups: Sequence[Tensor], plan: GenerationPlan
+) -> Tensor:
     """Each of `groups` [B] (bool) by itself, without padding that all of its rows have, behind the pivot alone."""
     length = bodies.shape[1]
-    out = bodies.new_full((len(bodies), length + how.new_tokens), int(how.options.get("pad_token_id") or 0))
+    out = bodies.new_full((len(bodies), length + plan.new_tokens), int(plan.options.get("pad_token_id") or 0))
     out[:, :length] = bodies
     for rows in groups:
         amount = int((mask[rows] == 0).sum(dim=1).min())
-        made = _generated(pivoted, bodies[rows][:, amount:], mask[rows][:, amount:], how.of(rows))
+        made = _generated(pivoted, bodies[rows][:, amount:], mask[rows][:, amount:], plan.of(rows))
         out[rows, amount : amount + made.shape[1]] = made
     return out
 
@@ -251,25 +226,28 @@ def _pivot_ids(pivoted: PivotedModel, bodies: Tensor) -> Tensor:
 
 
 def _behind_padding(front: Tensor, bodies: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    """`front` [B, P] between each row's padding and its body, as a tokenizer puts it; ids and mask [B, P + T]."""
+    """`front` [B, P] between each row's padding and its body, as a tokenizer puts it; ids and mask [B, P + T].
+
+    Padding is a token of the row itself: a tokenizer's own may be no word of the model.
+    """
     ids = torch.cat([front, bodies], dim=1)
     for row, amount in enumerate(padding.tolist()):
-        ids[row] = torch.cat([bodies[row, :amount], front[row], bodies[row, amount:]])
+        ids[row] = torch.cat([bodies[row, amount].expand(amount), front[row], bodies[row, amount:]])
     columns = torch.arange(ids.shape[1], device=ids.device)
     return ids, (columns >= padding.to(ids.device)[:, None]).long()
 
 
-def _from_nothing(pivoted: PivotedModel, bodies: Tensor, how: _How) -> Tensor:
+def _from_nothing(pivoted: PivotedModel, bodies: Tensor, plan: GenerationPlan) -> Tensor:
     """What rows [B, 0] go on with behind the pivot's own tokens: [B, N]."""
     if not pivoted.token_ids:
         raise PivotError("generation from an empty text needs a pivot or a BOS token in front; this cell has neither")
     ids = _pivot_ids(pivoted, bodies)
     cache: PivotCache | StreamCache | None = None
     if pivoted.pivot is None and pivoted.writer is not None:
-        every = ids.repeat_interleave(how.beams, 0)
+        every = ids.repeat_interleave(plan.beams, 0)
         cache = pivoted.prefilled(every) if pivoted.writer.in_groups else pivoted.new_cache(len(every))
     with _answering_as_captured(pivoted) as given:
-        made = _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, how)[:, ids.shape[1] :]
+        made = _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, plan)[:, ids.shape[1] :]
     for one in given:
         check_fresh_cache(pivoted.model, one, made.shape[1] - 1)
     return made
@@ -303,9 +281,3 @@ def _answering_as_captured(pivoted: PivotedModel) -> Iterator[list[CountingCache
         yield given
     finally:
         hook.remove()
-
-
-def eos_ids(model: PreTrainedModel) -> list[int]:
-    """The model's end-of-sequence ids, however many."""
-    eos = model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -24,11 +24,12 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.flags import chosen_flags
+from intactkv_eval.harness.flags import begin_command, chosen_flags
 from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
 from intactkv_eval.harness.lm_loading import CellLoading
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, check_no_adapter, check_tokens, loading
+from intactkv_eval.harness.loading import check_layers, check_no_adapter, check_settings_file, check_tokens, loading
+from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.record import cell_identity, versions
@@ -77,6 +78,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
             if loaded is None:
                 check_no_adapter(self.cell.model.pretrained)
                 check_layers(self.cell.model.pretrained, self.cell.model.revision)
+                check_settings_file(self.cell.model.pretrained, self.cell.model.revision)
             check_tokens(tokens if isinstance(tokens, str) else self.cell.model.pretrained, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if loaded is not None:
@@ -95,6 +97,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "IntactKVLM":
         """As lm_eval makes it: of the model's arguments, and of its own flags without defaults that nobody chose."""
+        begin_command()
         return cls(**{**arg_dict, **chosen_flags(arg_dict, additional_config or {})})
 
     @classmethod
@@ -164,10 +167,8 @@ class IntactKVLM(CellLoading, PivotedTalks):
     # ---- scoring ----
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood and greediness of (context, continuation) requests; ConfigError for an empty continuation."""
-        empty = next((request for request in requests if not request.args[1]), None)
-        if empty is not None:
-            raise ConfigError(f"task {empty.task_name}: an empty continuation has no log-likelihood")
+        """Log-likelihood and greediness of (context, continuation) requests; ConfigError where nothing is to score."""
+        check_pairs(requests, self.tok_encode)
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return scored
 
@@ -188,6 +189,10 @@ class IntactKVLM(CellLoading, PivotedTalks):
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):
             return list(context.ids), list(continuation.ids)
         encoded: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        if continuation and not encoded[1]:
+            raise nothing_left(
+                context, continuation, encoded[0], self.tok_encode(context + continuation), self.tok_decode
+            )
         return encoded
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -200,6 +205,9 @@ class IntactKVLM(CellLoading, PivotedTalks):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
+        for key, context, continuation in requests:
+            if not continuation and isinstance(key, tuple) and key[0] == "" and key[1]:
+                raise nothing_left("", key[1], context, continuation, self.tok_decode)
         framed = [
             self.framing.request(context, continuation, whole=_is_exact(key)) for key, context, continuation in requests
         ]

@@ -2,19 +2,22 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
 
-from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs, stop_sequences_criteria
+from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.generation_options import check_options, for_generate
+from intactkv_eval.harness.generation_settings import own_lengths, say_length, served
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.harness.row_stops import filling_token, row_stops
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.pivot.tokens import opens_messages, prompt_head
 
@@ -27,6 +30,8 @@ class PivotedGeneration(HFLM):
     cell: CellSpec
     framing: Framing
     _longest: int | None
+    _asked: Mapping[str, Any]
+    _prompt_lengths: list[int]
     _starts: SharedStart | None
 
     @property
@@ -80,21 +85,50 @@ class PivotedGeneration(HFLM):
         return text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts generated behind the pivot."""
-        lengths = (
-            len(self.tok_encode(text)) + self._new_tokens(options) for text, options in (r.args for r in requests)
-        )
-        self._longest = max(lengths, default=None)
-        new = max((self._new_tokens(request.args[1]) for request in requests), default=0)
+        """Texts generated behind the pivot, each as lm_eval's `hf` generates it in a batch of one.
+
+        Raises ConfigError, before anything is generated, for options or settings of the checkpoint that are no good.
+        """
+        groups: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(place)
+        for places in groups.values():
+            self._check_options([requests[place] for place in places])
+        found: dict[int, str] = {}
+        for places in groups.values():
+            group = [requests[place] for place in places]
+            self._asked = group[0].args[1]
+            new = self._new_tokens(self._asked)
+            self._longest = max(len(self.tok_encode(request.args[0])) for request in group) + new
+            found.update(zip(places, super().generate_until(group, disable_tqdm), strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _check_options(self, requests: Sequence[Instance]) -> None:
+        """Raise ConfigError for what requests with the same options cannot be answered by."""
+        options = requests[0].args[1]
+        source = f"--gen_kwargs, or generation_kwargs of task {requests[0].task_name}"
+        check_options(options, source)
+        served(self.model.generation_config, options, self.pivoted_model.writer is not None)
+        new = int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
         if new >= self.max_length:
             raise ConfigError(
                 f"max_gen_toks={new} leaves no room for a prompt: {self.max_length} tokens fit behind the pivot"
             )
-        texts: list[str] = super().generate_until(requests, disable_tqdm)
-        return texts
+        lengths = own_lengths(self.model.generation_config, options)
+        if lengths.total is not None:
+            longest = max(len(self.tok_encode(request.args[0])) for request in requests)
+            longest = min(longest, self.max_length + len(self.framing.token_ids) - new)
+            if longest >= lengths.total:
+                raise ConfigError(
+                    f"{source}: max_length={lengths.total} leaves no room behind a prompt of {longest} tokens, which "
+                    "it counts too; choose the number of new tokens with max_gen_toks"
+                )
 
     def _new_tokens(self, options: Mapping[str, Any]) -> int:
-        return int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
+        """The most new tokens of a request."""
+        new = int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
+        lengths = own_lengths(self.model.generation_config, options)
+        return max(lengths.new or lengths.total or new, 1)
 
     def tok_batch_encode(
         self,
@@ -104,35 +138,68 @@ class PivotedGeneration(HFLM):
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Texts -> left-padded bodies [B, T] and their mask: the pivot is taken off before anything is cut."""
-        bodies = [self.framing.body(self.tok_encode(text)) for text in strings]
+        prompts = [self.tok_encode(text) for text in strings]
+        bodies = [self.framing.body(prompt) for prompt in prompts]
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
         if left_truncate_len:
             self.framing.counts["truncated"] += sum(len(body) > left_truncate_len for body in bodies)
             bodies = [body[-left_truncate_len:] for body in bodies]
+            most = left_truncate_len + len(self.framing.token_ids)
+            self._prompt_lengths = [min(length, most) for length in self._prompt_lengths]
         longest = max(len(body) for body in bodies)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([[pad] * (longest - len(body)) + body for body in bodies], dtype=torch.long)
+        ids = torch.tensor([[0] * (longest - len(body)) + body for body in bodies], dtype=torch.long)
         mask = torch.tensor([[0] * (longest - len(body)) + [1] * len(body) for body in bodies], dtype=torch.long)
         return ids, mask
 
-    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Any:
+        """Rows [B, T] -> the same with the new tokens behind them, as a tensor or as an object with `tolist`."""
         temperature = options.get("temperature", 0.0)
         if options.get("do_sample") is None:
             options["do_sample"] = temperature > 0
         if not options["do_sample"]:
             options.pop("temperature", None)
-        mask = options.pop("attention_mask")
+        mask, file = options.pop("attention_mask"), self.model.generation_config
+        lengths = own_lengths(file, self._asked)
+        if lengths.new is not None:
+            say_length(lengths.new)
+        if file.stop_strings is not None:
+            options["tokenizer"] = self.tokenizer
+        fill = self.filling_token
+        rows = []
+        for place, length in enumerate(self._prompt_lengths):
+            new = lengths.new_tokens(length, max_length - context.shape[1])
+            rows.append((new, lengths.least(length, new), None if fill is not None else place))
+        found: list[list[int]] = [[] for _ in rows]
+        for one in dict.fromkeys(rows):
+            alike = torch.tensor([row == one for row in rows])
+            new, least, _ = one
+            first = int((mask[alike] == 0).sum(dim=1).min())
+            made = generate(
+                self.pivoted_model,
+                context[alike][:, first:],
+                mask[alike][:, first:],
+                new,
+                partial(row_stops, self.tokenizer, stop),
+                self._starts,
+                pad_token_id=0 if fill is None else fill,
+                **for_generate(options if least is None else {**options, "min_new_tokens": least, "min_length": None}),
+            )
+            width = context.shape[1] - first  # behind it; beams without an EOS are filled up with -1
+            for place, tokens in zip(torch.nonzero(alike)[:, 0].tolist(), made[:, width:].tolist(), strict=True):
+                found[place] = context[place].tolist() + list(takewhile(lambda token: token >= 0, tokens))
+        return _Rows(found)
 
-        def stopping(columns: int, rows: int) -> StoppingCriteriaList:
-            criteria: StoppingCriteriaList = stop_sequences_criteria(self.tokenizer, stop, columns, rows)
-            return criteria
+    @cached_property
+    def filling_token(self) -> int | None:
+        """What fills up rows that have ended; None where there is no such token, so that rows are generated alone."""
+        words = self.pivoted_model.words
+        but = [self.think_end_token] if isinstance(self.think_end_token, int) else []
+        return filling_token(self.tokenizer, words, but)
 
-        return generate(
-            self.pivoted_model,
-            context,
-            mask,
-            max_length - context.shape[1],
-            stopping,
-            self._starts,
-            pad_token_id=self.tokenizer.pad_token_id,
-            **options,
-        )
+
+class _Rows(list[list[int]]):
+    """Rows of tokens of unequal lengths."""
+
+    def tolist(self) -> list[list[int]]:
+        """The rows."""
+        return self

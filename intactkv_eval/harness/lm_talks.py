@@ -17,7 +17,7 @@ from intactkv_eval.calibrate.messages import Conversation, Message, filled, open
 from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.batching import kv_bytes_per_token
-from intactkv_eval.harness.generation import eos_ids
+from intactkv_eval.harness.generation_plan import eos_ids
 from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.row_sampler import Draw
 from intactkv_eval.harness.talks import Asked, Turn, converse
@@ -70,8 +70,8 @@ class PivotedTalks(PivotedGeneration):
 
     @property
     def pad(self) -> int:
-        """What fills a batch."""
-        return int(self.tokenizer.pad_token_id)
+        """What fills up rows that have ended: any word of the model, since answers are cut at their end."""
+        return self.filling_token or 0
 
     def generate_turns(self, requests: list[Instance], disable_tqdm: bool = False) -> list[list[list[Any]]]:
         """All answers of each conversation, with their prompts. Raises ConfigError for an unknown option."""
@@ -124,7 +124,7 @@ class PivotedTalks(PivotedGeneration):
         most = number("max_gen_toks", options["max_gen_toks"], int)
         if not 0 < most < self.max_length:
             raise ConfigError(f"max_gen_toks={most}: {self.max_length} tokens fit behind the pivot, prompt included")
-        until = options.get("until") or ()
+        until = options.get("until") or own.stop_strings or ()
         return Talk(
             messages=tuple(Message(one["role"], one["content"]) for one in options["messages"]),
             most=most,

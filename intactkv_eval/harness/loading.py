@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file
 from intactkv_eval.documents import parse_json
@@ -108,6 +108,19 @@ def check_tokens(pretrained: str, revision: str) -> None:
         raise CheckpointError(
             f"{pretrained}: tokenizer.json has the token id {str(worst)[:20]}; expected at most {_MOST_TOKENS}"
         )
+
+
+def check_settings_file(pretrained: str, revision: str) -> None:
+    """Raise ConfigError for a generation_config.json whose settings contradict each other, which transformers refuses.
+
+    A checkpoint without one has no settings.
+    """
+    try:
+        GenerationConfig.from_pretrained(pretrained, revision=revision)
+    except OSError:
+        return
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{pretrained}: generation_config.json: {error}; correct the file") from None
 
 
 def _innermost(trace: TracebackType | None) -> str:

@@ -69,6 +69,11 @@ class PivotedModel:
         embeddings: Tensor = self.model.get_input_embeddings().weight
         return embeddings.device
 
+    @property
+    def words(self) -> int:
+        """The token ids that the model can be given: the rows of its input embeddings."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
     @cached_property
     def devices(self) -> list[torch.device]:
         """The device of each layer's KV."""

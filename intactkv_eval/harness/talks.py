@@ -10,16 +10,18 @@ beside it, but for the rounding of other batch shapes. Knows tokens; texts are i
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from intactkv_eval.harness.generation import generate
+from intactkv_eval.harness.generation_settings import served
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import Draw, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 
 CHUNK = 64
+_ONE_BEAM: dict[str, Any] = {"num_beams": 1, "stop_strings": None}  # over the checkpoint's: the codec has stop strings
 Talk = TypeVar("Talk")
 Talk_contra = TypeVar("Talk_contra", contravariant=True)
 
@@ -78,7 +80,8 @@ def converse(
     waiting = deque(_Row(place, talk) for place, talk in enumerate(talks))
     under_way: list[_Row[Talk]] = []
     # With dynamic NTK each token keeps the frequencies of its time, so a text is not taken up again.
-    chunk = CHUNK if starts is not None and starts.turns is not None and not pivoted.rope.grows else None
+    kept = starts is not None and starts.turns is not None and not pivoted.rope.grows
+    chunk = CHUNK if kept and not served(pivoted.model.generation_config, _ONE_BEAM).in_one_go else None
     while waiting or under_way:
         while waiting and len(under_way) < rows:
             under_way.append(waiting.popleft())
@@ -119,6 +122,7 @@ def _go_on(
         eos_token_id=list(codec.eos),
         pad_token_id=codec.pad,
         do_sample=False,
+        **_ONE_BEAM,
     )
     for row, made in zip(rows, out[:, longest:].tolist(), strict=True):
         _take(row, made, codec)

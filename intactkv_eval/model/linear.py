@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from intactkv_eval.compat.tensor_parts import is_wrapper, weight_hash
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.model.activations import InputStage
 from intactkv_eval.weights.formats import gptq
@@ -108,11 +109,20 @@ def backends_of(model: nn.Module) -> dict[str, int]:
 
 
 def quantized_digest(model: nn.Module) -> str:
-    """What tells one quantized model from another: every packed matrix and every input stage, by the layers' names."""
+    """What tells one quantized model from another: every packed matrix and every input stage, by the layers' names.
+
+    Of layers that another package has quantized (torchao, bitsandbytes) it is the tensors that hold their codes.
+    """
     made = hashlib.sha256()
+    ours: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
+            ours.add(name)
             made.update(f"{name} {module.digest}\n".encode())
+        elif hasattr(module, "in_features") and not any(name.startswith(f"{own}.") for own in ours):
+            held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            if any(is_wrapper(tensor) or not tensor.is_floating_point() for _, tensor in held):
+                made.update(f"{name} {weight_hash(held)}\n".encode())
         if isinstance(module, InputStage):
             made.update(f"{name} {module.spec!r}\n".encode())
     return made.hexdigest()[:32]

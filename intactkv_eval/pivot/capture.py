@@ -3,22 +3,18 @@
 Knows no quantizer; what it returns does not share storage with the model.
 """
 
-import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.compat.rope_length import as_in_text_of, forget_long_texts, rope_by_length
+from intactkv_eval.compat.tensor_parts import plain_numbers, weight_hash
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot.kv import Computed, Fingerprint, PivotKV
 from intactkv_eval.pivot.weight_sample import weight_sample
-
-_SAMPLE = 1024  # elements of each tensor that go into the hash: cheap for 70B, and any training changes most of them
 
 
 def capture(model: PreTrainedModel, token_ids: tuple[int, ...], fingerprint: Fingerprint) -> PivotKV:
@@ -93,16 +89,5 @@ def embedding_hash(model: PreTrainedModel) -> str:
 
 def embedding_sample(model: PreTrainedModel) -> tuple[float, ...]:
     """256 evenly spaced numbers of the input embeddings."""
-    flat = model.get_input_embeddings().weight.detach().reshape(-1)
+    flat = plain_numbers(model.get_input_embeddings().weight).reshape(-1)
     return tuple(flat[:: max(1, flat.numel() // 256)][:256].to(torch.float64).tolist())
-
-
-def weight_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over name, shape, dtype and 1024 evenly spaced elements of every tensor; wherever the files lie."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLE)
-        digest.update(flat[::step][:_SAMPLE].to(torch.float64).cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.tensor_parts import tensor_parts
+
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states [1, T, C] among what a decoder layer returns."""
@@ -73,7 +75,9 @@ def _is_float(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return not _is_float(value) or bool(torch.isfinite(value).all())
+    if not _is_float(value):
+        return True
+    return all(bool(torch.isfinite(part).all()) for _, part in tensor_parts("", value) if part.is_floating_point())
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.tensor_parts import is_wrapper, plain_numbers
 from intactkv_eval.compat.transformers_api import Conv1D
 
 _ROWS, _EXPERT_ROWS = 16, 64
@@ -86,16 +87,18 @@ def _of_module(module: nn.Module, dtype: torch.dtype, words: bool) -> Iterator[t
     if _is_linear(module) and not embeds and not (set(own) <= {"weight", "bias"} and _is_plain(own.get("weight"))):
         yield "weight", Sampled(_of_quantized(module, dtype, words), plain=False)
         own.pop("weight", None)
-    for key, value in own.items():
+    for key, held in own.items():
+        plain = _is_plain(held)
+        value = held if plain or not is_wrapper(held) else plain_numbers(held)
         if not _is_plain(value):
             continue
         if value.ndim >= 2:
             matrix = value.t() if isinstance(module, Conv1D) else value.flatten(0, -2)
-            yield key, Sampled(_taken(matrix, _rows(matrix.shape[0], words, value.ndim)), plain=True)
+            yield key, Sampled(_taken(matrix, _rows(matrix.shape[0], words, value.ndim)), plain=plain)
         else:
             flat = value.detach().reshape(-1)
             places = _rows(flat.numel(), words) if words else _evenly(flat.numel(), _NUMBERS)
-            yield key, Sampled(flat[places.to(flat.device)], plain=True)
+            yield key, Sampled(flat[places.to(flat.device)], plain=plain)
 
 
 def _of_quantized(module: Any, dtype: torch.dtype, words: bool) -> Tensor:

@@ -111,7 +111,7 @@ def test_a_quantized_cache_is_quantized_behind_the_border_too():
 
 def test_beams_across_the_border_are_refused_and_beyond_it_are_those_of_hf():
     lm = ours("phi3", pivot="bos", batch_size=1)
-    with pytest.raises(ConfigError, match="num_beams=2"):
+    with pytest.raises(ConfigError, match="num_beams"):
         texts(lm, [TEXT[: BORDER - 6]], num_beams=2)
     for prompt in (TEXT[:5], TEXT[: BORDER + 5]):
         assert texts(lm, [prompt], num_beams=2) == texts(hf("phi3"), [prompt], num_beams=2)
