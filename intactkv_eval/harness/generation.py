@@ -91,8 +91,8 @@ def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, plan: GenerationP
     if not pivoted.rope.is_beyond(length):
         if plan.in_one_go:
             raise ConfigError(
-                f"a text grows beyond {pivoted.rope.border} tokens; there {type(pivoted.model).__name__} has other RoPE "
-                "frequencies, and beams (num_beams), and settings that count from the end of the prompt "
+                f"a text grows beyond {pivoted.rope.border} tokens; {type(pivoted.model).__name__} has other RoPE "
+                "frequencies there, and beams (num_beams), and settings that count from the end of the prompt "
                 "(min_new_tokens, ...), cannot go on behind a pivot or with a quantized KV cache: leave them out, or "
                 "use shorter prompts and answers"
             )
