@@ -276,7 +276,7 @@ def test_objects_that_cannot_be_evaluated_are_called_what_they_are(llama, change
         ({"subfolder": "inner"}, "subfolder=inner: does nothing"),
         ({"gguf_file": "a.gguf"}, "gguf_file=a.gguf: does nothing"),
         ({"backend": "cpu"}, "backend=cpu: does nothing"),
-        ({"tokenizer": object()}, "tokenizer: an object of the class object"),
+        ({"tokenizer": 3}, "tokenizer: an object of the class int"),
         ({"tokenizer": "/no/such/folder"}, "tokenizer='/no/such/folder' cannot be loaded"),
         ({"tokenizer": None}, "tokenizer: the model that was handed over does not say where its own is"),
     ],
