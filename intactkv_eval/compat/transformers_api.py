@@ -5,9 +5,13 @@ names from here, and nothing else of transformers but what its documentation cal
 model of ours.
 
     past_key_values -> cache    the argument and the output field of every forward, renamed in transformers 5.24
+    strftime_now                of chat templates: reads the name `datetime` of transformers.utils.chat_template_utils
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from importlib.metadata import version
 from typing import Any
 
@@ -16,6 +20,7 @@ from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreT
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import chat_template_utils
 from transformers.utils.hub import cached_file
 
 from intactkv_eval.errors import UnsupportedModelError
@@ -36,6 +41,8 @@ __all__ = [
     "no_init_weights",
     "set_output_cache",
     "takes_cache",
+    "template_clock",
+    "template_now",
     "tied_tensors",
     "unknown_cache_argument",
 ]
@@ -131,3 +138,35 @@ def tied_tensors(model: PreTrainedModel) -> dict[str, str]:
 def ignored_tensors(model: PreTrainedModel) -> list[str]:
     """Regular expressions of the tensors that checkpoints of this architecture may hold without any use."""
     return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def template_now() -> datetime:
+    """The present time as chat templates read it: local time, without a time zone."""
+    now: datetime = chat_template_utils.datetime.now()  # type: ignore[attr-defined]
+    return now
+
+
+@contextmanager
+def template_clock(moment: datetime | None) -> Iterator[None]:
+    """While it lasts, `strftime_now` of every chat template gives `moment`; with None it gives the present time.
+
+    transformers turns whatever a template is given besides the messages into plain data, so no function can be handed
+    to it: the clock that it reads is replaced instead, and put back.
+    """
+    if moment is None:
+        yield
+        return
+
+    class FixedClock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            assert moment is not None
+            return moment if tz is None else moment.astimezone(tz)
+
+    module: Any = chat_template_utils
+    held = module.datetime
+    module.datetime = FixedClock
+    try:
+        yield
+    finally:
+        module.datetime = held

@@ -6,6 +6,7 @@ Knows models and cells; no lm_eval.
 import copy
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from intactkv_eval.harness.cell_checks import (
     check_levels,
     check_origin,
 )
+from intactkv_eval.harness.chat_date import head_record
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
@@ -36,6 +38,7 @@ from intactkv_eval.model.stages import apply_stages, stage_specs
 from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import check_supported, weight_hash
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
@@ -64,14 +67,14 @@ def build(
     changed: bool = False,
     rotation: Rotation | None = None,
     shelf: Shelf | None = None,
-    chat: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: the model is not
     what `pretrained`'s files alone say (an adapter, a GGUF file), so its pivot is not kept under their name.
     `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
-    `chat`: what the chat template is given beside the messages.
+    `chat`: how the chat template is rendered.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -108,6 +111,8 @@ def build(
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated_once(model, cell, search, shelf)
+    if pivot is not None and cell.pivot.source == "prompt":
+        pivot = replace(pivot, head=head_record(tokenizer, chat or ChatSettings()))
     if from_file is not None and cell.pivot.intact:
         check_calibrated(from_file, model, cell)
     pivoted = PivotedModel(model, token_ids, pivot if cell.pivot.intact else None, cell.kv, levels)

@@ -29,6 +29,7 @@ from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
+from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.full_cell import (
     check_same_source,
@@ -93,6 +94,19 @@ def calibrate_to_file(
         raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
     check_writable(out.parent)
     _check_cell(cell)
+    with moment_of_run(date_of(cell.pivot)):  # both models render the same prompts, also where midnight lies between
+        return _calibrated(cell, arguments, reference, loading, asked, settings, out)
+
+
+def _calibrated(
+    cell: CellSpec,
+    arguments: dict[str, Any],
+    reference: str | None,
+    loading: dict[str, Any],
+    asked: Asked,
+    settings: Settings,
+    out: Path,
+) -> Result:
     conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
@@ -103,7 +117,7 @@ def calibrate_to_file(
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     longest = min(asked.tokens, full.max_length)
     examples = examples_of(
-        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat_template_args
+        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat
     )
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
@@ -135,6 +149,8 @@ def _train(
         record["conversations"] = asked.conversations
     if is_vicuna(lm.tokenizer):
         record["targets"] = "released"
+    if lm.chat.date is not None:
+        record["chat_date"] = lm.chat.date
     digest = quantized_digest(pivoted.model)
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
     job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),

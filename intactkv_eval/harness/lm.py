@@ -23,6 +23,7 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
+from intactkv_eval.harness.chat_date import chat_settings, check_captured_head, is_random
 from intactkv_eval.harness.flags import chosen_flags
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import check_layers, check_tokens, loading
@@ -82,10 +83,15 @@ class IntactKVLM(PivotedTalks):
         if self.built is None:
             self._build(lambda name, revision: self._model)
         check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
+        self.chat_template_args = dict(self.chat.arguments)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
         self._starts = SharedStart(self._shared) if self.cell.share_prefix else None
         self.counts = Counts()
+        pivot = self.pivoted_model.pivot
+        self._is_head = check_captured_head(
+            self.cell.pivot, self.pivoted_model.token_ids, pivot and pivot.head, self.tokenizer, self.chat
+        )
         self.framing = self._framing(self.pivoted_model.token_ids)
         if self.max_length < 1:
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
@@ -121,6 +127,8 @@ class IntactKVLM(PivotedTalks):
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
         return {
             **self._identity(),
+            "chat_date": self.chat.date,
+            "chat_template_is_random": is_random(self.tokenizer, self.chat),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "scoring_on_rank_0": asdict(self.counts),
             "world_size": self.world_size,
@@ -131,7 +139,7 @@ class IntactKVLM(PivotedTalks):
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""
-        guard_response_cache(cache_hook, self._identity())
+        guard_response_cache(cache_hook, self._identity(), self.chat.date)
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
@@ -144,6 +152,7 @@ class IntactKVLM(PivotedTalks):
         super()._create_tokenizer(*args, **kwargs)
         if self.cell.pivot.chat_template:
             use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
+        self.chat = chat_settings(self.cell.pivot, self.tokenizer, chat_arguments(self.hf_arguments))
 
     def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
         parent, plain = super()._create_model, self.AUTO_MODEL_CLASS
@@ -187,7 +196,7 @@ class IntactKVLM(PivotedTalks):
         changed = any(self.hf_arguments.get(key) for key in OF_PRETRAINED)
         self.built = build(
             self.cell, self.config, self.tokenizer, load, self._quantization, changed, rotation_of(self._layout),
-            current_shelf(), chat_arguments(self.hf_arguments),
+            current_shelf(), self.chat,
         )  # fmt: skip
         self._model = self.built.pivoted.model
 

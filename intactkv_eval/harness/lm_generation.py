@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,13 +9,15 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs, stop_sequences_criteria
+from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared_start import SharedStart
-from intactkv_eval.pivot.tokens import opens_messages, prompt_head
+from intactkv_eval.pivot.chat import ChatSettings
+from intactkv_eval.pivot.tokens import opens_messages
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class PivotedGeneration(HFLM):
 
     cell: CellSpec
     framing: Framing
+    chat: ChatSettings  # of all chat prompts
+    _is_head: bool  # whether the pivot is what the chat template's prompts begin with
     _longest: int | None
     _starts: SharedStart | None
 
@@ -37,19 +40,8 @@ class PivotedGeneration(HFLM):
     def _framing(self, token_ids: tuple[int, ...]) -> Framing:
         first = self.prefix_token_id
         longer = len(token_ids) > 1 and token_ids[0] == first
-        opens = longer and opens_messages(self.tokenizer, first, self.chat_template_args)
+        opens = longer and opens_messages(self.tokenizer, first, self.chat)
         return Framing(token_ids, first, int(self.max_length), opens)
-
-    @cached_property
-    def _is_head(self) -> bool:
-        """Whether the pivot is what the chat template's prompts begin with."""
-        tokens = self.framing.token_ids
-        if self.cell.pivot.source == "prompt" or len(tokens) < 2:
-            return self.cell.pivot.source == "prompt"
-        try:
-            return tokens == prompt_head(self.tokenizer, self.chat_template_args)
-        except PivotError:
-            return False
 
     def check_head(self, prompt: str, tokens: Sequence[int]) -> None:
         """Raise PivotError for a chat prompt that would stand behind the opening of another one.
@@ -74,8 +66,12 @@ class PivotedGeneration(HFLM):
         self.framing.counts["two_heads"] += 1
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text, as lm_eval's `hf` writes it. Raises PivotError where it lacks the head that is the pivot."""
-        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        """A chat as text, as lm_eval's `hf` writes it, on the run's date.
+
+        Raises PivotError where it lacks the head that is the pivot.
+        """
+        with template_clock(self.chat.moment):
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         self.check_head(text, self.tok_encode(text))
         return text
 

@@ -5,7 +5,7 @@ Knows models and cells; neither changes a model nor quantizes one.
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch
 
@@ -88,7 +89,7 @@ def tokens_in_front(
     vocabulary: int,
     load: Loader,
     quantization: dict[str, Any] | None,
-    chat: Mapping[str, Any] | None,
+    chat: ChatSettings | None,
     changed: bool,
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; the rest as `build.build` has it. Raises PivotError, DataError."""

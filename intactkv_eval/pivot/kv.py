@@ -1,23 +1,24 @@
 """PivotKV: the keys and values of the pivot tokens, as a value, with the identity of the model they came from.
 
 A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], `weights.NAME` for each
-tensor of the model that was sampled, and the fingerprint and token ids as JSON in its metadata. Knows no model and no
-quantizer.
+tensor of the model that was sampled, and the fingerprint, token ids and head as JSON in its metadata. Knows no model
+and no quantizer.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.formulas import calibration_name, current, recorded, stale
-from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
+from intactkv_eval.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
@@ -41,6 +42,27 @@ class Calibrated(BaseModel):
     settings: dict[str, str | int | float | bool]
     held_out: dict[str, tuple[float, float]]
     full_nats: float | None = None
+
+
+class ChatHead(BaseModel):
+    """How the chat prompts were rendered whose head a PivotKV is.
+
+    date: in ISO 8601, None where the head holds none. template: a hash of the chat template. arguments: what it was
+    given besides the messages, each value as Python writes it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    date: str | None = None
+    template: str | None = None
+    arguments: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("date")
+    @classmethod
+    def _iso(cls, value: str | None) -> str | None:
+        if value is not None:
+            datetime.fromisoformat(value)
+        return value
 
 
 class Fingerprint(BaseModel):
@@ -78,7 +100,8 @@ class PivotKV:
     """Full-precision KV of P pivot tokens.
 
     keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own. weights: a
-    sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known.
+    sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known. head: how the
+    chat prompts were rendered whose head the tokens are, None where they were chosen otherwise.
     """
 
     token_ids: tuple[int, ...]
@@ -87,6 +110,7 @@ class PivotKV:
     logits: Tensor
     fingerprint: Fingerprint
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    head: ChatHead | None = None
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -183,6 +207,8 @@ class PivotKV:
             "fingerprint": self.fingerprint.model_dump_json(),
             "formulas": json.dumps(current([self.formula])),
         }
+        if self.head is not None:
+            metadata["chat_head"] = self.head.model_dump_json()
         write_tensor_file(path, tensors, metadata)
 
     @classmethod
@@ -207,6 +233,7 @@ class PivotKV:
                 weights={
                     name.removeprefix(_WEIGHTS): held for name, held in tensors.items() if name.startswith(_WEIGHTS)
                 },
+                head=_head(metadata),
             )
             old = stale(recorded([found.formula], parse_json(metadata.get("formulas", "{}"))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
@@ -215,6 +242,21 @@ class PivotKV:
             again = "capture it" if found.formula == "pivot" else "train it"
             raise PivotError(f"pivot file {path} was made by the formula {old[0]}: {again} anew")
         return found
+
+
+def head_of_file(path: Path) -> ChatHead | None:
+    """The `head` of a PivotKV file, read without its tensors. Raises PivotError for a missing or damaged file."""
+    if not path.is_file():
+        raise PivotError(f"pivot file {path} does not exist")
+    try:
+        return _head(read_metadata(path))
+    except (CheckpointError, ValueError) as error:
+        raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
+
+
+def _head(metadata: Mapping[str, str]) -> ChatHead | None:
+    """Raises ValueError, as pydantic does, where it is damaged."""
+    return ChatHead.model_validate_json(metadata["chat_head"]) if "chat_head" in metadata else None
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
