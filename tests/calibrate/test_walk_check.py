@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from tiny import _SHAPE, FAMILIES, build_model
+from tiny import _SHAPE, FAMILIES, build_model, uneven
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ def per_layer(family):
     else:
         pytest.skip("this transformers has no Gemma 4")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    return uneven(AutoModelForCausalLM.from_config(config).float().eval(), 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
