@@ -20,7 +20,7 @@ from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.calibrate.rows import TrainedRows, run_behind
-from intactkv_eval.model.structure import decoder_layers, layer_devices
+from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.watch import hidden_of, watched
 
 Targets = Sequence[Tensor]
@@ -42,7 +42,7 @@ class Student:
         self.model, self.rows, self._recompute = model, rows, recompute
         self._scale = 2.0**10 if model.dtype is torch.float16 else 1.0
         self._layers = decoder_layers(model)[1]
-        self._devices = layer_devices(model)
+        self._devices = cache_devices(model)
 
     def add_gradient(self, example: Example, targets: Targets, share: float) -> Tensor:
         """The loss [L] of each layer on one example; `share` of its gradient is added to the rows' own.

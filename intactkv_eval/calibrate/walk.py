@@ -119,7 +119,7 @@ class BlockWalk:
         if self._pivot is None:
             return None
         rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
-        return OnceCache(self._model.config, 1, None, rows, devices)
+        return OnceCache(self._model.config, 1, None, rows, devices[: len(rows.keys)])
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:

@@ -38,6 +38,7 @@ __all__ = [
     "cached_file",
     "generate_cache_argument",
     "ignored_tensors",
+    "largest_number",
     "no_init_weights",
     "set_output_cache",
     "takes_cache",
@@ -119,9 +120,25 @@ def set_output_cache(output: Any, cache: Cache) -> None:
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:
-    """The cache layers that transformers makes for a model of `config`: their kinds and number, without any rows."""
+    """The cache layers that transformers makes for a model of `config`: their kinds and number, without any rows.
+
+    Last layers that attend to what earlier ones cached (Gemma 3n, Gemma 4 E2B) have none: newer releases make a
+    placeholder for each of them.
+    """
     layers: list[Any] = DynamicCache(config=config).layers
+    while layers and type(layers[-1]).__name__ == "DummyLayer":
+        layers.pop()
     return layers
+
+
+def largest_number(config: PretrainedConfig, name: str) -> int | None:
+    """A config's attribute, the largest one where it differs from layer to layer; None where it has none."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # newer releases: it is each layer's own
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    numbers = [value for value in (found if isinstance(found, list | tuple) else [found]) if isinstance(value, int)]
+    return max(numbers, default=None)
 
 
 def attention_implementation(model: PreTrainedModel) -> str | None:

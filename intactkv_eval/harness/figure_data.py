@@ -22,7 +22,7 @@ from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.model.structure import decoder_layers, layer_devices
+from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.choose import nats_of
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
@@ -120,7 +120,7 @@ def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, w
     rows = Rows(*(tuple(part[:, :intact] for part in kind) for kind in (pivot.keys, pivot.values)))
     body = torch.cat([torch.tensor(pivot.token_ids[intact:], dtype=torch.long), text])
     with watched(decoder_layers(model)[1], outputs.append), torch.no_grad():
-        logits = run_behind(model, model, rows, layer_devices(model), body, writer).logits[0]
+        logits = run_behind(model, model, rows, cache_devices(model), body, writer).logits[0]
     start = len(body) - len(text)
     return Outputs([hidden_of(one)[0, start:] for one in outputs], logits[start:])
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.cell_arguments import CELL_KEYS
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string, with_cpu_memory
 from intactkv_eval.errors import ConfigError
@@ -38,6 +39,7 @@ from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.devices import automatic_device
+from intactkv_eval.model.structure import text_config
 from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.weights.formats import Format, rotation_of
@@ -133,6 +135,8 @@ class IntactKVLM(PivotedTalks):
             "scoring_on_rank_0": asdict(self.counts),
             "world_size": self.world_size,
             "versions": versions(),
+            "kv_cache_is_latent": bool(getattr(text_config(self.model), "kv_lora_rank", 0))
+            and holds_latent(self.model),
             "basis_residual": self.built.basis_residual if self.built else None,
             "c_kernel": library() is not None if self.built and "cpu" in self.built.backends else None,
         }

@@ -23,7 +23,7 @@ from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
-from intactkv_eval.model.structure import layer_devices, text_config
+from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
@@ -80,7 +80,7 @@ class PivotedModel:
     @cached_property
     def devices(self) -> list[torch.device]:
         """The device of each layer's KV."""
-        return layer_devices(self.model)
+        return cache_devices(self.model)
 
     @property
     def exempt(self) -> int:
