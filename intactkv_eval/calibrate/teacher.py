@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.rows import Rows, run_behind
+from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.model.structure import cache_devices, decoder_layers, text_config
 from intactkv_eval.pivot.kv import PivotKV
@@ -25,10 +26,18 @@ from intactkv_eval.tensor_file import save_tensors
 
 @torch.no_grad()
 def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> list[Tensor]:
-    """Each layer's outputs [N, C] of the counted tokens, behind the pivot."""
+    """Each layer's outputs [N, C] of the counted tokens, behind the pivot.
+
+    Raises UnsupportedModelError where a layer hands on several hidden states of a token.
+    """
     found: list[Tensor] = []
 
     def look(output: Any) -> None:
+        if hidden_of(output).ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its decoder layers hand on {tuple(hidden_of(output).shape)}, several hidden "
+                "states of a token, and calibration compares one; use the pivot as it is captured"
+            )
         hidden = hidden_of(output)[0]
         found.append(hidden[example.counted.to(hidden.device)])
 

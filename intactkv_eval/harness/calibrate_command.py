@@ -21,7 +21,7 @@ from intactkv_eval.calibrate.messages import waits
 from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
-from intactkv_eval.calibrate.student import Quality, Student
+from intactkv_eval.calibrate.student import Quality, Student, check_recompute
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.calibrate.vicuna import is_vicuna
@@ -112,6 +112,7 @@ def _calibrated(
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
     assert full.pivoted_model.pivot is not None
     check_same_source(cell, full.pivoted_model.pivot, reference)
+    check_recompute(full.pivoted_model.model, asked.recompute)
     ranks = Ranks(full.rank, full.world_size)
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
