@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import chat_template_utils
 from transformers.utils.hub import cached_file
@@ -39,6 +40,7 @@ __all__ = [
     "generate_cache_argument",
     "ignored_tensors",
     "largest_number",
+    "loads_as",
     "no_init_weights",
     "set_output_cache",
     "takes_cache",
@@ -129,6 +131,17 @@ def cache_layers(config: PretrainedConfig) -> list[Any]:
     while layers and type(layers[-1]).__name__ == "DummyLayer":
         layers.pop()
     return layers
+
+
+def loads_as(config: PretrainedConfig) -> list[str]:
+    """The auto classes that load a model of `config`, of those that matter here: transformers' own and its code's."""
+    kinds = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    own = getattr(config, "auto_map", None) or {}
+    return [name for name, known in kinds.items() if config.model_type in known or name in own]
 
 
 def largest_number(config: PretrainedConfig, name: str) -> int | None:

@@ -17,6 +17,7 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
+from intactkv_eval.harness.causality import check_causal
 from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
     check_belongs,
@@ -126,6 +127,7 @@ def _loaded(cell: CellSpec, load: Loader) -> PreTrainedModel:
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
+    check_causal(model)
     if cell.weights.rotate:
         check_rotatable(model)
     return model

@@ -27,7 +27,7 @@ from intactkv_eval.harness.cell_checks import IN_MEMORY
 from intactkv_eval.harness.chat_date import chat_settings, check_captured_head, is_random
 from intactkv_eval.harness.flags import chosen_flags
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.loading import auto_class_of, check_layers, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
@@ -184,6 +184,7 @@ class IntactKVLM(PivotedTalks):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
+        self.AUTO_MODEL_CLASS = auto_class_of(pretrained, self._config) or self.AUTO_MODEL_CLASS
         found = read_quantization(pretrained, self._config)
         self._quantization, self._layout = found.summary, found.layout
         if found.layout is not None and hasattr(self._config, "quantization_config"):

@@ -21,7 +21,7 @@ from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.chat_date import chat_settings
-from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.loading import auto_class_of, check_layers, check_tokens, loading
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
@@ -259,10 +259,11 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         check_layers(source.pretrained, source.revision)
         check_tokens(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)
+        auto_class = auto_class_of(source.pretrained, config) or AutoModelForCausalLM
         if read_quantization(source.pretrained, config).summary is not None:
             raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **options)
-        model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(
+        model: PreTrainedModel = WholeCheckpoint(auto_class).from_pretrained(
             source.pretrained, dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype), **options
         )
         return model.eval(), tokenizer
