@@ -79,18 +79,24 @@ def cache_argument(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
     Returns:
         Keyword arguments for the forward. The name of the cache is read from the signature, so that the code of a
-        checkpoint may still use the older one.
+        checkpoint may still use the older one. Without a cache a model whose last layers attend to what earlier ones
+        cached (Gemma 3n) makes one of its own: in early releases these layers compute other keys otherwise.
 
     Raises:
         UnsupportedModelError: The forward names its arguments, and none of them is a cache.
     """
     if cache is None:
-        return {"use_cache": False}
+        return {"use_cache": _borrows_keys(module)}
     forward = type(module).forward
     name = _cache_name(forward)
     if name is None and "input_ids" in inspect.signature(forward).parameters:
         raise UnsupportedModelError(f"{type(module).__name__} takes no KV cache: {unknown_cache_argument(forward)}")
     return {name or _CACHE_NAMES[0]: cache, "use_cache": True}
+
+
+def _borrows_keys(module: nn.Module) -> bool:
+    config: Any = getattr(module, "config", None)
+    return config is not None and bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def generate_cache_argument(cache: Cache | None) -> dict[str, Any]:

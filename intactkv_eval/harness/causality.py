@@ -6,6 +6,7 @@ Encoders that transformers loads as causal language models (BERT) look ahead, an
 import torch
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.columns import disagreement, is_tested
 from intactkv_eval.model.activations import activations_off
@@ -24,7 +25,10 @@ def check_causal(model: PreTrainedModel) -> None:
     other = ids.clone()
     other[0, -1] = (ids[0, -1] + 1) % embeddings.shape[0]
     with activations_off(model):
-        one, two = (model(input_ids=row.to(embeddings.device), use_cache=False).logits[0, :-1] for row in (ids, other))
+        both = [
+            model(input_ids=row.to(embeddings.device), **cache_argument(model, None)).logits for row in (ids, other)
+        ]
+    one, two = (logits[0, :-1] for logits in both)
     reason = disagreement(two.double(), one.double(), model.dtype)
     if reason is not None:
         raise UnsupportedModelError(

@@ -21,6 +21,7 @@ from intactkv_eval.cache.writer import Writer
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.choose import nats_of
@@ -46,7 +47,7 @@ def outliers(model: PreTrainedModel, ids: Sequence[int], layer: int | None) -> d
     chosen = int(seen.ratios.amax(dim=1).argmax()) if layer is None else layer
     outputs: list[Any] = []
     with watched([layers[chosen]], outputs.append), torch.no_grad():
-        model.base_model(input_ids=_row(model, ids), use_cache=False)
+        model.base_model(input_ids=_row(model, ids), **cache_argument(model.base_model, None))
     surface = hidden_of(outputs[0])[0].abs().float().cpu().numpy()
     return {"magnitudes": seen.magnitudes.numpy(), "surface": surface, "surface_layer": np.array(chosen)}
 
@@ -60,7 +61,7 @@ def attention_maps(model: PreTrainedModel, ids: Sequence[int], layers: Sequence[
         found.append((weights.mean(dim=0) if head is None else weights[head]).float().cpu().numpy())
 
     with attention_watched(model, chosen, note), torch.no_grad():
-        model.base_model(input_ids=_row(model, ids), use_cache=False)
+        model.base_model(input_ids=_row(model, ids), **cache_argument(model.base_model, None))
     return np.stack(found)
 
 

@@ -45,11 +45,11 @@ def build(name):
 
 @torch.no_grad()
 def plain(model, tokenizer, pairs):
-    """Log-likelihoods by transformers, a text at a time and without a cache."""
+    """Log-likelihoods by transformers, a text at a time."""
     found = []
     for context, continuation in pairs:
         whole = torch.tensor([[256, *tokenizer.encode(context + continuation)]])
-        logits = model(whole, use_cache=False).logits[0].double().log_softmax(-1)
+        logits = model(whole).logits[0].double().log_softmax(-1)
         count = len(tokenizer.encode(continuation))
         found.append(float(logits[:-1].gather(1, whole[0, 1:, None])[-count:].sum()))
     return found
