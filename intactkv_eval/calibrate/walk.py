@@ -57,7 +57,7 @@ class BlockWalk:
         self._calls: dict[int, list[LayerCall]] = {}
         if samples:
             new_cache = partial(self._cache, model.dtype, self._devices)
-            check_walk(model, self._layers, samples, self.run_model, new_cache, self._devices)
+            check_walk(model, list(self._layers), samples, self.run_model, new_cache, self._devices)
         self._note(samples)
         self._full = list(self.inputs) if keep_full else None
         self._next_full: list[Tensor] | None = None

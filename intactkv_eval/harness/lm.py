@@ -24,7 +24,7 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.chat_date import chat_settings, check_captured_head, is_random
+from intactkv_eval.harness.chat_date import chat_settings, is_random
 from intactkv_eval.harness.flags import chosen_flags
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import auto_class_of, check_layers, check_tokens, loading
@@ -85,15 +85,10 @@ class IntactKVLM(PivotedTalks):
         if self.built is None:
             self._build(lambda name, revision: self._model)
         check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
-        self.chat_template_args = dict(self.chat.arguments)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
         self._starts = SharedStart(self._shared) if self.cell.share_prefix else None
         self.counts = Counts()
-        pivot = self.pivoted_model.pivot
-        self._is_head = check_captured_head(
-            self.cell.pivot, self.pivoted_model.token_ids, pivot and pivot.head, self.tokenizer, self.chat
-        )
         self.framing = self._framing(self.pivoted_model.token_ids)
         if self.max_length < 1:
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")

@@ -12,6 +12,7 @@ from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwarg
 from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.chat_date import check_captured_head
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -38,6 +39,11 @@ class PivotedGeneration(HFLM):
         raise NotImplementedError
 
     def _framing(self, token_ids: tuple[int, ...]) -> Framing:
+        """Raises PivotError for the head of chat prompts that this run renders otherwise."""
+        self.chat_template_args = dict(self.chat.arguments)
+        pivot = self.pivoted_model.pivot
+        head = None if pivot is None else pivot.head
+        self._is_head = check_captured_head(self.cell.pivot, token_ids, head, self.tokenizer, self.chat)
         first = self.prefix_token_id
         longer = len(token_ids) > 1 and token_ids[0] == first
         opens = longer and opens_messages(self.tokenizer, first, self.chat)
