@@ -43,6 +43,7 @@ _PLACES: dict[str, tuple[str, str]] = {
     "intact": ("pivot", "intact"),
     "pivot_transfer": ("pivot", "transfer"),
     "chat_template": ("pivot", "chat_template"),
+    "chat_date": ("pivot", "chat_date"),
     "backend": ("", "backend"),
     "share_prefix": ("", "share_prefix"),
 }

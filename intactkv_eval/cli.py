@@ -75,6 +75,7 @@ def capture(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: that of the evaluation.")] = "auto",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     chat_template: Annotated[str | None, typer.Option(help="A template of model_configs/chat_templates.")] = None,
+    chat_date: Annotated[str | None, typer.Option(help="The date that chat templates write: 2026-11-28.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
     lightllm: Annotated[Path | None, typer.Option(help="Put the pivot into this checkpoint for LightLLM too.")] = None,
@@ -82,7 +83,7 @@ def capture(
 ) -> None:
     """Save the pivot's full-precision KV: later runs take pivot=FILE.safetensors and no full-precision model."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
-    arguments["chat_template"] = chat_template
+    arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
@@ -106,6 +107,7 @@ def quantize(
     length: Annotated[int | None, typer.Option(help="Tokens of each (2048).")] = None,
     seed: Annotated[int | None, typer.Option(help="Which windows are drawn (0).")] = None,
     pivot: Annotated[str | None, typer.Option(help="Calibrate behind this pivot's KV, as bos or tokens:1+2.")] = None,
+    chat_date: Annotated[str | None, typer.Option(help="The date that chat templates write: 2026-11-28.")] = None,
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="The method's own, KEY=VALUE.")] = None,
     rotate: Annotated[bool | None, typer.Option("--rotate/--no-rotate", help="QuaRot: rotate the model first.")] = None,
     act_bits: Annotated[int | None, typer.Option(help="Of activations: 8, 6 or 4.")] = None,
@@ -137,7 +139,7 @@ def quantize(
     given["act_symmetric"] = act_symmetric
     job = _late("quantize.job", "job_from")(given, option or [], preset)
     command = import_module("intactkv_eval.harness.quantize_command")
-    source = command.Source(model, dtype, revision, trust_remote_code, device)
+    source = command.Source(model, dtype, revision, trust_remote_code, device, chat_date)
     count, written = command.quantize_to_folder(source, out, layout, job)
     typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
 
@@ -165,12 +167,13 @@ def kv_levels(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16: that of the evaluation.")] = "auto",
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     chat_template: Annotated[str | None, typer.Option(help="A template of model_configs/chat_templates.")] = None,
+    chat_date: Annotated[str | None, typer.Option(help="The date that chat templates write: 2026-11-28.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
 ) -> None:
     """Calibrate the levels that kv_scheme=pre_rope rounds to: cells take them with kv_levels=FILE.safetensors."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
-    arguments["chat_template"] = chat_template
+    arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     made = _late("harness.kv_levels_command", "levels_of_text")(
         arguments, loading, bits, data, samples, length, seed, out, keep, exempt

@@ -3,6 +3,7 @@ cell_arguments.py. Knows no torch.
 """
 
 import re
+from datetime import datetime
 from difflib import get_close_matches
 from typing import Literal
 
@@ -115,12 +116,30 @@ class PivotSpec(Spec):
     source: bos, prompt, tokens:ID+ID+..., or a PivotKV .safetensors file. (lm_eval splits arguments at commas.)
     auto: BOS and the tokens that keep others from becoming pivots, searched; or the .json of `intactkv pivots --out`.
     transfer: a calibrated PivotKV may be one that was trained for another quantized model.
+    chat_date: the date, or date and time, that chat templates read instead of the clock, in ISO 8601.
     """
 
     source: str = "bos"
     intact: bool = True
     transfer: bool = False
     chat_template: str | None = None
+    chat_date: str | None = None
+
+    @field_validator("chat_date", mode="before")
+    @classmethod
+    def _in_iso(cls, value: object) -> str | None:
+        if value is None:
+            return None
+        try:
+            if not re.match(r"\d{4}-\d{2}-\d{2}(T|$)", str(value)):
+                raise ValueError(value)
+            moment = datetime.fromisoformat(str(value))
+        except ValueError:
+            raise ValueError("write a date as 2026-11-28, or with a time as 2026-11-28T09:30") from None
+        if moment.tzinfo is not None:
+            raise ValueError("chat templates read local time: leave out the time zone")
+        at_midnight = moment.time() == datetime.min.time()
+        return moment.date().isoformat() if at_midnight else moment.replace(microsecond=0).isoformat()
 
     @field_validator("source")
     @classmethod

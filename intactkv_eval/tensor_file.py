@@ -36,6 +36,15 @@ def read_tensor_file(path: Path, floats: bool = False) -> tuple[dict[str, str], 
     return metadata, tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The metadata alone. Raises CheckpointError, with the reason alone, where it cannot be read."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(str(error)) from None
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """safetensors' `save_file`, whose errors are the file system's. Raises OSError."""
     try:

@@ -23,8 +23,8 @@ from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.data import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.model.structure import layer_devices, text_config
-from intactkv_eval.pivot.kv import Fingerprint
+from intactkv_eval.model.structure import cache_devices, text_config
+from intactkv_eval.pivot.identity import Fingerprint
 
 BINS = 2**14
 _CELLS = 512
@@ -50,7 +50,7 @@ def calibrate_levels(
     texts = [_checked(sample, len(front), left_out, model) for sample in samples]
     if not texts:
         raise ConfigError("KV levels: no sample to calibrate on")
-    layers = len(layer_devices(model))
+    layers = len(cache_devices(model))
     low: list[Tensor | None] = [None] * layers
     high: list[Tensor | None] = [None] * layers
     of_values = torch.zeros(layers, BINS, dtype=torch.float64)

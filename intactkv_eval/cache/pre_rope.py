@@ -14,7 +14,7 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.rotary import Rotary, find_rotary
 from intactkv_eval.cache.scheme import working
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.model.structure import layer_devices
+from intactkv_eval.model.structure import cache_devices
 
 
 class PreRope:
@@ -24,7 +24,7 @@ class PreRope:
     recent = 0
 
     def __init__(self, levels: KVLevels, model: PreTrainedModel) -> None:
-        devices = layer_devices(model)
+        devices = cache_devices(model)
         if len(devices) != len(levels.low):
             raise ConfigError(f"kv_levels: of {len(levels.low)} layers, this model has {len(devices)}: another model's")
         self.rotary: Rotary = find_rotary(model)

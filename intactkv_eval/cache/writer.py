@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.channel_key import ChannelKey
+from intactkv_eval.cache.latent import check_keys_are_cached
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pre_rope import PreRope
 from intactkv_eval.cache.scheme import Scheme
@@ -22,6 +23,7 @@ LayerKV = tuple[Tensor, Tensor]
 def _channel_key(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> Scheme:
     if spec.group is None or spec.recent is None:
         raise ConfigError("kv_scheme=channel_key needs kv_group and kv_recent")
+    check_keys_are_cached(model, "channel_key")
     return ChannelKey(spec.bits, spec.group, spec.recent)
 
 

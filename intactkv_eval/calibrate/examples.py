@@ -5,7 +5,7 @@ the words that invite an answer. Vicuna's conversations are made as by IntactKV'
 is cut into windows that count whole. Knows tokenizers, no models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from intactkv_eval.calibrate.messages import Conversation, is_plain
 from intactkv_eval.calibrate.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data import digest_of
 from intactkv_eval.errors import DataError
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choose import nats_of
 
 Body = Callable[[Sequence[int]], list[int]]
@@ -39,11 +40,11 @@ def examples_of(
     most_tokens: int = 1024,
     least_counted: int = 50,
     count: int | None = None,
-    chat: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
 ) -> list[Example]:
     """Examples of at most `most_tokens`, cut at the end, of more than `least_counted` assistant tokens; others go.
 
-    count: the first so many of them. chat: what the chat template is given beside the messages. Raises DataError where
+    count: the first so many of them. chat: how the chat template is rendered. Raises DataError where
     none, or fewer, are left, or where the chat template cannot tell whose a token is.
     """
     kept: list[Example] = []
@@ -90,7 +91,7 @@ def _example(tokens: list[int], mine: list[bool], body: Body) -> Example:
     return Example(torch.tensor(behind, dtype=torch.long), torch.tensor(counted, dtype=torch.bool))
 
 
-def _marked(conversation: Conversation, tokenizer: Any, chat: Mapping[str, Any] | None) -> tuple[list[int], list[bool]]:
+def _marked(conversation: Conversation, tokenizer: Any, chat: ChatSettings | None) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which are the assistant's."""
     if is_vicuna(tokenizer):
         return released_tokens(conversation, tokenizer, lambda asked: rendered(asked, tokenizer, True, chat))
@@ -114,21 +115,16 @@ def _marked(conversation: Conversation, tokenizer: Any, chat: Mapping[str, Any] 
     return encoded.input_ids, mine
 
 
-def rendered(
-    conversation: Conversation, tokenizer: Any, invite: bool = False, chat: Mapping[str, Any] | None = None
-) -> str:
+def rendered(conversation: Conversation, tokenizer: Any, invite: bool = False, chat: ChatSettings | None = None) -> str:
     """The text of a conversation; `invite`: with the words behind which an assistant answers.
 
-    chat: what the chat template is given beside the messages.
+    chat: how the chat template is rendered.
     Raises DataError where the tokenizer has no chat template, or the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("conversations need a chat template, which this tokenizer lacks: chat_template=vicuna_v1.1")
     messages = [message._asdict() for message in conversation]
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=invite, **(chat or {})
-        )
+        return (chat or ChatSettings()).render(tokenizer, messages, invite)
     except jinja2.exceptions.TemplateError as error:
         raise DataError(f"the chat template refuses a conversation: {error}") from None
-    return text

@@ -132,9 +132,11 @@ class RunState:
         if other != self._job:
             ours, theirs = json.loads(self._job), json.loads(other)
             keys = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            dates = [one.get("settings", {}).get("chat_date") for one in (theirs, ours)]
+            date = f" with chat_date={dates[0]}" if dates[0] is not None and dates[0] != dates[1] else ""
             raise ConfigError(
                 f"{self.folder} holds an unfinished calibration of another job ({', '.join(keys)} differ): repeat that "
-                "one to go on with it, or remove the folder"
+                f"one{date} to go on with it, or remove the folder"
             )
         return saved
 

@@ -20,7 +20,8 @@ from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.calibrate.rows import TrainedRows, run_behind
-from intactkv_eval.model.structure import decoder_layers, layer_devices
+from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.watch import hidden_of, watched
 
 Targets = Sequence[Tensor]
@@ -36,13 +37,17 @@ class Quality(NamedTuple):
 
 
 class Student:
-    """`model` behind `rows`, which alone are trained."""
+    """`model` behind `rows`, which alone are trained.
+
+    recompute: gradients are computed layer by layer. Raises UnsupportedModelError where a layer's rows act in others.
+    """
 
     def __init__(self, model: PreTrainedModel, rows: TrainedRows, recompute: bool = True) -> None:
+        check_recompute(model, recompute)
         self.model, self.rows, self._recompute = model, rows, recompute
         self._scale = 2.0**10 if model.dtype is torch.float16 else 1.0
         self._layers = decoder_layers(model)[1]
-        self._devices = layer_devices(model)
+        self._devices = cache_devices(model)
 
     def add_gradient(self, example: Example, targets: Targets, share: float) -> Tensor:
         """The loss [L] of each layer on one example; `share` of its gradient is added to the rows' own.
@@ -139,6 +144,16 @@ class Student:
 
         with watched(self._layers, look):
             yield found
+
+
+def check_recompute(model: PreTrainedModel, recompute: bool) -> None:
+    """Raise UnsupportedModelError where gradients cannot be computed layer by layer, which `recompute` asks for."""
+    layers, caching = len(decoder_layers(model)[1]), len(cache_devices(model))
+    if recompute and caching < layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the last {layers - caching} of its {layers} decoder layers attend to what "
+            "earlier ones cache, so the gradient of a row is not its own layer's alone: use --no-recompute"
+        )
 
 
 def _loss(outputs: Tensor, target: Tensor, example: Example) -> Tensor:

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.calibrate.examples import Example, counted_nats
 from intactkv_eval.calibrate.rows import Rows, run_behind
+from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.files import write_atomic
-from intactkv_eval.model.structure import decoder_layers, layer_devices, text_config
+from intactkv_eval.model.structure import cache_devices, decoder_layers, text_config
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.watch import hidden_of, watched
 from intactkv_eval.tensor_file import save_tensors
@@ -25,22 +26,30 @@ from intactkv_eval.tensor_file import save_tensors
 
 @torch.no_grad()
 def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> list[Tensor]:
-    """Each layer's outputs [N, C] of the counted tokens, behind the pivot."""
+    """Each layer's outputs [N, C] of the counted tokens, behind the pivot.
+
+    Raises UnsupportedModelError where a layer hands on several hidden states of a token.
+    """
     found: list[Tensor] = []
 
     def look(output: Any) -> None:
+        if hidden_of(output).ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its decoder layers hand on {tuple(hidden_of(output).shape)}, several hidden "
+                "states of a token, and calibration compares one; use the pivot as it is captured"
+            )
         hidden = hidden_of(output)[0]
         found.append(hidden[example.counted.to(hidden.device)])
 
     with watched(decoder_layers(model)[1], look):
-        run_behind(model.base_model, model, Rows(pivot.keys, pivot.values), layer_devices(model), example.body)
+        run_behind(model.base_model, model, Rows(pivot.keys, pivot.values), cache_devices(model), example.body)
     return found
 
 
 @torch.no_grad()
 def full_nats(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
     """Of the counted tokens of all examples, each: what a quantized model may come to."""
-    rows, devices = Rows(pivot.keys, pivot.values), layer_devices(model)
+    rows, devices = Rows(pivot.keys, pivot.values), cache_devices(model)
     runs = (run_behind(model, model, rows, devices, one.body).logits[0] for one in examples)
     nats = torch.cat([counted_nats(logits, one) for logits, one in zip(runs, examples, strict=True)])
     return float(nats.sum()) / max(len(nats), 1)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.calibrate.layer_calls import LayerCall
+from intactkv_eval.calibrate.walk_check import check_walk
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
@@ -36,6 +37,7 @@ class BlockWalk:
 
     keep_full: the inputs that the full-precision model makes are kept too. device: where a layer is while it is worked
     on; hidden states stay on the model's own.
+    Raises UnsupportedModelError where layers that are run one by one do not compute what the model does.
     """
 
     def __init__(
@@ -53,6 +55,9 @@ class BlockWalk:
         self._devices = layer_devices(model)
         self.inputs: list[Tensor] = []
         self._calls: dict[int, list[LayerCall]] = {}
+        if samples:
+            new_cache = partial(self._cache, model.dtype, self._devices)
+            check_walk(model, list(self._layers), samples, self.run_model, new_cache, self._devices)
         self._note(samples)
         self._full = list(self.inputs) if keep_full else None
         self._next_full: list[Tensor] | None = None
@@ -114,7 +119,7 @@ class BlockWalk:
         if self._pivot is None:
             return None
         rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
-        return OnceCache(self._model.config, 1, None, rows, devices)
+        return OnceCache(self._model.config, 1, None, rows, devices[: len(rows.keys)])
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:

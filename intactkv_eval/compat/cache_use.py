@@ -114,6 +114,14 @@ def _check(module: nn.Module, cache: CountingCache, before: dict[int, int], expe
     rows = [cache.rows_given.get(layer, 0) - before.get(layer, 0) for layer in range(layers)]
     wrong = [layer for layer, count in enumerate(rows) if count < expected or (exact and count > expected)]
     if wrong:
+        config: Any = module.config
+        crossing = set(getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ())
+        if crossing.issuperset(wrong):
+            raise UnsupportedModelError(
+                f"{type(module).__name__}: its layers {sorted(crossing)} attend to images alone (cross-attention) and "
+                "cache nothing of a text, so that neither a pivot nor a KV quantizer can be given to every layer; use "
+                "pivot=none without kv_bits, or --model hf"
+            )
         where = f"{rows[wrong[0]]} rows in layer {wrong[0]} ({len(wrong)} of {layers} layers differ)"
         raise UnsupportedModelError(_message(module, where, f"{expected} in every layer"))
 

@@ -5,11 +5,13 @@ names from here, and nothing else of transformers but what its documentation cal
 model of ours.
 
     past_key_values -> cache    the argument and the output field of every forward, renamed in transformers 5.24
+    strftime_now                of chat templates: reads the name `datetime` of transformers.utils.chat_template_utils
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
@@ -21,7 +23,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import chat_template_utils
 from transformers.utils.hub import cached_file
 
 from intactkv_eval.errors import UnsupportedModelError
@@ -41,10 +45,14 @@ __all__ = [
     "generate_cache_argument",
     "ignored_tensors",
     "keeps_given_cache",
+    "largest_number",
+    "loads_as",
     "no_init_weights",
     "renamed_on_loading",
     "set_output_cache",
     "takes_cache",
+    "template_clock",
+    "template_now",
     "tied_tensors",
     "unknown_cache_argument",
 ]
@@ -78,18 +86,24 @@ def cache_argument(module: nn.Module, cache: Cache | None) -> dict[str, Any]:
 
     Returns:
         Keyword arguments for the forward. The name of the cache is read from the signature, so that the code of a
-        checkpoint may still use the older one.
+        checkpoint may still use the older one. Without a cache a model whose last layers attend to what earlier ones
+        cached (Gemma 3n) makes one of its own: in early releases these layers compute other keys otherwise.
 
     Raises:
         UnsupportedModelError: The forward names its arguments, and none of them is a cache.
     """
     if cache is None:
-        return {"use_cache": False}
+        return {"use_cache": _borrows_keys(module)}
     forward = type(module).forward
     name = _cache_name(forward)
     if name is None and "input_ids" in inspect.signature(forward).parameters:
         raise UnsupportedModelError(f"{type(module).__name__} takes no KV cache: {unknown_cache_argument(forward)}")
     return {name or _CACHE_NAMES[0]: cache, "use_cache": True}
+
+
+def _borrows_keys(module: nn.Module) -> bool:
+    config: Any = getattr(module, "config", None)
+    return config is not None and bool(getattr(config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
 
 
 def generate_cache_argument(cache: Cache | None) -> dict[str, Any]:
@@ -140,9 +154,36 @@ def set_output_cache(output: Any, cache: Cache) -> None:
 
 
 def cache_layers(config: PretrainedConfig) -> list[Any]:
-    """The cache layers that transformers makes for a model of `config`: their kinds and number, without any rows."""
+    """The cache layers that transformers makes for a model of `config`: their kinds and number, without any rows.
+
+    Last layers that attend to what earlier ones cached (Gemma 3n, Gemma 4 E2B) have none: newer releases make a
+    placeholder for each of them.
+    """
     layers: list[Any] = DynamicCache(config=config).layers
+    while layers and type(layers[-1]).__name__ == "DummyLayer":
+        layers.pop()
     return layers
+
+
+def loads_as(config: PretrainedConfig) -> list[str]:
+    """The auto classes that load a model of `config`, of those that matter here: transformers' own and its code's."""
+    kinds = {
+        "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForSeq2SeqLM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "AutoModelForImageTextToText": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    }
+    own = getattr(config, "auto_map", None) or {}
+    return [name for name, known in kinds.items() if config.model_type in known or name in own]
+
+
+def largest_number(config: PretrainedConfig, name: str) -> int | None:
+    """A config's attribute, the largest one where it differs from layer to layer; None where it has none."""
+    try:
+        found = getattr(config, name, None)
+    except RuntimeError:  # newer releases: it is each layer's own
+        found = [getattr(layer, name, None) for layer in config.per_layer_config]
+    numbers = [value for value in (found if isinstance(found, list | tuple) else [found]) if isinstance(value, int)]
+    return max(numbers, default=None)
 
 
 def attention_implementation(model: PreTrainedModel) -> str | None:
@@ -194,3 +235,35 @@ def tied_tensors(model: PreTrainedModel) -> dict[str, str]:
 def ignored_tensors(model: PreTrainedModel) -> list[str]:
     """Regular expressions of the tensors that checkpoints of this architecture may hold without any use."""
     return list(model._keys_to_ignore_on_load_unexpected or ())
+
+
+def template_now() -> datetime:
+    """The present time as chat templates read it: local time, without a time zone."""
+    now: datetime = chat_template_utils.datetime.now()  # type: ignore[attr-defined]
+    return now
+
+
+@contextmanager
+def template_clock(moment: datetime | None) -> Iterator[None]:
+    """While it lasts, `strftime_now` of every chat template gives `moment`; with None it gives the present time.
+
+    transformers turns whatever a template is given besides the messages into plain data, so no function can be handed
+    to it: the clock that it reads is replaced instead, and put back.
+    """
+    if moment is None:
+        yield
+        return
+
+    class FixedClock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            assert moment is not None
+            return moment if tz is None else moment.astimezone(tz)
+
+    module: Any = chat_template_utils
+    held = module.datetime
+    module.datetime = FixedClock
+    try:
+        yield
+    finally:
+        module.datetime = held

@@ -1,12 +1,17 @@
 """How many rows fit: batch_size=auto by counting bytes, on a CPU as on a GPU. No trial runs."""
 
+from weakref import WeakKeyDictionary
+
 import psutil
 import torch
 from transformers import PreTrainedModel
 
-from intactkv_eval.errors import ConfigError
+from intactkv_eval.compat.transformers_api import largest_number
+from intactkv_eval.errors import ConfigError, UnsupportedModelError
+from intactkv_eval.pivot.capture import computed
 
 MAX_AUTO_ROWS = 64
+_KV_BYTES: "WeakKeyDictionary[PreTrainedModel, int]" = WeakKeyDictionary()
 _SHARE = 0.4  # of the free memory; the rest is for what the count leaves out
 
 
@@ -35,19 +40,21 @@ def rows_that_fit(
 
 
 def kv_bytes_per_token(model: PreTrainedModel) -> int:
-    """Of KV, in all layers."""
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * torch.finfo(model.dtype).bits // 8)
+    """Of KV, in all layers: what a forward over one token caches, since heads and widths may differ by layer."""
+    if model not in _KV_BYTES:
+        try:
+            keys, values, _ = computed(model, (0,))
+        except UnsupportedModelError:  # it is run without a cache then
+            return 0
+        _KV_BYTES[model] = sum(part.numel() * part.element_size() for part in (*keys, *values))
+    return _KV_BYTES[model]
 
 
 def bytes_per_row(model: PreTrainedModel, tokens: int, all_logits: bool = True) -> int:
     """KV cache, attention scores of one layer, activations; logits, where they are made, in two dtypes."""
     config = model.config.get_text_config(decoder=True)
     size = torch.finfo(model.dtype).bits // 8
-    width = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
+    width = max(largest_number(config, "intermediate_size") or 4 * config.hidden_size, config.hidden_size)
     per_token = kv_bytes_per_token(model) + (config.vocab_size * (size + 4) if all_logits else 0)
-    per_token += config.num_attention_heads * tokens * 4 + 6 * width * size
+    per_token += (largest_number(config, "num_attention_heads") or 1) * tokens * 4 + 6 * width * size
     return int(max(tokens, 1) * per_token)

@@ -6,6 +6,7 @@ Knows models and cells; no lm_eval.
 import copy
 import hashlib
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
+from intactkv_eval.harness.causality import check_causal
 from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
     REFERENCE_IN_MEMORY,
@@ -27,6 +29,7 @@ from intactkv_eval.harness.cell_checks import (
     check_levels,
     check_origin,
 )
+from intactkv_eval.harness.chat_date import head_record
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.quantization import as_held
@@ -39,6 +42,7 @@ from intactkv_eval.model.stages import apply_stages, stage_specs
 from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import check_supported
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
@@ -68,14 +72,14 @@ def build(
     changed: Collection[str] = (),
     rotation: Rotation | None = None,
     shelf: Shelf | None = None,
-    chat: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
 ) -> Built:
     """Load, capture, quantize. The full-precision model is freed before a `pretrained` beside it is loaded.
 
     `quantization` is what the checkpoint says of its own, None for one in full precision. `changed`: names
     whose models are not what their files alone say (an adapter, a GGUF file, an object): no pivot is kept under these.
     `rotation`: how the checkpoint's model was rotated. `shelf`: where `load` takes models from that others get too.
-    `chat`: what the chat template is given beside the messages.
+    `chat`: how the chat template is rendered.
 
     Raises ConfigError, PivotError, CheckpointError or UnsupportedModelError, each with the fix.
     """
@@ -113,6 +117,8 @@ def build(
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
         pivot = to_rotated(pivot)
     model = _evaluated_once(model, cell, search, shelf)
+    if pivot is not None and cell.pivot.source == "prompt":
+        pivot = replace(pivot, head=head_record(tokenizer, chat or ChatSettings()))
     if from_file is not None and cell.pivot.intact:
         check_calibrated(from_file, model, cell)
     front = pivot if cell.pivot.intact else None
@@ -128,6 +134,7 @@ def _loaded(cell: CellSpec, load: Loader) -> PreTrainedModel:
     model = load(cell.model.pretrained, cell.model.revision)
     check_supported(model)
     check_resident(model)
+    check_causal(model)
     if cell.weights.rotate:
         check_rotatable(model)
     return model

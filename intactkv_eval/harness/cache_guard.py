@@ -16,17 +16,21 @@ from typing import Any
 from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import ConfigError
 
-_KEY = "intactkv_cell"
+_KEY, _DATE = "intactkv_cell", "intactkv_chat_date"
 
 
-def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
-    """Claim the cache behind `cache_hook` for the cell of `record`. Raises ConfigError where it is another's."""
+def guard_response_cache(cache_hook: Any, record: Mapping[str, Any], chat_date: str | None = None) -> None:
+    """Claim the cache behind `cache_hook` for the cell of `record`. Raises ConfigError where it is another's.
+
+    chat_date: of the run's chat prompts. Answers are kept by the text of their prompts, so another date does no harm,
+    but where the pivot holds it.
+    """
     answers = getattr(cache_hook, "dbdict", None)
     if answers is None:
         return
     _check_plain(answers.filename, answers.tablename)
     answers.decode = _plain  # what comes into the file later is read no otherwise
-    identity = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps(_without_date(record), sort_keys=True).encode()).hexdigest()
     owner = answers.get(_KEY)
     if owner is None and len(answers):
         raise ConfigError("--use_cache: this file was filled by another model class; name a new file for this cell")
@@ -34,9 +38,25 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any]) -> None:
         raise ConfigError(
             "--use_cache: this file holds the answers of another cell, or of this cell by an older revision of a "
             "formula; name one file for each cell, and a new file after an update of intactkv-eval"
+            + _other_date(answers.get(_DATE), chat_date)
         )
-    answers[_KEY] = identity
+    answers[_KEY], answers[_DATE] = identity, chat_date
     answers.commit()
+
+
+def _without_date(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's date may be chosen or be the present one: what of it changes answers is in prompts and pivot tokens."""
+    cell = record.get("cell")
+    if not isinstance(cell, Mapping) or not isinstance(cell.get("pivot"), Mapping):
+        return dict(record)
+    pivot = {key: value for key, value in cell["pivot"].items() if key != "chat_date"}
+    return {**record, "cell": {**cell, "pivot": pivot}}
+
+
+def _other_date(held: str | None, chat_date: str | None) -> str:
+    if held is None or held == chat_date:
+        return ""
+    return f". Its chat prompts are of {held}, and this run's of {chat_date}: go on with chat_date={held}"
 
 
 class _Plain(pickle.Unpickler):

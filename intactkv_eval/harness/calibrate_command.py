@@ -21,7 +21,7 @@ from intactkv_eval.calibrate.messages import waits
 from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
-from intactkv_eval.calibrate.student import Quality, Student
+from intactkv_eval.calibrate.student import Quality, Student, check_recompute
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.calibrate.vicuna import is_vicuna
@@ -30,6 +30,7 @@ from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
+from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.full_cell import (
     check_same_source,
@@ -41,7 +42,8 @@ from intactkv_eval.harness.full_cell import (
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.kv import Calibrated, PivotKV
+from intactkv_eval.pivot.identity import Calibrated
+from intactkv_eval.pivot.kv import PivotKV
 
 
 class Asked(NamedTuple):
@@ -94,18 +96,32 @@ def calibrate_to_file(
         raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
     check_writable(out.parent)
     _check_cell(cell)
+    with moment_of_run(date_of(cell.pivot)):  # both models render the same prompts, also where midnight lies between
+        return _calibrated(cell, arguments, reference, loading, asked, settings, out)
+
+
+def _calibrated(
+    cell: CellSpec,
+    arguments: dict[str, Any],
+    reference: str | None,
+    loading: dict[str, Any],
+    asked: Asked,
+    settings: Settings,
+    out: Path,
+) -> Result:
     conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
     assert full.pivoted_model.pivot is not None
     check_same_source(cell, full.pivoted_model.pivot, reference)
+    check_recompute(full.pivoted_model.model, asked.recompute)
     ranks = Ranks(full.rank, full.world_size)
     wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
     conversations = _answered(full, conversations, asked.answer, out, ranks)
     longest = min(asked.tokens, full.max_length)
     _check_frequencies(full.pivoted_model, longest)
     examples = examples_of(
-        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat_template_args
+        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat
     )
     held_out = [examples[place] for place in split(len(examples), settings)[1]]
     nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
@@ -148,6 +164,8 @@ def _train(
         record["conversations"] = asked.conversations
     if is_vicuna(lm.tokenizer):
         record["targets"] = "released"
+    if lm.chat.date is not None:
+        record["chat_date"] = lm.chat.date
     digest = quantized_digest(pivoted.model)
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
     job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),

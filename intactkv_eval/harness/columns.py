@@ -95,7 +95,8 @@ class Columns:
         kept, text = ids[:, :_KEPT], ids[:, _KEPT:]
         cache = CountingCache(config=self.model.config)
         run_with_cache(self.model, cache, kept)
-        for place, layer in enumerate(cache.layers if padding else ()):
+        held = [layer for layer in cache.layers if layer.keys is not None]  # others have no rows of their own
+        for place, layer in enumerate(held if padding else ()):
             empty = (part.new_zeros(1, part.shape[1], padding, part.shape[3]) for part in (layer.keys, layer.values))
             cache.update(*empty, place)
         made = generate_with_cache(

@@ -21,8 +21,9 @@ from intactkv_eval.cache.writer import Writer
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.model.structure import decoder_layers, layer_devices
+from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.choose import nats_of
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
@@ -46,7 +47,7 @@ def outliers(model: PreTrainedModel, ids: Sequence[int], layer: int | None) -> d
     chosen = int(seen.ratios.amax(dim=1).argmax()) if layer is None else layer
     outputs: list[Any] = []
     with watched([layers[chosen]], outputs.append), torch.no_grad():
-        model.base_model(input_ids=_row(model, ids), use_cache=False)
+        model.base_model(input_ids=_row(model, ids), **cache_argument(model.base_model, None))
     surface = hidden_of(outputs[0])[0].abs().float().cpu().numpy()
     return {"magnitudes": seen.magnitudes.numpy(), "surface": surface, "surface_layer": np.array(chosen)}
 
@@ -60,7 +61,7 @@ def attention_maps(model: PreTrainedModel, ids: Sequence[int], layers: Sequence[
         found.append((weights.mean(dim=0) if head is None else weights[head]).float().cpu().numpy())
 
     with attention_watched(model, chosen, note), torch.no_grad():
-        model.base_model(input_ids=_row(model, ids), use_cache=False)
+        model.base_model(input_ids=_row(model, ids), **cache_argument(model.base_model, None))
     return np.stack(found)
 
 
@@ -120,7 +121,7 @@ def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, w
     rows = Rows(*(tuple(part[:, :intact] for part in kind) for kind in (pivot.keys, pivot.values)))
     body = torch.cat([torch.tensor(pivot.token_ids[intact:], dtype=torch.long), text])
     with watched(decoder_layers(model)[1], outputs.append), torch.no_grad():
-        logits = run_behind(model, model, rows, layer_devices(model), body, writer).logits[0]
+        logits = run_behind(model, model, rows, cache_devices(model), body, writer).logits[0]
     start = len(body) - len(text)
     return Outputs([hidden_of(one)[0, start:] for one in outputs], logits[start:])
 

@@ -12,6 +12,7 @@ from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.harness.arguments import checked_cell
+from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.figure_data import (
     SHOWN,
@@ -55,6 +56,19 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
         raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
     if cell.kv.scheme == "channel_key" or not cell.kv.exempt:
         raise ConfigError("figures: intact rows are counted one by one; drop kv_scheme=channel_key and kv_exempt=false")
+    with moment_of_run(date_of(cell.pivot)):
+        _numbers_to_folder(cell, arguments, reference, loading, shown, out, asked)
+
+
+def _numbers_to_folder(
+    cell: CellSpec,
+    arguments: dict[str, Any],
+    reference: str | None,
+    loading: dict[str, Any],
+    shown: Shown,
+    out: Path,
+    asked: dict[str, Any],
+) -> None:
     full = IntactKVLM(**full_arguments(cell, reference), **loading)
     model, pivot = full.pivoted_model.model, full.pivoted_model.pivot
     assert pivot is not None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.model.structure import text_config
 
 # Config keys of what models do to their logits.
@@ -40,7 +41,7 @@ class Head:
             return False
         ids = torch.arange(4, device=self.model.get_input_embeddings().weight.device)[None]
         with torch.no_grad(), self._hidden(torch.arange(4), keep=True) as hidden:
-            logits = self.model(input_ids=ids, use_cache=False).logits[0]
+            logits = self.model(input_ids=ids, **cache_argument(self.model, None)).logits[0]
         with torch.no_grad():
             again = self.module(hidden[0])
         if again.shape != logits.shape:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.cell_arguments import CELL_KEYS
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
@@ -24,6 +25,7 @@ from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
+from intactkv_eval.harness.chat_date import chat_settings, is_random
 from intactkv_eval.harness.flags import begin_command, chosen_flags
 from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
 from intactkv_eval.harness.lm_loading import CellLoading
@@ -40,6 +42,7 @@ from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.devices import automatic_device
+from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.weights.formats import rotation_of
 from intactkv_kernels.native import library
@@ -126,18 +129,22 @@ class IntactKVLM(CellLoading, PivotedTalks):
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
         return {
             **self._identity(),
+            "chat_date": self.chat.date,
+            "chat_template_is_random": is_random(self.tokenizer, self.chat),
             "requests_on_rank_0": dict(sorted(self.framing.counts.items())),
             "scoring_on_rank_0": asdict(self.counts),
             "handed_over": self._record_of_objects(),
             "world_size": self.world_size,
             "versions": versions(),
+            "kv_cache_is_latent": bool(getattr(text_config(self.model), "kv_lora_rank", 0))
+            and holds_latent(self.model),
             "basis_residual": self.built.basis_residual if self.built else None,
             "c_kernel": library() is not None if self.built and "cpu" in self.built.backends else None,
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""
-        guard_response_cache(cache_hook, self._identity())
+        guard_response_cache(cache_hook, self._identity(), self.chat.date)
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
@@ -150,11 +157,12 @@ class IntactKVLM(CellLoading, PivotedTalks):
         super()._create_tokenizer(*args, **kwargs)
         if self.cell.pivot.chat_template:
             use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
+        self.chat = chat_settings(self.cell.pivot, self.tokenizer, chat_arguments(self.hf_arguments))
 
     def _build(self, load: Any) -> None:
         self.built = build(
             self.cell, self.config, self.tokenizer, load, self._quantization, self._changed, rotation_of(self._layout),
-            current_shelf(), chat_arguments(self.hf_arguments),
+            current_shelf(), self.chat,
         )  # fmt: skip
         self._model = self.built.pivoted.model
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
+from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.harness.chat_date import check_captured_head
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.generation_options import check_options, for_generate
@@ -19,7 +21,8 @@ from intactkv_eval.harness.generation_settings import own_lengths, say_length, s
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_stops import filling_token, row_stops
 from intactkv_eval.harness.shared_start import SharedStart
-from intactkv_eval.pivot.tokens import opens_messages, prompt_head
+from intactkv_eval.pivot.chat import ChatSettings
+from intactkv_eval.pivot.tokens import opens_messages
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ class PivotedGeneration(HFLM):
 
     cell: CellSpec
     framing: Framing
+    chat: ChatSettings  # of all chat prompts
+    _is_head: bool  # whether the pivot is what the chat template's prompts begin with
     _longest: int | None
     _asked: Mapping[str, Any]
     _prompt_lengths: list[int]
@@ -40,21 +45,15 @@ class PivotedGeneration(HFLM):
         raise NotImplementedError
 
     def _framing(self, token_ids: tuple[int, ...]) -> Framing:
+        """Raises PivotError for the head of chat prompts that this run renders otherwise."""
+        self.chat_template_args = dict(self.chat.arguments)
+        pivot = self.pivoted_model.pivot
+        head = None if pivot is None else pivot.head
+        self._is_head = check_captured_head(self.cell.pivot, token_ids, head, self.tokenizer, self.chat)
         first = self.prefix_token_id
         longer = len(token_ids) > 1 and token_ids[0] == first
-        opens = longer and opens_messages(self.tokenizer, first, self.chat_template_args)
+        opens = longer and opens_messages(self.tokenizer, first, self.chat)
         return Framing(token_ids, first, int(self.max_length), opens)
-
-    @cached_property
-    def _is_head(self) -> bool:
-        """Whether the pivot is what the chat template's prompts begin with."""
-        tokens = self.framing.token_ids
-        if self.cell.pivot.source == "prompt" or len(tokens) < 2:
-            return self.cell.pivot.source == "prompt"
-        try:
-            return tokens == prompt_head(self.tokenizer, self.chat_template_args)
-        except PivotError:
-            return False
 
     def check_head(self, prompt: str, tokens: Sequence[int]) -> None:
         """Raise PivotError for a chat prompt that would stand behind the opening of another one.
@@ -79,8 +78,12 @@ class PivotedGeneration(HFLM):
         self.framing.counts["two_heads"] += 1
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text, as lm_eval's `hf` writes it. Raises PivotError where it lacks the head that is the pivot."""
-        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        """A chat as text, as lm_eval's `hf` writes it, on the run's date.
+
+        Raises PivotError where it lacks the head that is the pivot.
+        """
+        with template_clock(self.chat.moment):
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         self.check_head(text, self.tok_encode(text))
         return text
 

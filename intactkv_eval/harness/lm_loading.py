@@ -25,6 +25,7 @@ from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
 from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.harness.handed_over import OF_REFERENCE, HandedOver, check_wrapper
+from intactkv_eval.harness.loading import auto_class_of
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.model.declared import without_quantization
@@ -170,6 +171,7 @@ class CellLoading(HFLM):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
+        self.AUTO_MODEL_CLASS = auto_class_of(pretrained, self._config) or self.AUTO_MODEL_CLASS
         found = read_quantization(pretrained, self._config, self.cell.model.revision)
         self._quantization, self._layout = found.summary, found.layout
         if found.layout is not None or found.idle:

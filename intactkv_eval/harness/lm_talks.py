@@ -79,7 +79,7 @@ class PivotedTalks(PivotedGeneration):
         found: list[list[list[Any]]] = [[] for _ in requests]
         places = []
         for place, request in enumerate(requests):
-            key = hash_args(REQUEST, request.args)
+            key = hash_args(REQUEST, self._kept_under(request))
             if known is not None and key in known:
                 found[place] = known[key]
             else:
@@ -89,11 +89,15 @@ class PivotedTalks(PivotedGeneration):
 
             def done(index: int, turns: list[Turn]) -> None:
                 found[places[index]] = [list(turn) for turn in turns]
-                self.cache_hook.add_partial(REQUEST, requests[places[index]].args, found[places[index]])
+                self.cache_hook.add_partial(REQUEST, self._kept_under(requests[places[index]]), found[places[index]])
                 bar.update(1)
 
             self._converse(talks, done)
         return found
+
+    def _kept_under(self, request: Instance) -> tuple[Any, ...]:
+        """What answers are kept under: prompts are written here, so their date is no part of the request."""
+        return (*request.args, self.chat.date) if self.chat.date is not None else tuple(request.args)
 
     def _converse(self, talks: Sequence[Talk], done: Any) -> None:
         longest = min(max(map(self._tokens, talks), default=1), int(self.max_length))
@@ -110,7 +114,7 @@ class PivotedTalks(PivotedGeneration):
         said, answers = talk.messages, 0
         while waits(said):
             said, answers = filled(said, [""]), answers + 1
-        return len(self.tok_encode(rendered(said, self.tokenizer, chat=self.chat_template_args))) + answers * talk.most
+        return len(self.tok_encode(rendered(said, self.tokenizer, chat=self.chat))) + answers * talk.most
 
     def _rows_for(self, override: int | None) -> Any:
         raise NotImplementedError
@@ -141,7 +145,7 @@ class PivotedTalks(PivotedGeneration):
         end = open_question(said)
         if end is None:
             return None
-        prompt = rendered(said[:end], self.tokenizer, invite=True, chat=self.chat_template_args)
+        prompt = rendered(said[:end], self.tokenizer, invite=True, chat=self.chat)
         tokens = self.tok_encode(prompt)
         self.check_head(prompt, tokens)
         body = self.framing.body(tokens)

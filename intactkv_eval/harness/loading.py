@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
-from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file
+from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, loads_as
 from intactkv_eval.documents import parse_json
-from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
+from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
@@ -51,11 +51,28 @@ def loading(what: str) -> Iterator[None]:
     except SafetensorError as error:
         raise CheckpointError(f"{what}: a weight file is damaged ({error})") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{what} cannot be loaded: {error}") from error
+        text = str(error).partition("Model type should be one of")[0]  # 150 names follow
+        raise ConfigError(f"{what} cannot be loaded: {text}") from error
     except Exception as error:
         if _innermost(error.__traceback__) == _OURS:
             raise
         raise CheckpointError(f"{what}: its files cannot be loaded ({type(error).__name__}: {error})") from error
+
+
+def auto_class_of(pretrained: str, config: PretrainedConfig) -> Any:
+    """The auto class that loads a language model which is wrapped beside a vision tower, None where lm_eval's is right.
+
+    Raises UnsupportedModelError for what is no language model: transformers itself lists 150 others.
+    """
+    classes = loads_as(config)
+    if {"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"} & set(classes):
+        return None
+    if "AutoModelForImageTextToText" in classes:
+        return AutoModelForImageTextToText
+    raise UnsupportedModelError(
+        f"pretrained={pretrained!r} is of type {config.model_type}, which transformers does not load as a language "
+        "model (AutoModelForCausalLM, AutoModelForImageTextToText); name a decoder-only language model"
+    )
 
 
 def check_layers(pretrained: str, revision: str) -> None:

@@ -5,7 +5,7 @@ Knows models and cells; neither changes a model nor quantizes one.
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from intactkv_eval.harness.quantization import quantization_in_memory
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, check_supported, fingerprint_of
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch
 
@@ -109,7 +110,7 @@ def tokens_in_front(
     vocabulary: int,
     load: Loader,
     quantization: dict[str, Any] | None,
-    chat: Mapping[str, Any] | None,
+    chat: ChatSettings | None,
     changed: Collection[str],
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; the rest as `build.build` has it. Raises PivotError, DataError."""

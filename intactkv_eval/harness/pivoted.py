@@ -29,7 +29,7 @@ from intactkv_eval.compat.rope_length import (
 from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
-from intactkv_eval.model.structure import layer_devices, text_config
+from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
 _LONG = 128  # tokens of a body, and as many for each of eight pivot tokens, from which these are computed again
@@ -77,7 +77,7 @@ class PivotedModel:
     @cached_property
     def devices(self) -> list[torch.device]:
         """The device of each layer's KV."""
-        return layer_devices(self.model)
+        return cache_devices(self.model)
 
     def for_length(self, length: int) -> "PivotedModel":
         """The same in front of rows of `length` positions, the pivot's among them: with rows of their RoPE frequencies.

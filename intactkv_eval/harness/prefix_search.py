@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import exp, sqrt
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from intactkv_eval.files import cache_folder
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
 from intactkv_eval.pivot.choose import Evidence, choose
 from intactkv_eval.pivot.tokens import resolve_tokens
@@ -73,12 +74,12 @@ def tokens_of(
     vocabulary: int,
     source: tuple[str, str, str] | None,
     load: Callable[[], PreTrainedModel],
-    chat: Mapping[str, Any] | None = None,
+    chat: ChatSettings | None = None,
 ) -> tuple[int, ...]:
     """The tokens of a pivot that is no PivotKV file; `auto` is searched in the full-precision model.
 
     source: that model's name or folder, revision and dtype; None where these do not say what it is, and nothing is kept
-    under them. chat: what chat templates are given beside the messages.
+    under them. chat: how chat templates are rendered.
     Raises PivotError where there are none, DataError.
     """
     if spec.source != "auto":

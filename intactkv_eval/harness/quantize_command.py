@@ -20,7 +20,8 @@ from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
-from intactkv_eval.harness.loading import check_layers, check_tokens, loading
+from intactkv_eval.harness.chat_date import chat_settings
+from intactkv_eval.harness.loading import auto_class_of, check_layers, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
@@ -31,6 +32,7 @@ from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of
@@ -47,13 +49,17 @@ from intactkv_eval.weights.stages import Rotation
 
 
 class Source(NamedTuple):
-    """The full-precision model, and where it is worked on: a layer at a time on `device`."""
+    """The full-precision model, and where it is worked on: a layer at a time on `device`.
+
+    chat_date: what chat templates read instead of the clock, where the pivot is the head of chat prompts.
+    """
 
     pretrained: str
     dtype: str = "auto"
     revision: str = "main"
     trust_remote_code: bool = False
     device: str = "cpu"
+    chat_date: str | None = None
 
 
 def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job: Job) -> tuple[int, str]:
@@ -70,14 +76,27 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     check_new(out)
     model, tokenizer = _load(source)
     _check_layout(model, layout, job)
-    samples, pivot = _calibration(job.calibration, model, tokenizer, source)
+    spec = job.calibration.pivot if job.calibration is not None else None
+    chat = _chat(spec, tokenizer, source.chat_date)
+    samples, pivot = _calibration(job.calibration, model, tokenizer, source, chat)
     record = _record(job, source, model, samples, pivot)
+    if chat.date is not None:
+        record["chat_date"] = chat.date
     folder = out.parent / f".{out.name}.blocks"
     with locked(folder / "lock"):
         if not _is_there(out, record):
             _quantize(model, tokenizer, out, layout, job, samples, pivot, record, folder, _device(source.device))
         remove_folder(folder)
     return len(linear_layers(model)), layout
+
+
+def _chat(spec: PivotSpec | None, tokenizer: Any, date: str | None) -> ChatSettings:
+    """How the chat prompts are rendered whose head is the pivot of the calibration."""
+    if spec is not None and spec.source == "prompt":
+        return chat_settings(PivotSpec(source="prompt", chat_date=date), tokenizer, {})
+    if date is not None:
+        raise ConfigError("--chat-date: does nothing without --pivot prompt, the head of chat prompts; drop it")
+    return ChatSettings()
 
 
 def _is_there(out: Path, record: dict[str, Any]) -> bool:
@@ -201,14 +220,14 @@ def _record(
 
 
 def _calibration(
-    asked: CalibrationSpec | None, model: PreTrainedModel, tokenizer: Any, source: Source
+    asked: CalibrationSpec | None, model: PreTrainedModel, tokenizer: Any, source: Source, chat: ChatSettings
 ) -> tuple[Samples | None, PivotKV | None]:
     if asked is None:
         return None, None
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     token_ids: tuple[int, ...] = ()
     if asked.pivot is not None:
-        token_ids = _pivot_tokens(asked.pivot, model, tokenizer, source)
+        token_ids = _pivot_tokens(asked.pivot, model, tokenizer, source, chat)
     if limit is not None and asked.length + len(token_ids) > limit:
         raise ConfigError(
             f"--length {asked.length}: with {len(token_ids)} pivot tokens more than the model's {limit} positions"
@@ -218,14 +237,17 @@ def _calibration(
     return samples, pivot
 
 
-def _pivot_tokens(asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, source: Source) -> tuple[int, ...]:
+def _pivot_tokens(
+    asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, source: Source, chat: ChatSettings
+) -> tuple[int, ...]:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if asked.source.endswith(".safetensors"):
         listed = "+".join(map(str, PivotKV.load(Path(asked.source)).token_ids))
         raise ConfigError(
             f"--pivot {asked.source}: the KV is this model's own; name the tokens: --pivot tokens:{listed}"
         )
-    return tokens_of(asked, tokenizer, vocabulary, (source.pretrained, source.revision, source.dtype), lambda: model)
+    known = (source.pretrained, source.revision, source.dtype)
+    return tokens_of(asked, tokenizer, vocabulary, known, lambda: model, chat)
 
 
 def _device(name: str) -> torch.device | None:
@@ -241,10 +263,11 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         check_layers(source.pretrained, source.revision)
         check_tokens(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)
+        auto_class = auto_class_of(source.pretrained, config) or AutoModelForCausalLM
         if read_quantization(source.pretrained, config, source.revision).summary is not None:
             raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **options)
-        model: PreTrainedModel = WholeCheckpoint(AutoModelForCausalLM).from_pretrained(
+        model: PreTrainedModel = WholeCheckpoint(auto_class).from_pretrained(
             source.pretrained, dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype), **options
         )
         return model.eval(), tokenizer

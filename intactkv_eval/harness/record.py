@@ -1,7 +1,5 @@
 """What a run records of its cell, beside what lm_eval records of itself. Values that JSON can hold, nothing else."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
@@ -11,6 +9,7 @@ from intactkv_eval import __version__
 from intactkv_eval.config import CellSpec
 from intactkv_eval.formulas import formulas_of
 from intactkv_eval.harness.build import Built
+from intactkv_eval.pivot.chat import template_hash
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
@@ -35,16 +34,9 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "rope_by_length": asdict(pivoted.rope) if pivoted.rope.border is not None else None,
         "pivot_tokens": list(pivoted.token_ids),
         "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],
-        "chat_template_hash": _hash_of(getattr(tokenizer, "chat_template", None)),
+        "chat_template_hash": template_hash(getattr(tokenizer, "chat_template", None)),
         "pivot_fingerprint": pivot.fingerprint.model_dump(exclude={"embedding_sample"}) if pivot is not None else None,
     }
-
-
-def _hash_of(chat_template: Any) -> str | None:
-    """Of a template, or of several by name: requests whose prompts are written here name none of its words."""
-    if chat_template is None:
-        return None
-    return hashlib.sha256(json.dumps(chat_template, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:

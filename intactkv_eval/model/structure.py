@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.compat.transformers_api import Conv1D
+from intactkv_eval.compat.transformers_api import Conv1D, cache_layers
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.model.activations import StagedLinear
 from intactkv_eval.model.plain import is_plain_linear, scales_elementwise
@@ -55,6 +55,11 @@ def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """The device of each decoder layer: they differ under device_map."""
     _, layers = decoder_layers(model)
     return [next(layer.parameters(), next(layer.buffers(), torch.empty(0))).device for layer in layers]
+
+
+def cache_devices(model: PreTrainedModel) -> list[torch.device]:
+    """The device of each layer's KV: of the decoder layers that cache any, which the others follow."""
+    return layer_devices(model)[: len(cache_layers(model.config))]
 
 
 def check_resident(model: PreTrainedModel) -> None:

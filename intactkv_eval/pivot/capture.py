@@ -13,7 +13,9 @@ from intactkv_eval.compat.rope_length import as_in_text_of, forget_long_texts, r
 from intactkv_eval.compat.tensor_parts import plain_numbers, weight_hash
 from intactkv_eval.compat.transformers_api import takes_cache, unknown_cache_argument
 from intactkv_eval.errors import PivotError, UnsupportedModelError
-from intactkv_eval.pivot.kv import Computed, Fingerprint, PivotKV
+from intactkv_eval.pivot.identity import Fingerprint
+from intactkv_eval.pivot.kv import Computed, PivotKV
+from intactkv_eval.pivot.layer_kinds import why_not
 from intactkv_eval.pivot.weight_sample import weight_sample
 
 
@@ -59,13 +61,13 @@ def check_supported(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError for a model that the pivot cannot be given to, by name and with the reason."""
     name = f"{type(model).__name__} ({model.config.model_type})"
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: IntactKV is for decoder-only causal LMs")
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    other = kinds - {"full_attention", "sliding_attention"}
-    if other or not getattr(config, "num_attention_heads", None):
-        reason = f"layers of type {', '.join(sorted(other))}" if other else "no attention KV cache"
-        raise UnsupportedModelError(f"{name} has {reason}: a state-space or hybrid model holds no pivot KV")
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: it reads a text with its encoder, and the tokens in front of a text are in "
+            "no KV cache. Only decoder-only causal language models are supported; use --model hf"
+        )
+    reason = why_not(model.config.get_text_config(decoder=True))
+    if reason is not None:
+        raise UnsupportedModelError(f"{name} {reason}; use --model hf")
     if not takes_cache(model):
         raise UnsupportedModelError(f"{name} takes no KV cache: {unknown_cache_argument(type(model).forward)}")
 

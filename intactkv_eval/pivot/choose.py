@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.pivot.discover import find, observe
 
 _CANDIDATES = 6
@@ -103,7 +104,7 @@ def pivots_behind(
 def mean_nats(model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor) -> float:
     """Of each token of `text` [T] behind the prefix, on average; all but the first, which nothing of it foretells."""
     ids = torch.cat([torch.tensor(prefix, dtype=torch.long), text]).to(model.get_input_embeddings().weight.device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, len(prefix) : -1]
+    logits = model(input_ids=ids[None], **cache_argument(model, None)).logits[0, len(prefix) : -1]
     return float(nats_of(logits, ids[len(prefix) + 1 :]).mean())
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.watch import attention_watched, hidden_of, watched
 
@@ -66,7 +67,7 @@ def observe(
 
     inputs = torch.tensor([list(ids)], device=model.get_input_embeddings().weight.device)
     with watched(layers, size), attention_watched(model, layers, share) if attention else nullcontext():
-        model.base_model(input_ids=inputs, use_cache=False)
+        model.base_model(input_ids=inputs, **cache_argument(model.base_model, None))
     magnitudes = torch.stack(sizes)
     if not torch.isfinite(magnitudes).all():
         raise PivotError("hidden states are not finite: load the model with dtype=bfloat16 or float32")

@@ -2,7 +2,7 @@
 
 A file is one safetensors: `keys.L`, `values.L` [H, P, D] for each layer L, `logits` [P, V], the same three behind
 `long.` where they depend on the length of the text, `weights.NAME` for each tensor of the model that was sampled, and
-the fingerprint and token ids as JSON in its metadata. Knows no model and no quantizer.
+the fingerprint, token ids and head as JSON in its metadata. Knows no model and no quantizer.
 """
 
 import json
@@ -12,66 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.formulas import calibration_name, current, recorded, stale
-from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
+from intactkv_eval.pivot.identity import ChatHead, Fingerprint
+from intactkv_eval.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
-_TINY = 2**-14  # below it fp16 has fewer digits
+
 _WEIGHTS, _LONG = "weights.", "long."
 _FIX = "it is damaged or another model's. Capture it anew: intactkv capture"
-
-
-class Calibrated(BaseModel):
-    """What a PivotKV was trained for, and how. It belongs to that quantized model alone.
-
-    quantized: digest of all its packed weights. cell: how it is called. data: SHA-256 of the conversations.
-    settings: of the training; held_out: its measures before and after; full_nats: one of them in full precision.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    quantized: str
-    cell: str
-    data: str
-    settings: dict[str, str | int | float | bool]
-    held_out: dict[str, tuple[float, float]]
-    full_nats: float | None = None
-
-
-class Fingerprint(BaseModel):
-    """Whose KV this is. Hashes are over a fixed sample of every tensor (see capture.weight_hash).
-
-    embedding_sample: evenly spaced numbers of the embeddings, for models that hold the same in another precision.
-    basis: `plain` is the model's own; a quantizer that rotates or rescales K or V names its own.
-    calibrated: None for what the full-precision model computes.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    revision: str
-    weight_hash: str
-    embedding_hash: str
-    dtype: str
-    basis: str = "plain"
-    embedding_sample: tuple[float, ...] = ()
-    calibrated: Calibrated | None = None
-
-    def embeddings_differ(self, found_hash: str, found: tuple[float, ...], rows: tuple[float, ...] = ()) -> float:
-        """How far other embeddings are from these, relative to each number or its row's size in `rows`."""
-        own = self.embedding_sample
-        if found_hash == self.embedding_hash:
-            return 0.0
-        pairs = list(zip(own, found, strict=False)) if len(own) == len(found) else []
-        floors = [max(_TINY, 2 * size) for size in rows] or [_TINY] * len(pairs)
-        sized = zip(pairs, floors, strict=True) if len(floors) == len(pairs) else ()
-        return max((abs(one - other) / max(abs(one), floor) for (one, other), floor in sized), default=float("inf"))
 
 
 class Computed(NamedTuple):
@@ -88,7 +41,8 @@ class PivotKV:
 
     keys, values: one [H, P, D] a layer, keys after RoPE. logits: [P, V], the full-precision model's own. weights: a
     sample of that model's tensors by name (weight_sample.py), by which its quantized copies are known. long: the same
-    tokens with the RoPE frequencies of long texts, for models whose frequencies have two sets (longrope).
+    tokens with the RoPE frequencies of long texts, for models whose frequencies have two sets (longrope). head: how the
+    chat prompts were rendered whose head the tokens are, None where they were chosen otherwise.
     """
 
     token_ids: tuple[int, ...]
@@ -98,6 +52,7 @@ class PivotKV:
     fingerprint: Fingerprint
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     long: Computed | None = None
+    head: ChatHead | None = None
 
     def __post_init__(self) -> None:
         length = len(self.token_ids)
@@ -219,6 +174,8 @@ class PivotKV:
             "fingerprint": self.fingerprint.model_dump_json(),
             "formulas": json.dumps(current([self.formula])),
         }
+        if self.head is not None:
+            metadata["chat_head"] = self.head.model_dump_json()
         write_tensor_file(path, tensors, metadata)
 
     @classmethod
@@ -240,6 +197,7 @@ class PivotKV:
                 fingerprint=Fingerprint.model_validate_json(metadata["fingerprint"]),
                 weights=_behind(_WEIGHTS, tensors),
                 long=_of_file(long) if long else None,
+                head=_head(metadata),
             )
             old = stale(recorded([found.formula], parse_json(metadata.get("formulas", "{}"))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # pydantic's is a ValueError
@@ -266,6 +224,21 @@ def _of_file(tensors: Mapping[str, Tensor]) -> Computed:
 
 def _behind(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): held for name, held in tensors.items() if name.startswith(prefix)}
+
+
+def head_of_file(path: Path) -> ChatHead | None:
+    """The `head` of a PivotKV file, read without its tensors. Raises PivotError for a missing or damaged file."""
+    if not path.is_file():
+        raise PivotError(f"pivot file {path} does not exist")
+    try:
+        return _head(read_metadata(path))
+    except (CheckpointError, ValueError) as error:
+        raise PivotError(f"pivot file {path} cannot be read ({error}): capture it anew") from None
+
+
+def _head(metadata: Mapping[str, str]) -> ChatHead | None:
+    """Raises ValueError, as pydantic does, where it is damaged."""
+    return ChatHead.model_validate_json(metadata["chat_head"]) if "chat_head" in metadata else None
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import resource
 import select
 import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 
 from intactkv_eval.errors import PivotError
+from intactkv_eval.pivot.chat import ChatSettings
 
 CPU_SECONDS = 4  # of the child: a busy machine makes no template slow
 _WALL_SECONDS = 60.0  # a child that does not even start
@@ -24,15 +25,21 @@ _BYTES = 2**29  # that the child may take beside what it has
 _CHARACTERS = 100_000  # of one prompt
 
 
-def prompts_of(tokenizer: Any, messages: Sequence[str], chat: Mapping[str, Any]) -> list[str]:
-    """The prompt of each first user message. chat: what the template is given beside the messages.
+def prompts_of(tokenizer: Any, messages: Sequence[str], chat: ChatSettings) -> list[str]:
+    """The prompt of each first user message. Raises PivotError where the template fails, or does not end."""
+    return prompts_of_chats(tokenizer, [[{"role": "user", "content": message}] for message in messages], [chat])
+
+
+def prompts_of_chats(
+    tokenizer: Any, talks: Sequence[Sequence[dict[str, str]]], settings: Sequence[ChatSettings]
+) -> list[str]:
+    """The prompt of each conversation with the first of `settings`, then of each with the second, and so on.
 
     Raises PivotError where the template fails, does not end, or writes what no prompt is.
     """
 
     def write() -> list[str]:
-        talks = [[{"role": "user", "content": message}] for message in messages]
-        return [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True, **chat) for x in talks]
+        return [chat.render(tokenizer, talk, invite=True) for chat in settings for talk in talks]
 
     try:
         found = json.loads(_of_child(lambda: _outcome(write)))

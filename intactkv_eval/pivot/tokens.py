@@ -1,12 +1,12 @@
 """Which tokens are the pivot: BOS, a chat prompt's constant head, a list or a file. Knows tokenizers, no models."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import read_text, shipped_folder
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.prompts import prompts_of
 
@@ -15,11 +15,11 @@ _PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesi
 
 
 def resolve_tokens(
-    spec: PivotSpec, tokenizer: Any, vocab_size: int, chat: Mapping[str, Any] | None = None
+    spec: PivotSpec, tokenizer: Any, vocab_size: int, chat: ChatSettings | None = None
 ) -> tuple[int, ...]:
     """The pivot tokens of `spec` with this tokenizer. Empty for an intact=false `bos` on a model that has no BOS.
 
-    chat: what the chat template is given beside the messages.
+    chat: how the chat template is rendered.
     Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary; and for
     `auto` and PivotKV files, whose tokens no tokenizer tells.
     """
@@ -45,15 +45,15 @@ def resolve_tokens(
     )
 
 
-def prompt_head(tokenizer: Any, chat: Mapping[str, Any] | None = None) -> tuple[int, ...]:
+def prompt_head(tokenizer: Any, chat: ChatSettings | None = None) -> tuple[int, ...]:
     """The tokens that every prompt of the tokenizer's chat template begins with, up to the first user message.
 
     The prompts are tokenized whole, so the head holds no token that a message could change.
-    chat: what the template is given beside the messages. Raises PivotError where there is no template, or no such head.
+    chat: how it is rendered. Raises PivotError where there is no template, or no such head.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PivotError("pivot=prompt: this tokenizer has no chat template; name one: chat_template=vicuna_v1.1")
-    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or {})]
+    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or ChatSettings())]
     shortest = min(len(tokens) for tokens in encoded)
     length = next((i for i in range(shortest) if len({tokens[i] for tokens in encoded}) > 1), shortest)
     if not length:
@@ -71,7 +71,7 @@ def use_chat_template(tokenizer: Any, name: str) -> None:
     tokenizer.chat_template = read_text(path)
 
 
-def opens_messages(tokenizer: Any, token: int, chat: Mapping[str, Any]) -> bool:
+def opens_messages(tokenizer: Any, token: int, chat: ChatSettings) -> bool:
     """Whether prompts of the chat template hold `token` more than once around a single message, as ChatML's do."""
     if not getattr(tokenizer, "chat_template", None):
         return False

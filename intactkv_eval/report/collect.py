@@ -93,6 +93,8 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
     """Of what a run records of its cell. Raises KeyError, TypeError or ValidationError where it is damaged."""
     asked = {key: str(value) for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
     cell = _by_samples(CellSpec.model_validate(record["cell"]), record)
+    # A date that was chosen is like one that was not: which it is stands among the scores' settings.
+    cell = cell.model_copy(update={"pivot": cell.pivot.model_copy(update={"chat_date": None})})
     ours = (record.get("quantization") or {}).get("made") or {}
     made, job = ours.get("source") or {}, ours.get("job") or {}
     if made:  # known by its weights' hash, wherever it lies

@@ -167,6 +167,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any], leaves
         "version": _version(content.get("versions", {}), [task, *leaves]),
         "gen_kwargs": content["config"].get("gen_kwargs") or None,
         "chat_template": template,
+        "chat_date": record.get("chat_date") if template or metadata.get("bench") else None,
         "system_instruction": content.get("system_instruction_sha"),
         "fewshot_as_multiturn": content.get("fewshot_as_multiturn") if template else None,
         "dtype": record.get("dtype"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.formulas import current, names_of_cell, names_of_job
+from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.command import check_tasks
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.sweep.estimate import estimate
@@ -74,7 +76,9 @@ class Sweep:
             check_slots(devices_here(where.devices))
         with self.folder.alone():
             self.folder.plan([_planned(unit, self.folder) for unit in self.units])
-            waiting = self.waiting
+            with moment_of_run() as now:
+                begun = self.folder.begun(now)
+            waiting = [replace(unit, begun=begun) for unit in self.waiting]
             if not waiting:
                 return []
             run = self.spec.run

@@ -1,6 +1,7 @@
 """A sweep's folder on disk: what is planned, done, failed and made. Knows files; no models, no processes.
 
     sweep.json            the plan: every unit of the grid, for the report
+    begun.json            when it was begun: what chat templates that write a date read, in every cell
     cells/KEY/            lm_eval's results and samples, and record.json; put there whole, by one rename
     failed/KEY.json       why a unit has no result
     made/ logs/ responses/ .partial/
@@ -12,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked, place_folder, write_atomic
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
-RECORD = "record.json"
+RECORD, BEGUN = "record.json", "begun.json"
 _MOST_SECONDS = 1e9  # thirty years: no unit took longer
 
 
@@ -62,6 +64,17 @@ class SweepFolder:
     def plan(self, units: Sequence[Mapping[str, Any]]) -> None:
         """Write what is to be done, for the report."""
         _write(self.path / PLAN, list(units))
+
+    def begun(self, now: str) -> str:
+        """When the sweep was first begun, in ISO 8601: `now`, where it was not yet. Raises ConfigError if damaged."""
+        path = self.path / BEGUN
+        if not path.is_file():
+            _write(path, {"begun": now})
+        try:
+            found: str = parse_json(path.read_bytes())["begun"]
+            return datetime.fromisoformat(found).isoformat()
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path}: is damaged ({error}); expected the date of the sweep's start") from None
 
     def is_done(self, key: str) -> bool:
         """Whether its results are there, whole."""

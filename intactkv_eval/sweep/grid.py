@@ -46,9 +46,9 @@ _OF = {
     "activations": ("act_bits", "act_scheme", "act_symmetric", "act_clip"),
     "kv": ("kv_bits", "kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_exempt", "kv_rotate", "kv_clip", "kv_levels",
            "levels"),
-    "pivots": ("pivot", "intact", "pivot_transfer", "chat_template", "calibrate"),
+    "pivots": ("pivot", "intact", "pivot_transfer", "chat_template", "chat_date", "calibrate"),
 }  # fmt: skip
-_OF_PIVOT = ("pivot", "intact", "chat_template")
+_OF_PIVOT = ("pivot", "intact", "chat_template", "chat_date")
 _OF_EXCLUDE = (*CELL_KEYS, *KNOWN, *(key for _, key, _ in _MADE), "task", "seed")
 _OF_THE_RUN = {"device": "--devices", "batch_size": "`run` of the YAML"}
 
@@ -57,7 +57,8 @@ _OF_THE_RUN = {"device": "--devices", "batch_size": "`run` of the YAML"}
 class Unit:
     """One cell on one task. arguments: of the model, files that are made as MADE/name. place: in the sweep's order.
 
-    model, weights: which entries it comes from; units that share both share their loaded model.
+    model, weights: which entries it comes from; units that share both share their loaded model. begun: when the sweep
+    was, which its chat prompts are rendered as of; it is no part of the key.
     """
 
     arguments: Mapping[str, Any]
@@ -66,6 +67,7 @@ class Unit:
     seed: int | None
     model: int
     weights: tuple[bool, int, int]
+    begun: str | None = None
 
     @cached_property
     def key(self) -> str:

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from intactkv_eval.errors import CheckpointError, IntactKVError
+from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.evaluate import evaluate_task
 from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.sweep.grid import Unit
@@ -45,6 +46,10 @@ class Workshop:
 
     def run(self, unit: Unit, place: Place, out: Path) -> None:
         """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
+        with moment_of_run(unit.begun, chosen=False):
+            self._run_now(unit, place, out)
+
+    def _run_now(self, unit: Unit, place: Place, out: Path) -> None:
         self._prepare(unit, place)
         seeded = {} if unit.seed is None else {"seed": unit.seed}
         arguments = placed(unit.arguments, place.made)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kv_cells import levels_of
 from tiny import BOS, FAMILIES, build_model
-from transformers import CohereConfig, CohereForCausalLM, GPTJConfig, GPTJForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from intactkv_eval.cache.channel_key import ChannelKey
 from intactkv_eval.cache.pre_rope import PreRope
@@ -13,7 +13,7 @@ from intactkv_eval.cache.token_head import TokenHead
 from intactkv_eval.cache.writer import Writer, writer_of
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.config import KVSpec
-from intactkv_eval.errors import ConfigError, UnsupportedModelError
+from intactkv_eval.errors import ConfigError
 
 SMALL = {
     "vocab_size": 259,
@@ -133,18 +133,6 @@ def test_partial_rotation_is_undone():
     assert turn.cos.shape[-1] == 8
     assert torch.equal(turn.do(keys)[..., 8:], keys[..., 8:])
     torch.testing.assert_close(turn.undo(turn.do(keys)), keys)
-
-
-@pytest.mark.parametrize("made", ["cohere", "gptj"])
-def test_other_rotations_are_refused(made):
-    """Interleaved channels, and a model that rotates without a module for it."""
-    torch.manual_seed(0)
-    if made == "cohere":
-        model = CohereForCausalLM(CohereConfig(**SMALL, intermediate_size=64, pad_token_id=0)).eval()
-    else:
-        model = GPTJForCausalLM(GPTJConfig(vocab_size=259, n_embd=64, n_layer=2, n_head=4, rotary_dim=8)).eval()
-    with pytest.raises(UnsupportedModelError, match=r"RoPE|rotates"):
-        find_rotary(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, computed, fingerprint_of
-from intactkv_eval.pivot.kv import Calibrated, PivotKV
+from intactkv_eval.pivot.identity import Calibrated
+from intactkv_eval.pivot.kv import PivotKV
 
 
 def make(folder, **arguments):

@@ -40,7 +40,7 @@ def test_conversations_get_the_arguments_that_other_requests_get(tokenizer, argu
 def test_so_do_conversations_to_train_on(tokenizer):
     lm = make(tokenizer, **OFF[0])
     said = Conversations.of([(Message("user", "hi"), Message("assistant", "yes yes"))], "x")
-    (example,) = examples_of(said, lm.tokenizer, list, least_counted=1, chat=lm.chat_template_args)
+    (example,) = examples_of(said, lm.tokenizer, list, least_counted=1, chat=lm.chat)
     assert lm.tokenizer.decode(example.body).startswith("<s>/no_think\nuser: hi")
 
 

@@ -14,7 +14,8 @@ from intactkv_eval import formulas
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, computed, fingerprint_of, weight_hash
-from intactkv_eval.pivot.kv import Calibrated, PivotKV
+from intactkv_eval.pivot.identity import Calibrated
+from intactkv_eval.pivot.kv import PivotKV
 
 
 @pytest.fixture

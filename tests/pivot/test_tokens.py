@@ -8,6 +8,7 @@ from tiny import BOS, VOCAB
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.pivot import prompts
+from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.tokens import opens_messages, prompt_head, resolve_tokens, use_chat_template
 
 VICUNA_HEAD = (
@@ -37,19 +38,21 @@ def test_the_head_is_of_the_arguments_that_requests_get(tokenizer):
     thinking.chat_template = "{{ 'off' if enable_thinking is false else 'on' }}\n{{ messages[0]['content'] }}"
     assert thinking.decode(prompt_head(thinking)) == "on\n"
     assert (
-        thinking.decode(resolve_tokens(PivotSpec(source="prompt"), thinking, VOCAB, {"enable_thinking": False}))
+        thinking.decode(
+            resolve_tokens(PivotSpec(source="prompt"), thinking, VOCAB, ChatSettings({"enable_thinking": False}))
+        )
         == "off\n"
     )
 
 
 def test_which_token_opens_messages(tokenizer):
     chatml = copy.deepcopy(tokenizer)
-    assert not opens_messages(chatml, BOS, {})
+    assert not opens_messages(chatml, BOS, ChatSettings())
     chatml.chat_template = CHATML
-    assert opens_messages(chatml, BOS, {})
+    assert opens_messages(chatml, BOS, ChatSettings())
     for template in (None, "{{ raise_exception('no') }}"):
         chatml.chat_template = template
-        assert not opens_messages(chatml, BOS, {})
+        assert not opens_messages(chatml, BOS, ChatSettings())
 
 
 @pytest.mark.parametrize(
