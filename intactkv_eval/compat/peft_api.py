@@ -114,7 +114,7 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     for name in ("peft_config", "_hf_peft_config_loaded"):
         plain.__dict__.pop(name, None)
     front, head = plain.get_input_embeddings(), plain.get_output_embeddings()
-    if plain.config.tie_word_embeddings and head is not None and head.weight is not front.weight:
+    if getattr(plain.config, "tie_word_embeddings", False) and head is not None and head.weight is not front.weight:
         _untie(plain)
     words = model.get_input_embeddings().weight
     before, after = probe(model, words), probe(plain, words)
@@ -155,7 +155,7 @@ def untied(model: Any) -> Any:
 
     transformers' tie_weights, which `hf` calls, would undo such an adapter, or fail on it.
     """
-    if not isinstance(model, PreTrainedModel) or not model.config.tie_word_embeddings:
+    if not isinstance(model, PreTrainedModel) or not getattr(model.config, "tie_word_embeddings", False):
         return model
     if not (_is_adapted(model.get_input_embeddings()) or _is_adapted(model.get_output_embeddings())):
         return model

@@ -229,7 +229,7 @@ def renamed_on_loading(model: PreTrainedModel) -> Callable[[str], tuple[str, boo
 
 def tied_tensors(model: PreTrainedModel) -> dict[str, str]:
     """The tensors of `model` that are another tensor, by name; none where its config does not tie them."""
-    return dict(model.all_tied_weights_keys or {}) if model.config.tie_word_embeddings else {}
+    return dict(model.all_tied_weights_keys or {}) if getattr(model.config, "tie_word_embeddings", False) else {}
 
 
 def ignored_tensors(model: PreTrainedModel) -> list[str]:

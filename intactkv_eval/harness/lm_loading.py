@@ -72,7 +72,8 @@ class CellLoading(HFLM):
             if shelf is None:
                 return fresh(name, revision, packed, own)
             layout = self.cell.backend if packed else ""
-            key = (name, revision, layout, merge, str(self.device), repr(sorted(own.items())))
+            merging = merge and any(own.get(key) for key in ADAPTERS)
+            key = (name, revision, layout, merging, str(self.device), repr(sorted(own.items())))
             return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
 
         def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:

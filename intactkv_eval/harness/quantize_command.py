@@ -190,7 +190,7 @@ def _export(
     record: dict[str, Any],
 ) -> None:
     packed = {f"{name}.weight" for name in layers}
-    tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tied = set(model.all_tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
     others: dict[str, Tensor] = {
         name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in packed | tied
     }

@@ -243,7 +243,7 @@ def _tie(model: PreTrainedModel) -> None:
         elif not one.is_meta and not other.is_meta and not torch.equal(one, other.to(one.device)):
             logger.warning("%s and %s are stored apart and differ: they are not tied", target, source)
             model.config.tie_word_embeddings = False
-    if model.config.tie_word_embeddings:
+    if getattr(model.config, "tie_word_embeddings", False):
         model.tie_weights()
 
 

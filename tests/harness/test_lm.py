@@ -224,7 +224,7 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
         ({"pivot": "missing.safetensors"}, "does not exist"),
         ({"chat_template": "nope"}, "chat_template"),
         ({"kv_bits": 4, "kv_keep": 1}, "kv_keep=1"),
-        ({**RTN, "peft": "adapter"}, "peft"),
+        ({**RTN, "peft": "adapter"}, "adapter"),
         ({"device_map": "auto"}, "parallelize"),
         ({"parallelize": True, "max_cpu_memory": 1}, "offloaded"),
         ({"prefix_token_id": 65}, "prefix_token_id=65"),

@@ -145,7 +145,7 @@ def test_quarot_is_written_and_loaded(saved_llama, text, tmp_path):
     record = lm.cell_record()
     assert record["quantization"]["made"]["job"]["options"]["shrink"] is True
     assert record["quantization"]["made"]["job"]["symmetric_formula"] == "quarot"
-    assert identity_of(record).checkpoint == "gptq w4g32 sym-quarot a4 clip 0.9 rotated calibrated behind bos"
+    assert identity_of(record).checkpoint == "gptq w4g32 sym-quarot act-order a4 clip 0.9 rotated calibrated behind bos"
 
 
 def test_static_ranges_leave_the_pivots_activations_out(saved_llama, text, tmp_path):
