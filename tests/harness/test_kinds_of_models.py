@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from lm_eval.api.instance import Instance
 from tiny import _SHAPE, build_model, uneven
 from transformers import CONFIG_MAPPING
 
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.causality import check_causal
 from intactkv_eval.harness.lm import IntactKVLM
@@ -119,10 +119,10 @@ def test_a_language_model_beside_a_vision_tower_is_evaluated_on_text(tokenizer, 
     ]
     for cell in ({"pivot": "none"}, {"pivot": "bos", "batch_size": 3}, {"pivot": "bos", "share_prefix": False}):
         lm = IntactKVLM(str(tmp_path), dtype="float32", device="cpu", **cell)
-        found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in PAIRS], disable_tqdm=True)
+        found = lm.loglikelihood([make_request("loglikelihood", pair) for pair in PAIRS], disable_tqdm=True)
         assert [one for one, _ in found] == pytest.approx(expected, abs=1e-4), cell
         options = {"until": [], "do_sample": False, "max_gen_toks": 6}
-        (text,) = lm.generate_until([Instance("generate_until", {}, ("ab cd", options), 0)], disable_tqdm=True)
+        (text,) = lm.generate_until([make_request("generate_until", ("ab cd", options))], disable_tqdm=True)
         assert text == tokenizer.decode(made, skip_special_tokens=True), cell
 
 
@@ -136,9 +136,9 @@ def test_layers_that_attend_to_images_hold_no_pivot(tokenizer):
     }  # fmt: skip
     model = built(transformers.AutoModelForImageTextToText, "mllama", **settings)
     lm = IntactKVLM(pretrained=model, tokenizer=tokenizer, pivot="none")
-    found = lm.loglikelihood([Instance("loglikelihood", {}, PAIRS[0], 0)], disable_tqdm=True)
+    found = lm.loglikelihood([make_request("loglikelihood", PAIRS[0])], disable_tqdm=True)
     assert found[0][0] == pytest.approx(plain(model, tokenizer, PAIRS[:1])[0], abs=1e-4)
-    request = Instance("loglikelihood", {}, PAIRS[0], 0)
+    request = make_request("loglikelihood", PAIRS[0])
     for cell in ({"pivot": "bos"}, {"pivot": "none", "kv_bits": 4}):
         with pytest.raises(
             UnsupportedModelError, match=r"layers \[1\] attend to images alone .*pivot=none without kv_b"

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers
-from lm_eval.api.instance import Instance
 from tiny import _SHAPE, uneven
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
+from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.batching import bytes_per_row, kv_bytes_per_token
 from intactkv_eval.harness.lm import IntactKVLM
@@ -73,10 +73,10 @@ def test_they_compute_what_transformers_does(tokenizer, name):
         texts.append(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
     for cell in CELLS:
         lm = IntactKVLM(pretrained=model, tokenizer=tokenizer, add_bos_token=None, **cell)
-        found = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in PAIRS], disable_tqdm=True)
+        found = lm.loglikelihood([make_request("loglikelihood", pair) for pair in PAIRS], disable_tqdm=True)
         assert [one for one, _ in found] == pytest.approx(expected, abs=1e-4), cell
         options = {"until": [], "do_sample": False, "max_gen_toks": 8}
-        requests = [Instance("generate_until", {}, (prompt, dict(options)), 0) for prompt in prompts]
+        requests = [make_request("generate_until", (prompt, dict(options))) for prompt in prompts]
         assert lm.generate_until(requests, disable_tqdm=True) == texts, cell
 
 
@@ -101,7 +101,7 @@ def test_own_checkpoints_are_compared_with_their_reference(tokenizer, tmp_path, 
     packed = {"reference": str(tmp_path / "full"), "dtype": "float32", "device": "cpu"}
     lm = IntactKVLM(str(tmp_path / "packed"), **packed)
     own = IntactKVLM(str(tmp_path / "full"), weights="rtn", bits=8, group_size=32, dtype="float32", device="cpu")
-    requests = [Instance("loglikelihood", {}, pair, 0) for pair in PAIRS]
+    requests = [make_request("loglikelihood", pair) for pair in PAIRS]
     one, other = (each.loglikelihood(requests, disable_tqdm=True) for each in (lm, own))
     assert [x for x, _ in one] == pytest.approx([x for x, _ in other], rel=5e-3)
 
