@@ -18,6 +18,7 @@ from transformers import (
     Phi3Config,
 )
 
+from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.awq_basis import read_layer
 from intactkv_eval.harness.lm import IntactKVLM
@@ -143,6 +144,9 @@ def test_latent_attention(tokenizer, tmp_path):
     scaled = quantize(
         saved(model, tmp_path / "scaled", tokenizer), tmp_path / "of-scaled", "--format", "compressed-tensors"
     )
+    if not holds_latent(model):  # transformers 5.0 caches the keys and values behind the second matrix
+        assert load(scaled, base, share_prefix=False).cell_record()["pivot_fingerprint"]["basis"] == "plain"
+        return
     with pytest.raises(PivotError, match="are no outputs of one of its matrices"):
         load(scaled, base, share_prefix=False)
 
