@@ -144,8 +144,9 @@ def test_latent_attention(tokenizer, tmp_path):
     scaled = quantize(
         saved(model, tmp_path / "scaled", tokenizer), tmp_path / "of-scaled", "--format", "compressed-tensors"
     )
-    if not holds_latent(model):  # transformers 5.0 caches the keys and values behind the second matrix
-        assert load(scaled, base, share_prefix=False).cell_record()["pivot_fingerprint"]["basis"] == "plain"
+    if not holds_latent(model):  # transformers 5.0 caches the values behind the second matrix, which are as they were
+        kept, plain = (load(one, base, share_prefix=False).pivoted_model.pivot.values for one in (scaled, out))
+        assert all((one - other).norm() < 0.1 * other.norm() for one, other in zip(kept, plain, strict=True))
         return
     with pytest.raises(PivotError, match="are no outputs of one of its matrices"):
         load(scaled, base, share_prefix=False)
