@@ -107,11 +107,7 @@ def build(
         check_levels(levels, model, cell, quantization)
     source_hash = _source_hash(model)
     if search is not None:
-        if pivot is not None:
-            raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
-        check_clips(search, linear_layers(model))
-        model = _ours(model, cell, shelf)
-        apply_scales(model, search)
+        model = _scaled(model, cell, search, pivot, shelf)
     if cell.pivot.intact and pivot is None:
         pivot = captured(model, cell.model.pretrained, cell, token_ids, search, changed)
     if cell.weights.rotate and pivot is not None and not _is_trained_here(pivot, cell):
@@ -137,6 +133,18 @@ def _loaded(cell: CellSpec, load: Loader) -> PreTrainedModel:
     check_causal(model)
     if cell.weights.rotate:
         check_rotatable(model)
+    return model
+
+
+def _scaled(
+    model: PreTrainedModel, cell: CellSpec, search: AWQSearch, pivot: PivotKV | None, shelf: Shelf | None
+) -> PreTrainedModel:
+    """`model`, or a copy of it, with the scales of `search`. Raises PivotError where the pivot is from elsewhere."""
+    if pivot is not None:
+        raise PivotError("weights=awq captures the pivot after its scales are applied; drop pivot=FILE, reference")
+    check_clips(search, linear_layers(model))
+    model = _ours(model, cell, shelf)
+    apply_scales(model, search)
     return model
 
 
