@@ -77,6 +77,17 @@ def cell_from_args(args: Mapping[str, Any]) -> CellSpec:
         raise ConfigError(_readable(error)) from None
 
 
+def arguments_of(cell: CellSpec) -> dict[str, Any]:
+    """The flat arguments that make this cell, without those that are as they are by default."""
+    found: dict[str, Any] = {}
+    for key, (part, field) in _PLACES.items():
+        spec: Any = getattr(cell, part) if part else cell
+        value = getattr(spec, field)
+        if value != type(spec).model_fields[field].default:
+            found[key] = value
+    return found
+
+
 def flat_arguments(args: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Any]:
     """The keys of a cell, those of the YAML that `config` names among them; no value has been judged yet.
 

@@ -11,7 +11,7 @@ from intactkv_eval.files import write_atomic, write_jsonl
 from intactkv_eval.judge.entries import Entry, lettered
 from intactkv_eval.judge.fastchat import Judged
 from intactkv_eval.judge.scores import ALL, by_question, score_figures, whole_questions
-from intactkv_eval.report.score import samples_of
+from intactkv_eval.report.samples import samples_of
 
 
 def write_results(out: Path, entry: Entry, bench: str, judge: str, judged: Judged) -> Path | None:

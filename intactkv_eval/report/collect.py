@@ -17,6 +17,7 @@ from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
 
@@ -108,7 +109,7 @@ def identity_of(record: Mapping[str, Any]) -> Identity:
         awq_search=_text(record.get("awq_search")),
         symmetric_formula=_formula(record, cell.weights.symmetric),
         made_from=_text(made.get("model")),
-        job=_plain_job(job) if job else None,
+        job=_plain_job(job, made.get("dtype")) if job else None,
         behind=_behind(job),
         formulas=_formulas(cell, record, ours),
     )
@@ -144,7 +145,7 @@ def read_run(path: Path, leaves: bool = False) -> Run | None:
         if record is None:
             return None
         identity = identity_of(record)
-        scores = {score.task: score for score in read_scores(path, content, record, leaves)}
+        scores = {score.task: with_own_error(score) for score in read_scores(path, content, record, leaves)}
         date, tokens = float(content["date"]), tuple(int(token) for token in record["pivot_tokens"])
         if not isfinite(date):
             raise ValueError(f"date {date}")
@@ -196,9 +197,10 @@ def _behind(job: Mapping[str, Any]) -> str | None:
     return PurePath(source).name if source else None
 
 
-def _plain_job(job: Mapping[str, Any]) -> str:
+def _plain_job(job: Mapping[str, Any], dtype: Any) -> str:
+    """The job but for its pivot. dtype: that of the model that it was done on."""
     calibration = {key: value for key, value in (job.get("calibration") or {}).items() if key != "pivot"}
-    return json.dumps({**job, "calibration": calibration}, sort_keys=True)
+    return json.dumps({**job, "calibration": calibration, "dtype": dtype}, sort_keys=True)
 
 
 def activations_label(spec: ActivationSpec) -> list[str]:

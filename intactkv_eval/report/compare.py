@@ -1,85 +1,97 @@
 """Which run is measured against which: its baseline (same cell, pivot not intact) and full precision; deltas, recovery.
 
 delta = value - other's value
-recovered = (baseline - intact) / (baseline - full precision), empty where the denominator is within noise
+share = (baseline - intact) / (baseline - full precision), of log-likelihoods where the figure is a perplexity
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import hypot, isfinite
+from math import expm1, hypot, inf, isfinite
 
 from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity, Run
+from intactkv_eval.report.missing import missing_baseline
+from intactkv_eval.report.pairing import is_paired, paired_test, share_between
 from intactkv_eval.report.score import Score
-from intactkv_eval.report.significance import (
-    LEVEL,
-    Test,
-    paired_difference,
-    recovered_interval,
-    weighted_difference,
-)
+from intactkv_eval.report.share import Share
+from intactkv_eval.report.significance import Test
 
-_NOISE = 2.0  # standard errors
 _ANY = "bos"  # stands for every source of tokens; which these are is compared by themselves
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A difference and its standard error: paired over documents where both runs logged them, else None if unknown.
+    """A difference of two figures and its standard error, None where it is unknown.
 
-    test: of a paired one.
+    test: of the same documents of both, None where they were not logged or are too few. perplexity: that of the other
+    run where the test is one of log-likelihoods, so that its interval is shown as perplexities:
+    perplexity * (exp(end) - 1).
     """
 
     value: float
     stderr: float | None
     test: Test | None = None
+    perplexity: float | None = None
 
-    @property
-    def within_noise(self) -> bool:
-        """True where the difference cannot be told from 0, also because its documents are too few to tell."""
-        if self.test is not None and (self.test.p is None or self.test.p >= LEVEL):
-            return True
-        return self.value == 0 or self.stderr is None or not abs(self.value) >= _NOISE * self.stderr
+    def interval(self, level: float) -> tuple[float, float] | None:
+        """At confidence 1 - level, in the unit of `value`; None where nothing was tested."""
+        found = self.test.interval(level) if self.test is not None else None
+        if found is None or self.perplexity is None:
+            return found
+        return self.perplexity * _expm1(found[0]), self.perplexity * _expm1(found[1])
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One score beside its baseline and full precision, as far as those were run.
 
-    recovered_interval: 95%, None where the three runs share no documents. plain: of the checkpoint that was calibrated
-    like this one's but not behind a pivot. bos: of the same cell behind the intact [BOS], where this one has another.
+    share: of the baseline's loss to full precision, what the intact pivot gives back; None where the three runs share
+    too few documents. is_loss: whether the baseline is worse than full precision. plain: of the checkpoint that was
+    calibrated like this one's but not behind a pivot. bos: of the same cell behind the intact [BOS], where this one has
+    another. wanted: what must be run for a share, where that is known.
     """
 
     score: Score
     to_baseline: Delta | None
     to_full_precision: Delta | None
-    recovered: float | None
-    recovered_interval: tuple[float, float] | None = None
+    share: Share | None = None
+    is_loss: bool = False
     plain: Score | None = None
     to_plain: Delta | None = None
     bos: Score | None = None
     to_bos: Delta | None = None
+    wanted: str = ""
 
 
 def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
-    """The score of `run` on `task` against the newest fitting runs among `runs`."""
-    score = run.scores[task]
-    intact = run.identity.cell.pivot.intact
-    baseline = _score_of(baseline_of(run.identity), run, task, runs) if intact else None
-    full = None if run.identity.is_full_precision else _score_of(full_precision_of(run.identity), run, task, runs)
-    plain = _plain_score(run, task, runs) if run.identity.behind else None
-    bos = _bos_score(run, task, runs) if intact and run.identity.cell.pivot.source != _ANY else None
-    recovered = _recovered(score, baseline, full) if baseline and full else None
+    """The score of `run` on `task` against the newest fitting runs among `runs`.
+
+    A checkpoint that was calibrated behind the pivot has no honest baseline of its own: without that pivot it does what
+    it was never made for. Its baseline is the plainly calibrated checkpoint, which computes the pivot's tokens itself.
+    """
+    score, identity = run.scores[task], run.identity
+    intact, is_behind = identity.cell.pivot.intact, identity.behind is not None
+    plain = _plain_score(run, task, runs) if is_behind else None
+    baseline, wanted = None, ""
+    if intact and is_behind:
+        baseline = _plain_baseline(run, task, runs)
+        wanted = "" if baseline else missing_baseline(identity, score, has_checkpoint=plain is not None)
+    elif intact:
+        baseline = _score_of(baseline_of(identity), run, task, runs)
+    full = None if identity.is_full_precision else _score_of(full_precision_of(identity), run, task, runs)
+    bos = _bos_score(run, task, runs) if intact and identity.cell.pivot.source != _ANY else None
+    share = share_between(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
         to_baseline=_difference(score, baseline),
         to_full_precision=_difference(score, full),
-        recovered=recovered,
-        recovered_interval=_interval(score, baseline, full) if recovered is not None and baseline and full else None,
+        share=share,
+        is_loss=bool(baseline and full and _is_worse(baseline, full)),
         plain=plain,
         to_plain=_difference(score, plain),
         bos=bos,
         to_bos=_difference(score, bos),
+        wanted=wanted,
     )
 
 
@@ -87,40 +99,22 @@ def _difference(one: Score, other: Score | None) -> Delta | None:
     """one - other; None where there is no other, or one of them is no number."""
     if other is None or not isfinite(one.value - other.value):
         return None
-    test = _test(one, other)
-    value = one.value - other.value
-    return Delta(value, test.stderr, test) if test else Delta(value, _unpaired_stderr(one, other))
+    value, test = one.value - other.value, paired_test(one, other)
+    if test is None:
+        return Delta(value, None if is_paired([one, other]) else _unpaired_stderr(one, other))
+    scale = one.value if one.of_nll else 1.0
+    return Delta(value, test.stderr * scale, test, other.value if one.of_nll else None)
 
 
-def _test(one: Score, other: Score) -> Test | None:
-    if one.values.keys() != other.values.keys() or one.weights != other.weights:
-        return None
-    shared = sorted(one.values)
-    if not one.weights:
-        return paired_difference([one.values[i] for i in shared], [other.values[i] for i in shared], one.of_nll)
-    parts = []
-    for task, weight in one.weights.items():
-        places = [place for place in shared if place[0] == task]
-        parts.append((weight, [one.values[i] for i in places], [other.values[i] for i in places]))
-    return weighted_difference(parts)
+def _is_worse(baseline: Score, full: Score) -> bool:
+    return baseline.value < full.value if baseline.higher_is_better else baseline.value > full.value
 
 
-def _recovered(intact: Score, baseline: Score, full: Score) -> float | None:
-    loss = _difference(baseline, full)
-    if loss is None or not isfinite(intact.value):
-        return None
-    worse = loss.value < 0 if baseline.higher_is_better else loss.value > 0
-    if loss.within_noise or not worse:
-        return None
-    return (baseline.value - intact.value) / loss.value
-
-
-def _interval(intact: Score, baseline: Score, full: Score) -> tuple[float, float] | None:
-    shared = sorted(intact.values)
-    if intact.weights or not shared or any(score.values.keys() != intact.values.keys() for score in (baseline, full)):
-        return None
-    kept, lost, whole = ([score.values[place] for place in shared] for score in (intact, baseline, full))
-    return recovered_interval(kept, lost, whole, intact.of_nll)
+def _expm1(value: float) -> float:
+    try:
+        return expm1(value)
+    except OverflowError:
+        return inf
 
 
 def _unpaired_stderr(one: Score, other: Score) -> float | None:
@@ -137,6 +131,17 @@ def _plain_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
     """Of another checkpoint, so of other weights, by the same job."""
     wanted = _by_job(run.identity)
     return _newest(lambda identity: identity.behind is None and _by_job(identity) == wanted, run, task, runs)
+
+
+def _plain_baseline(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
+    """Of the plainly calibrated checkpoint that computes the same tokens itself."""
+    wanted = _by_job(baseline_of(run.identity))
+
+    def fits(identity: Identity) -> bool:
+        is_plain = identity.behind is None and not identity.cell.pivot.intact
+        return is_plain and _by_job(_by_tokens(identity)) == wanted
+
+    return _newest(fits, run, task, runs)
 
 
 def _bos_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:

@@ -4,44 +4,47 @@ Renderers (markdown, CSV, LaTeX, JSON, the page) read this and nothing else. Kno
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 
-from intactkv_eval.config import CellSpec, KVSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.report.collect import Identity, Run, activations_label, identity_of, symmetric_label
-from intactkv_eval.report.compare import Comparison, Delta, compare
+from intactkv_eval.report.collect import Identity, Run, identity_of
+from intactkv_eval.report.compare import Comparison, compare
+from intactkv_eval.report.family import Verdict, verdicts
+from intactkv_eval.report.labels import labels_of
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import why_unpaired
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.seeds import seeds_merged
-from intactkv_eval.report.significance import LEVEL, holm
+from intactkv_eval.report.share import ShareSet
 
 Column = tuple[str, str, str]
-_Place = tuple[int, Column]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure of one cell. p: of its difference to the baseline, corrected over the whole table; None if untested.
+    """A figure of one cell, and what is said of its differences.
 
-    p_plain: of its difference to the checkpoint that was calibrated plainly, corrected over all such differences.
-    p_bos: the same of its difference to the intact [BOS] alone.
-    unpaired: why there is no baseline to compare it with, empty where there is one or none is wanted.
+    base, fp, plain, bos: of the differences to the baseline, to full precision, to the checkpoint that was calibrated
+    plainly and to the intact [BOS] alone; None where nothing was tested. share: the confidence set of the share
+    recovered, at the level of `base`. unpaired: why there is no baseline to compare it with, empty where there is one
+    or none is wanted.
     """
 
     run: Run
     found: Comparison
-    p: float | None = None
-    p_plain: float | None = None
-    p_bos: float | None = None
+    base: Verdict | None = None
+    fp: Verdict | None = None
+    plain: Verdict | None = None
+    bos: Verdict | None = None
+    share: ShareSet | None = None
     unpaired: str = ""
 
     @property
     def is_significant(self) -> bool:
         """Whether the difference to the baseline is called real."""
-        return self.p is not None and self.p < LEVEL
+        return self.base is not None and self.base.is_real
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     titles = {column: _title(score, list(scores.values())) for column, score in scores.items()}
     rows = []
     lacking = [(_planned(one), one) for one in absent]
-    named = _told_apart([*(run.identity for run in runs), *(identity for identity, _ in lacking)])
+    named = labels_of([*(run.identity for run in runs), *(identity for identity, _ in lacking)])
     for identity, scored in _by_cell(runs):
         entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
         rows.append(Row(identity, named[identity], entries))
@@ -123,7 +126,7 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
         for identity in dict.fromkeys(i for i, _ in lacking)
         if named[identity] not in shown
     ]
-    return Grid(_corrected(rows), tuple(scores), titles, gaps)
+    return Grid(_judged(rows), tuple(scores), titles, gaps)
 
 
 def _planned(one: Absent) -> Identity:
@@ -137,20 +140,6 @@ def _planned(one: Absent) -> Identity:
 def _gap(one: Absent) -> str:
     last = one.why.strip().splitlines()[-1] if one.why.strip() else ""
     return one.word if one.word == one.why else f"{one.word}: {last}"
-
-
-def _told_apart(identities: Iterable[Identity]) -> dict[Identity, tuple[str, str, str, str]]:
-    """The labels of each; where two would have the same, the name of the checkpoint or the weights' hash too."""
-    labels = {identity: _labels(identity) for identity in identities}
-    known: dict[tuple[str, ...], set[str | None]] = defaultdict(set)
-    for identity, named in labels.items():
-        known[named].add(identity.source_hash)
-    for identity, (name, *others) in list(labels.items()):
-        hashes = known[labels[identity]] - {None}
-        if len(hashes) > 1 and identity.source_hash is not None:
-            more = identity.cell.model.pretrained if identity.made_from else identity.source_hash[:8]
-            labels[identity] = (f"{name} [{more}]", others[0], others[1], others[2])
-    return labels
 
 
 def _marked_stale(row: Row) -> Row:
@@ -186,22 +175,37 @@ _OF_PIVOT: Sequence[Callable[[Row], str]] = (
 def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
     found = compare(run, task, runs)
     wanted = run.identity.cell.pivot.intact and found.to_baseline is None
-    return Entry(run, found, unpaired=why_unpaired(run, task, runs) if wanted else "")
+    return Entry(run, found, unpaired=(found.wanted or why_unpaired(run, task, runs)) if wanted else "")
 
 
-def _corrected(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Holm's correction over all differences of one kind: to a baseline, to a plain checkpoint, to [BOS] alone."""
+def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows with their verdicts: a family are the differences of one kind in one column, of one model's cells."""
     entries = {(n, c): e for n, row in enumerate(rows) for c, e in row.entries.items()}
-    base = _holm({at: e.found.to_baseline for at, e in entries.items()})
-    plain = _holm({at: e.found.to_plain for at, e in entries.items()})
-    bos = _holm({at: e.found.to_bos for at, e in entries.items()})
-    tested = {at: replace(e, p=base.get(at), p_plain=plain.get(at), p_bos=bos.get(at)) for at, e in entries.items()}
-    return tuple(replace(row, entries={c: tested[n, c] for c in row.entries}) for n, row in enumerate(rows))
+    family = {(n, c): (c, _base_model(rows[n].identity)) for n, c in entries}
+    controls = {n for n, row in enumerate(rows) if row.identity.is_full_precision}
+    base = verdicts({at: None if at[0] in controls else e.found.to_baseline for at, e in entries.items()}, family)
+    fp = verdicts({at: e.found.to_full_precision for at, e in entries.items()}, family)
+    plain = verdicts({at: e.found.to_plain for at, e in entries.items()}, family)
+    bos = verdicts({at: e.found.to_bos for at, e in entries.items()}, family)
+    said = {
+        at: replace(
+            e, base=base.get(at), fp=fp.get(at), plain=plain.get(at), bos=bos.get(at), share=_share(e, base.get(at))
+        )
+        for at, e in entries.items()
+    }
+    return tuple(replace(row, entries={c: said[n, c] for c in row.entries}) for n, row in enumerate(rows))
 
 
-def _holm(found: Mapping[_Place, Delta | None]) -> Mapping[_Place, float]:
-    tests = {at: delta.test.p for at, delta in found.items() if delta and delta.test and delta.test.p is not None}
-    return dict(zip(tests, holm(list(tests.values())), strict=True))
+def _share(entry: Entry, base: Verdict | None) -> ShareSet | None:
+    share, delta = entry.found.share, entry.found.to_baseline
+    if share is None or base is None or delta is None or delta.test is None or not entry.found.is_loss:
+        return None
+    return share.within(base.level, is_real=base.is_real)
+
+
+def _base_model(identity: Identity) -> str:
+    """The model that a cell is made of, by the last part of its name."""
+    return PurePath(identity.made_from or identity.cell.model.reference or identity.cell.model.pretrained).name
 
 
 _Cell = tuple[Identity, tuple[int, ...], str | None]
@@ -224,38 +228,6 @@ def _by_cell(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
         return cell.model.pretrained, *weights, *stages, *pivot, str(item[0])
 
     return [(key[0], scored) for key, scored in sorted(found.items(), key=place)]
-
-
-def weights_label(identity: Identity) -> str:
-    """`fp`; method, bits and group (`rtn w4g64`); or how the checkpoint says it is quantized. Then the activations."""
-    weights = identity.cell.weights
-    stages = [*activations_label(identity.cell.activations), *(["rotated"] if weights.rotate else [])]
-    if weights.method == "none":
-        return " ".join([identity.checkpoint or "fp", *stages])
-    group = "" if weights.group_size in {None, -1} else f"g{weights.group_size}"
-    formula = symmetric_label(identity.symmetric_formula)
-    return " ".join([f"{weights.method} w{weights.bits}{group}", *formula, *stages])
-
-
-def pivot_label(cell: CellSpec) -> str:
-    """`none`, or the source; `(computed)` marks the baseline of a pivot that is not BOS alone."""
-    if cell.pivot.intact:
-        return PurePath(cell.pivot.source).name
-    return "none" if cell.pivot.source == "bos" else f"{PurePath(cell.pivot.source).name} (computed)"
-
-
-def _labels(identity: Identity) -> tuple[str, str, str, str]:
-    cell = identity.cell
-    asked = [f"{key}={value}" for key, value in identity.hf_arguments]
-    name = " ".join([PurePath(identity.made_from or cell.model.pretrained).name, *asked])
-    return name, weights_label(identity), "16" if cell.kv.bits == 16 else _kv_label(cell.kv), pivot_label(cell)
-
-
-def _kv_label(kv: KVSpec) -> str:
-    sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
-    kept = f" keep {kv.keep}" if kv.keep else ""
-    turned = (" rotated" if kv.rotate else "") + (f" clip {kv.clip:g}" if kv.clip < 1 else "")
-    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{'' if kv.exempt else ' pivot too'}"
 
 
 def _title(score: Score, columns: Sequence[Score]) -> str:

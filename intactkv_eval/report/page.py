@@ -15,9 +15,10 @@ from markupsafe import Markup
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
+from intactkv_eval.report.notes import STALE
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
-from intactkv_eval.report.tables import NOTES, STALE, records
+from intactkv_eval.report.tables import legend, records
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _MORE = {
@@ -48,7 +49,7 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
         summary=f"{cells} cells, {len(found)} figures, {len(runs)} runs",
         columns=list(dict.fromkeys(str(one["column"]) for one in found)),
         pivots=sorted({str(one["pivot"]) for one in found}),
-        notes=" ".join([NOTES.replace("\\*", "*").replace("`", ""), *more]),
+        notes=[*legend(grid), *more],
         refusals=grid.refusals,
         gaps=grid.gaps,
         stale=grid.stale,

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from intactkv_eval.files import read_jsonl
+from intactkv_eval.report.clusters import KEY
+from intactkv_eval.report.samples import read_samples
 
 _NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers",  # of answers that nobody has judged
               "bypass"}  # lm_eval's, of --predict_only  # fmt: skip
@@ -29,7 +30,7 @@ class Score:
     None where samples were not logged. drawn: the seed of the few-shot examples. values: the metric of each document,
     by its task and id, as far as they were logged and make up the figure: their mean, exp of it where `of_nll`, or the
     sum of `weights` times their tasks' means where there are some. spread: standard deviation over seeds, where this is
-    the mean of several.
+    the mean of several. clusters: which documents belong together, as far as any do; cluster_field: by what.
     """
 
     task: str
@@ -44,6 +45,8 @@ class Score:
     documents: str | None = None
     drawn: int | None = None
     spread: float | None = None
+    clusters: Mapping[Document, str] = field(default_factory=dict)
+    cluster_field: str = ""
 
     @property
     def column(self) -> tuple[str, str, str]:
@@ -96,8 +99,10 @@ def _score(
     # A perplexity without an nll logs log-likelihoods under its own name: not values of the figure.
     whole = source != "perplexity" and (not of_nll or isclose(value, _exp(made), rel_tol=_SAME))
     short = _without_groups(leaves)
-    logged = {short[leaf]: _sample_values(path, leaf, source, name) for leaf in leaves if whole}
-    values, weights = _values(logged, made) if whole else ({}, {})
+    samples = {short[leaf]: read_samples(path, leaf, source, name, _named_cluster(content, leaf))
+               for leaf in leaves if whole}  # fmt: skip
+    values, weights = _values({leaf: one.values for leaf, one in samples.items()}, made) if whole else ({}, {})
+    fields = sorted({one.clusters.field for one in samples.values()} - {""})
     direction = content["higher_is_better"].get(task, {}).get(metric)
     return Score(
         task=task if name is None else f"{task} [{name}]",
@@ -110,7 +115,15 @@ def _score(
         of_nll=of_nll,
         weights=weights,
         documents=_documents(content, leaves),
+        clusters={
+            (leaf, place): f"{leaf} {of}" for leaf, one in samples.items() for place, of in one.clusters.of.items()
+        },
+        cluster_field=", ".join(fields),
     )
+
+
+def _named_cluster(content: Mapping[str, Any], leaf: str) -> Any:
+    return (content.get("configs", {}).get(leaf, {}).get("metadata") or {}).get(KEY)
 
 
 def _by_filter(found: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -221,11 +234,6 @@ def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
     return found
 
 
-def samples_of(results: Path, task: str) -> Path:
-    """The samples that lm_eval logs beside a results file."""
-    return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
-
-
 def _values(parts: Mapping[str, Mapping[int, float]], figure: float) -> tuple[dict[Document, float], dict[str, float]]:
     """The values that make up a figure, and the weights of their tasks: a group's are of documents, or of tasks, alike.
 
@@ -250,20 +258,3 @@ def _documents(content: Mapping[str, Any], leaves: list[str]) -> str | None:
     hashes = content.get("task_hashes") or {}
     found = [hashes.get(leaf) for leaf in leaves]
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if all(found) else None
-
-
-def _sample_values(path: Path, task: str, metric: str, name: str | None) -> dict[int, float]:
-    """The metric of every logged document, as the filter `name` read it; empty where samples were not logged.
-
-    Raises ValueError for an id that is none, or comes twice: another run's lines behind this one's.
-    """
-    samples = samples_of(path, task)
-    found: dict[int, float] = {}
-    for row in read_jsonl(samples) if samples.is_file() else []:
-        if not isinstance(row.get(metric), int | float) or (name is not None and row.get("filter") != name):
-            continue
-        place = row["doc_id"]
-        if not isinstance(place, int) or place in found:
-            raise ValueError(f"{samples.name}: doc_id {str(place)[:80]} is no number, or comes twice")
-        found[place] = float(row[metric])
-    return found

@@ -10,7 +10,8 @@ from math import nan
 from statistics import fmean, stdev
 
 from intactkv_eval.report.collect import Identity, Run
-from intactkv_eval.report.score import Score, finite
+from intactkv_eval.report.pairing import with_own_error
+from intactkv_eval.report.score import Score
 
 _LARGEST = 1e150  # of a figure whose square is a number
 Key = tuple[Identity, tuple[int, ...], str | None, tuple[str, str, str]]
@@ -49,17 +50,16 @@ def _merged(found: dict[str, tuple[Run, Score]]) -> Run:
     alike = all(score.values.keys() == first.values.keys() and score.documents == first.documents for score in scores)
     values = {place: _mean([score.values[place] for score in scores]) for place in first.values} if alike else {}
     figures = [score.value for score in scores]
-    scale = _mean(figures) if first.of_nll else 1.0  # of an nll's error, for the perplexity that it makes
     one: Score = replace(
         first,
         value=_mean(figures),
-        stderr=finite(scale * _deviation(list(values.values())) / len(values) ** 0.5) if len(values) > 1 else None,
+        stderr=None,
         settings={**first.settings, "seed": ", ".join(seeds)},
         values=values,
         documents=first.documents if alike else None,
         spread=_deviation(figures),
     )
-    merged: Run = replace(newest, scores={first.task: one})
+    merged: Run = replace(newest, scores={first.task: with_own_error(one)})
     return merged
 
 

@@ -22,7 +22,7 @@ from intactkv_eval.quantize.export import export
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.report.collect import _checkpoint_label, identity_of
-from intactkv_eval.report.grid import weights_label
+from intactkv_eval.report.labels import weights_label
 from intactkv_eval.weights.formats.scheme import Scheme
 
 PIVOT = (BOS, 7, 8)

@@ -1,0 +1,44 @@
+"""The samples that lm_eval logs beside a results file: a task's figure of every document, and which belong together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from intactkv_eval.files import read_jsonl
+from intactkv_eval.report.clusters import Clusters, clusters_of
+
+
+@dataclass(frozen=True)
+class Samples:
+    """values: the metric of each document, by its `doc_id`."""
+
+    values: Mapping[int, float]
+    clusters: Clusters
+
+
+def samples_of(results: Path, task: str) -> Path:
+    """The samples that lm_eval logs beside a results file."""
+    return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
+
+
+def read_samples(results: Path, task: str, metric: str, name: str | None, cluster: Any = None) -> Samples:
+    """Every logged document as the filter `name` read it; nothing where samples were not logged.
+
+    cluster: the field that joins documents, as the task's metadata names it.
+
+    Raises ValueError for an id that is none, or comes twice (another run's lines behind this one's), and for a cluster
+    that documents do not have.
+    """
+    path = samples_of(results, task)
+    values: dict[int, float] = {}
+    rows = []
+    for row in read_jsonl(path) if path.is_file() else []:
+        if not isinstance(row.get(metric), int | float) or (name is not None and row.get("filter") != name):
+            continue
+        place = row["doc_id"]
+        if not isinstance(place, int) or place in values:
+            raise ValueError(f"{path.name}: doc_id {str(place)[:80]} is no number, or comes twice")
+        values[place] = float(row[metric])
+        rows.append(row)
+    return Samples(values, clusters_of(rows, cluster))
