@@ -36,9 +36,9 @@ def clusters_of(samples: Iterable[Mapping[str, Any]], named: Any = None) -> Clus
         kept = {place: row[KEY] for place, row in zip(places, rows, strict=True)}
         if not all(isinstance(one, Mapping) and len(one) == 1 for one in kept.values()):
             raise ValueError("the `cluster` of a sample is not one field with its key")
-        fields = {str(field) for one in kept.values() for field in one}
-        return Clusters(", ".join(sorted(fields)), {place: str(*one.values()) for place, one in kept.items()})
-    docs = [row.get("doc") if isinstance(row.get("doc"), Mapping) else {} for row in rows]
+        names = {str(field) for one in kept.values() for field in one}
+        return Clusters(", ".join(sorted(names)), {place: str(*one.values()) for place, one in kept.items()})
+    docs: list[Mapping[str, Any]] = [doc if isinstance(doc := row.get("doc"), Mapping) else {} for row in rows]
     if named is not None:
         return _by_field(places, docs, str(named))
     fields = _shared_fields(docs)

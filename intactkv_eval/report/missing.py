@@ -14,13 +14,12 @@ _LEFT_OUT = {"reference", "intact", "pivot", "pretrained"}
 
 def missing_baseline(identity: Identity, score: Score, has_checkpoint: bool) -> str:
     """Why there is no share, and what to run. has_checkpoint: whether the plain one was evaluated behind a pivot."""
-    said = (
+    steps = [] if has_checkpoint else [_quantize(identity)]
+    steps.append(_evaluate(identity, score))
+    return (
         "calibrated behind the pivot, so its baseline is the plainly calibrated checkpoint that computes the pivot's "
+        f"tokens itself; run: {'; then: '.join(steps)}"
     )
-    said += "tokens itself; missing is "
-    steps = [] if has_checkpoint else [f"`{_quantize(identity)}`"]
-    steps.append(f"`{_evaluate(identity, score)}`")
-    return said + " and then ".join(steps)
 
 
 def _quantize(identity: Identity) -> str:

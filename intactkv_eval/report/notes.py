@@ -11,13 +11,13 @@ MEANING = f"""\
 KV is the full-precision model's. Δ base: the difference to the same cell's baseline; of a checkpoint that was
 calibrated behind the pivot, to the plainly calibrated one's baseline. Δ fp: the difference to full precision. ±: one
 standard error over documents (windows, clusters), paired where both runs logged them, from {MIN_ERROR} on; spread:
-standard deviation over seeds. Brackets and stars, from {MIN_TEST} on: all brackets of one kind in a column hold together
-with 95% for the cells of one model (Bonferroni; cells in full precision are controls and not tested), and \\* stands
-exactly where the bracket of Δ base leaves out 0. p, of Δ fp: corrected in the same way. recovered: the share of the
-baseline's loss to full precision that the intact pivot gives back, of log-likelihoods where the figure is a perplexity;
-its bracket leaves out 0 exactly where there is a \\*, and is written as open where it is (any: every share is possible);
-"no loss": the baseline is no worse than full precision. Perplexities are tested on log-likelihoods. All of it is over
-the documents of one evaluation: other calibration data, or seeds of calibration, are not in it."""
+standard deviation over seeds. Brackets and stars, from {MIN_TEST} on: all brackets of one kind in a column hold
+together with 95% for the cells of one model (Bonferroni; cells in full precision are controls and not tested), and
+\\* stands exactly where the bracket of Δ base leaves out 0. p, of Δ fp: corrected in the same way. recovered: the share
+of the baseline's loss to full precision that the intact pivot gives back, of log-likelihoods where the figure is a
+perplexity; its bracket leaves out 0 exactly where there is a \\*, and is written as open where it is (any: all shares are
+possible); "no loss": the baseline is no worse than full precision. Perplexities are tested on log-likelihoods. All of
+it is over the documents of one evaluation: other calibration data, or seeds of calibration, are not in it."""
 
 STALE = (
     "Stale: measured by an older revision of a formula, and compared with nothing of another revision. Run these cells "

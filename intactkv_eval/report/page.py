@@ -16,9 +16,10 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.notes import STALE
+from intactkv_eval.report.numbers import records
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
-from intactkv_eval.report.tables import legend, records
+from intactkv_eval.report.tables import legend
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _MORE = {

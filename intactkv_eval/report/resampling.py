@@ -10,14 +10,14 @@ Each stratum is resampled by itself, unit by unit with replacement. Its units ar
     clusters    all documents of one passage, context or conversation together
     blocks      L neighbouring windows together: the moving-block bootstrap (Kuensch, Annals of Statistics 1989)
 
-L = ceil(1.5 n^(1/3)) of n windows. A studentized resample is (m* - E*[m*]) / se*, and its distribution stands for that of
-(m - true) / se (bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). Knows no runs
-and no tables.
+L = ceil(1.5 n^(1/3)) of n windows. A studentized resample is (m* - E*[m*]) / se*, and its distribution stands for that
+of (m - true) / se (bootstrap-t: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12.5). Knows no
+runs and no tables.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, exp, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,7 @@ _FEWEST = 999
 
 def block_length(windows: int) -> int:
     """L, the number of neighbouring windows that are resampled together."""
-    return max(1, ceil(1.5 * windows ** (1 / 3)))
+    return max(1, ceil(1.5 * exp(log(windows) / 3)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,8 @@ class Resampled:
         many ties must not look certain.
         """
         change = np.abs(self.changes @ direction)
-        variance = np.maximum(np.einsum("rkl,k,l->r", self.covariances, direction, direction), 0.0)
+        both = np.outer(direction, direction).ravel()
+        variance = np.maximum(self.covariances.reshape(len(change), -1) @ both, 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             sizes: Array = np.where(change == 0, 0.0, change / np.sqrt(variance))
         return sizes

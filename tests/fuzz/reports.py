@@ -22,6 +22,7 @@ from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.significance import MIN_TEST
 from intactkv_eval.report.tables import FORMATS, as_json, markdown
 
 _DAMAGED, _FULL, _BASE = (f"2026-01-0{day}T00-00-00" for day in (3, 1, 2))
@@ -107,7 +108,8 @@ def compared_targets(folder: Path) -> dict[str, Target]:
     seeds = folder / "seeds" / "results"
     results = json.loads(next(seeds.glob("results_*.json")).read_text())
     (task,) = results["configs"]
-    rows = [json.loads(line) for line in next(seeds.glob("samples_*.jsonl")).read_text().splitlines()]
+    logged = [json.loads(line) for line in next(seeds.glob("samples_*.jsonl")).read_text().splitlines()]
+    rows = [{**row, "doc_id": place} for place, row in enumerate(logged * (-(-MIN_TEST // len(logged))))]
     cell = results["config"]["intactkv"]["cell"]
     computed = {**cell, "pivot": {**cell["pivot"], "intact": False}}
     cells = {_FULL: ({**computed, "weights": WeightSpec().model_dump(mode="json")}, 0.9), _BASE: (computed, 1.1)}

@@ -14,7 +14,7 @@ from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.page import page
-from intactkv_eval.report.significance import paired_difference
+from intactkv_eval.report.significance import accuracy_test
 from intactkv_eval.report.tables import FORMATS, as_json, comma_separated, latex, markdown
 
 RNG = np.random.default_rng(0)
@@ -39,18 +39,17 @@ def test_a_real_difference_is_marked_and_noise_is_not(folder):
     runs, _ = collect([folder])
     found = entries(runs)
     real, control = found["rtn w4g64", "16", "bos"], found["fp", "16", "bos"]
-    test = real.found.to_baseline.test
     assert (real.is_significant, control.is_significant) == (True, False)
-    assert real.p == pytest.approx(2 * test.p), "two differences in the table"
-    assert test.low < real.found.to_baseline.value < test.high < 0
-    low, high = real.found.recovered_interval
-    assert low < real.found.recovered < high
+    assert (real.base.tests, control.base) == (1, None), "a control is not tested"
+    assert real.base.low < real.found.to_baseline.value < real.base.high < 0
+    assert 0 < real.share.low < real.found.share.value < real.share.high
     text = markdown(runs)
     line = next(line for line in text.splitlines() if "| rtn w4g64 | 16 | bos |" in line)
-    assert "\\*" in line
-    assert f"% [{100 * low:.0f}, {100 * high:.0f}] |" in line
+    assert f"[{real.base.low:+.4f}, {real.base.high:+.4f}]\\*" in line
+    assert f"% [{100 * real.share.low:.1f}, {100 * real.share.high:.1f}] |" in line
     assert "\\*" not in next(line for line in text.splitlines() if "| fp | 16 | bos |" in line)
     assert "Not compared" not in text
+    assert "resampled are blocks of 6 neighbouring windows, of 40; tests that stand together: 1 of Δ base, 2 of Δ fp" in text
 
 
 def test_calibrated_behind_the_pivot_against_plainly(folder):
@@ -80,7 +79,7 @@ def test_calibrated_behind_the_pivot_against_plainly(folder):
     assert "| gptq w4g64 calibrated behind bos | 16 | bos |" in line
     assert f"| {found.score.value:.4f} | {found.plain.value:.4f} |" in line
     [record] = [one for one in json.loads(as_json(runs)) if one["delta_plain"] is not None]
-    assert record["delta_plain_p_holm"] < 0.01
+    assert record["delta_plain_p_all"] < 0.01
     assert record["delta_plain_low"] < record["delta_plain"] < record["delta_plain_high"]
 
 
@@ -99,7 +98,7 @@ def test_another_pivot_against_bos_alone(folder):
     line = markdown(runs).partition("Other pivots against [BOS] alone")[2].splitlines()[4]
     assert f"| {found.score.value:.4f} | {found.bos.value:.4f} | {found.to_bos.value:+.4f}" in line
     [record] = [one for one in json.loads(as_json(runs)) if one["delta_bos"] is not None]
-    assert record["delta_bos_p_holm"] < 0.01
+    assert record["delta_bos_p_all"] < 0.01
     assert "Δ bos: to the same cell" in page(runs)
     assert "Δ plain: to" not in page(runs)
 
@@ -146,7 +145,7 @@ def test_a_run_that_is_no_number_is_shown_as_such(folder):
     runs, _ = collect([folder])
     entry = entries(runs)["rtn w3g64", "16", "bos"]
     assert not entry.is_significant
-    assert entry.found.recovered is None
+    assert (entry.found.share, entry.share) == (None, None)
     assert "NaN" not in as_json(runs)
     assert page(runs)
 
@@ -194,11 +193,10 @@ def test_a_group_is_paired_over_the_documents_of_its_tasks(tmp_path, macro):
     found = compare(runs[1], "group", runs).to_baseline
     assert found.value == pytest.approx(runs[1].scores["group"].value - runs[0].scores["group"].value)
     if macro:
-        assert found.test.method == "weighted means, all signs"
+        assert found.test.method == "bootstrap-t over documents, by task"
         assert found.test.value == pytest.approx(found.value)
     else:
-        assert found.test == paired_difference([*better[20:], *better[:20]], [*correct[20:], *correct[:20]])
-        assert found.test.method == "McNemar, exact"
+        assert found.test == accuracy_test(better, correct)
 
 
 @pytest.mark.parametrize("changed", ["group", "large"])
@@ -241,7 +239,7 @@ def test_a_group_that_is_made_otherwise_is_not_paired(tmp_path):
 
 def test_every_format_has_the_same_figures(folder):
     runs, _ = collect([folder])
-    rows = list(csv.DictReader(io.StringIO(comma_separated(runs))))
+    rows = [row for row in csv.DictReader(io.StringIO(comma_separated(runs))) if row["status"] != "legend"]
     found = json.loads(as_json(runs))
     assert [row["pivot"] for row in rows] == [one["pivot"] for one in found] == ["none", "bos", "none", "bos"]
     for row, one in zip(rows, found, strict=True):
@@ -252,6 +250,10 @@ def test_every_format_has_the_same_figures(folder):
     assert found[3]["value"] == pytest.approx(exp(sum(runs[2].scores["ppl_x"].values.values()) / 40))
     text = latex(runs)
     assert text.count("\\\\\n") == 5
+    legend = [row for row in csv.DictReader(io.StringIO(comma_separated(runs))) if row["status"] == "legend"]
+    assert "recovered: the share" in legend[0]["note"]
+    assert "resampled are blocks of 6 neighbouring windows, of 40" in legend[1]["note"]
+    assert "recovered: the share" in text.partition("\\footnotesize")[2]
     assert "ppl\\_x perplexity$\\downarrow$" in text
     assert all(make(runs) == make(collect([folder])[0]) for make in FORMATS.values())
 
@@ -275,7 +277,7 @@ def test_seeds_are_averaged_with_their_spread(tmp_path):
     figures = [exp((LOST - 0.05 + part).mean()) for part in noise.values()]
     assert entry.found.score.value == pytest.approx(np.mean(figures))
     assert entry.found.score.spread == pytest.approx(np.std(figures, ddof=1))
-    assert entry.found.to_baseline.test.documents == 40
+    assert entry.found.to_baseline.test.units == 40
     logged = [next(iter(found.scores.values())).stderr for found in runs if found.identity.cell.pivot.intact]
     assert entry.found.score.stderr == pytest.approx(np.mean(logged), rel=0.1), "of a perplexity, not of its nll"
     assert f"(spread {entry.found.score.spread:.4f})" in markdown(runs)

@@ -82,7 +82,7 @@ def test_each_filter_has_its_own_column(tmp_path):
     for task, change in named.items():
         delta = compare(runs[1], task, runs).to_baseline
         assert delta.value == pytest.approx(change)
-        assert delta.test.documents == 10
+        assert delta.test.units == 10
     assert all(f"{task} exact_match↑" in markdown(runs) for task in named)
 
 
@@ -146,10 +146,11 @@ def test_nothing_is_compared_with_what_is_no_number(tmp_path, which, figure):
     entry = next(
         entry for row in grid_of(runs).rows if row.identity.cell.pivot.intact for entry in row.entries.values()
     )
-    assert (entry.p, entry.is_significant) == (None, False)
+    assert (entry.base, entry.is_significant) == (None, False)
     assert "no number" in entry.unpaired
     assert "\\*" not in markdown(runs).split("`pivot` none")[0]
-    listed = [*json.loads(as_json(runs)), *csv.DictReader(io.StringIO(comma_separated(runs)))]
+    lines = [row for row in csv.DictReader(io.StringIO(comma_separated(runs))) if row["status"] != "legend"]
+    listed = [*json.loads(as_json(runs)), *lines]
     assert {(one["delta_base"] or None, str(one["delta_base_significant"])) for one in listed} == {(None, "False")}
 
 
@@ -159,7 +160,7 @@ def test_an_error_that_is_no_number_is_not_known(tmp_path):
         edit(path, lambda content: content["results"]["ppl_x"].update({"acc_stderr,none": float("nan")}))
     runs, _ = collect([tmp_path])
     found = compare(runs[2], "ppl_x", runs)
-    assert (found.to_baseline.stderr, found.recovered) == (None, None)
+    assert (found.to_baseline.stderr, found.share) == (None, None)
     for path in tmp_path.glob("results_*"):
         edit(path, lambda content: content["results"]["ppl_x"].update({"acc_stderr,none": 1e200}))
     assert "%" not in markdown(collect([tmp_path])[0]).split("`pivot` none")[0]
@@ -170,9 +171,11 @@ def test_too_few_documents_give_no_share(tmp_path):
     for date, (cell, lost) in enumerate(((FP, 0.0), (NONE, 0.4), (BOS, 0.2)), 1):
         write(tmp_path / "windows", cell, [3.0 + lost, 3.2 + lost], date)
         accuracy(tmp_path / "answers", cell, [0.0] * int(10 * lost) + [1.0] * (1000 - int(10 * lost)), date)
-    for name in ("windows", "answers"):
-        runs, _ = collect([tmp_path / name])
-        assert compare(runs[2], "ppl_x", runs).recovered is None
+    runs, _ = collect([tmp_path / "windows"])
+    assert compare(runs[2], "ppl_x", runs).share is None
+    runs, _ = collect([tmp_path / "answers"])
+    assert not compare(runs[2], "ppl_x", runs).share.within().is_bounded
+    assert "50.0% [any] |" in markdown(runs)
 
 
 @pytest.mark.parametrize("date", [float("nan"), float("inf"), 10**400])
