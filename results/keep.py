@@ -1,8 +1,9 @@
 """Keeps runs as records of this repository: python results/keep.py FOLDER TARGET, TARGET a folder in results/.
 
 What is dropped: texts of the data sets (their licences are not ours), paths but for their last part, and the
-description of the machine. What the report reads, every figure of every document among it, stays as lm_eval wrote it. A
-sweep's folder stays one: `cp -r TARGET/. OUT` and `intactkv sweep FILE --out OUT` go on where it was.
+description of the machine. What the report reads, every figure of every document and which documents share a passage
+among it, stays as lm_eval wrote it. A sweep's folder stays one: `cp -r TARGET/. OUT` and `intactkv sweep FILE --out OUT`
+go on where it was.
 """
 
 import json
@@ -10,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from intactkv_eval.report.clusters import KEY, clusters_of
 
 _MACHINE = ("pretty_env_info", "upper_git_hash", "git_hash", "config_source")
 _PATH = re.compile(r"/\S+/([^/\s]+)")
@@ -31,7 +34,12 @@ def keep(folder: Path, target: Path) -> None:
         _copy(file, out)
         for samples in sorted(file.parent.glob(f"samples_*_{stamp}.jsonl")):
             rows = [json.loads(line) for line in samples.read_text().splitlines()]
-            kept = [{key: row[key] for key in ("doc_id", "doc_hash", *row["metrics"])} for row in rows]
+            clusters = clusters_of(rows)
+            kept = [
+                {key: row[key] for key in ("doc_id", "doc_hash", *row["metrics"])}
+                | ({KEY: {clusters.field: clusters.of[row["doc_id"]]}} if clusters.field else {})
+                for row in rows
+            ]
             (out / samples.name).write_text("".join(json.dumps(row) + "\n" for row in kept))
     if (folder / "sweep.json").is_file():
         _copy(folder / "sweep.json", target)

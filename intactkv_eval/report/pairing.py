@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from intactkv_eval.report.resampling import Array, Stratum, block_length, measured, of_units, of_windows
+from intactkv_eval.report.resampling import RESAMPLES, Array, Stratum, block_length, measured, of_units, of_windows
 from intactkv_eval.report.score import Document, Score, finite
 from intactkv_eval.report.share import Share, share_of
 from intactkv_eval.report.significance import MIN_ERROR, Test, accuracy_test, difference_test
@@ -62,7 +62,7 @@ def is_paired(scores: Sequence[Score]) -> bool:
     )
 
 
-def paired_test(one: Score, other: Score) -> Test | None:
+def paired_test(one: Score, other: Score, resamples: int = RESAMPLES) -> Test | None:
     """The paired test of one - other; None where they share no documents, or too few for a standard error."""
     if not is_paired([one, other]):
         return None
@@ -72,17 +72,17 @@ def paired_test(one: Score, other: Score) -> Test | None:
         if np.isin(values, (0.0, 1.0)).all():
             return accuracy_test(values[0], values[1])
     strata = _strata(one, [change])
-    return None if strata is None else difference_test(strata, _name(one))
+    return None if strata is None else difference_test(strata, _name(one), resamples)
 
 
-def share_between(intact: Score, baseline: Score, full: Score) -> Share | None:
+def share_between(intact: Score, baseline: Score, full: Score, resamples: int = RESAMPLES) -> Share | None:
     """The share of baseline - full that baseline - intact is; None where they share no documents, or too few."""
     if not is_paired([intact, baseline, full]):
         return None
     given = {place: baseline.values[place] - intact.values[place] for place in intact.values}
     lost = {place: baseline.values[place] - full.values[place] for place in intact.values}
     strata = _strata(intact, [given, lost])
-    return None if strata is None else share_of(strata)
+    return None if strata is None else share_of(strata, resamples)
 
 
 def _name(score: Score) -> str:

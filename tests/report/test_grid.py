@@ -49,7 +49,10 @@ def test_a_real_difference_is_marked_and_noise_is_not(folder):
     assert f"% [{100 * real.share.low:.1f}, {100 * real.share.high:.1f}] |" in line
     assert "\\*" not in next(line for line in text.splitlines() if "| fp | 16 | bos |" in line)
     assert "Not compared" not in text
-    assert "resampled are blocks of 6 neighbouring windows, of 40; tests that stand together: 1 of Δ base, 2 of Δ fp" in text
+    assert (
+        "resampled are blocks of 6 neighbouring windows, of 40; tests that stand together: 1 of Δ base, 2 of Δ fp"
+        in text
+    )
 
 
 def test_calibrated_behind_the_pivot_against_plainly(folder):
