@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
+from intactkv_eval.report.incomplete import JUDGED, share_beside
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.score import Score
@@ -195,6 +196,7 @@ def _figures(title: str, entry: Entry) -> dict[str, object]:
         "value": score.value,
         "stderr": score.stderr,
         "spread": score.spread,
+        JUDGED: score.settings.get(JUDGED),
         **_delta_numbers("delta_base", found.to_baseline),
         "delta_base_p": test.p if test else None,
         "delta_base_p_holm": entry.p,
@@ -239,6 +241,7 @@ def figures(entry: Entry) -> list[str]:
         return [NO_NUMBER, "", "", ""]
     error = f" ± {found.score.stderr:.4f}" if _is_number(found.score.stderr) else ""
     error += f" (spread {found.score.spread:.4f})" if _is_number(found.score.spread) else ""
+    error += share_beside(found.score.settings)
     recovered = "" if found.recovered is None else f"{100 * found.recovered:.0f}%"
     if found.recovered_interval:
         recovered += " [{:.0f}, {:.0f}]".format(*(100 * end for end in found.recovered_interval))
