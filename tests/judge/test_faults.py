@@ -7,18 +7,18 @@ from statistics import mean, stdev
 import pytest
 from judge_bench import answers_of, lines
 from judging import judged, rows
-from server import GOOD, completion, rating_of
+from server import CUT, GOOD, completion, rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Settings
-from intactkv_eval.judge.command import Asked, judge_command
+from intactkv_eval.judge.command import judge_command
+from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.judge.verdict import rating_of as rating_of_reply
 
 FAULTS = [
     429, 500, 503, (200, "{"), (200, "<html>"), (200, "[]"), (200, "null"), (200, '{"choices": []}'),
     (200, json.dumps(completion(None))), (200, json.dumps(completion("good, but no number"))),
-    (200, json.dumps(completion("Rating: [[11]]"))), (200, json.dumps(completion("Rating: [[0]]"))),
-    (200, json.dumps(completion("[[-3]]"))), 1.5,
+    (200, json.dumps(completion("Rating: [[11]]"))), (200, json.dumps(completion("[[-3]]"))), CUT, 1.5,
 ]  # fmt: skip
 
 
@@ -39,9 +39,11 @@ def test_what_stays_without_a_verdict_is_no_zero_and_is_asked_anew(server, answe
     kept = [row for row in rows(tmp_path / "out") if row["score"] != -1]
     assert len(kept) == 8
     means = [mean(row["score"] for row in kept if row["question_id"] == i) for i in (1, 2, 4, 5)]
-    assert f"{mean(means):.2f} ± {stdev(means) / 2:.2f}" in table
+    whole = f"{mean(means):.2f} ± {stdev(means) / 2:.2f} (4/5)"
+    assert table.count(f"| {whole} | {whole} |") == 1, "over rows, and over whole questions"
     assert table.rstrip().endswith("| 2 |")
     assert "run again to ask anew" in said
+    assert "one: 4 of 5 questions are judged whole, 2 verdicts of what was answered are missing" in said
     server.behave = lambda prompt, before: GOOD
     server.asked.clear()
     table, _ = judged(server, [answer_file], bench, tmp_path / "out")
@@ -69,7 +71,12 @@ def test_a_rerun_of_many_stubborn_replies_still_ends_in_a_table(server, bench, t
 
 @pytest.mark.parametrize(
     ("reply", "rating"),
-    [("[[7]]", 7), ("Rating: [7]", 7), ("**Rating:** [6.5]", 6.5), ("It reads nums[5] first", None), ("see [1]", None),
+    [("[[7]]", 7), ("Rating: [7]", 7), ("**Rating:** [6.5]", 6.5), ("Score: [7]", 7), ("The rating is [7].", 7),
+     ("I would give this answer a [7].", 7), ("Rated 8 of 10: [8]/10", 8), ("Rating:\n\n**[9]**", 9), ("[7]", 7),
+     ("Rating: `[5]`", 5), ("The first scores [3]. My rating is [6].", 6), ("[[0]]", 0), ("Rating: [0]", 0),
+     ("It reads nums[5] first", None), ("see [1]", None), ("As said in [1].", None), ("I give the list [1] to it", None),
+     ("The score nums[5] is read", None), ("The score `x = [5]` is printed", None), ("```\nscore = [3]\n```", None),
+     ("Rating: [11]", None), ("Rating: [100]", None), ("[[-3]]", None),
      ("[[11]] [[5]]", None), ("[[10]]", 10), ("[[]]", None), ("", None)],
 )  # fmt: skip
 def test_ratings_are_read_and_not_made_up(reply, rating):
@@ -93,7 +100,7 @@ def test_strange_letters_are_kept(server, bench, tmp_path, text):
 @pytest.mark.parametrize("url", ["localhost:8000", "http://host:port/v1", "ftp://host/v1", "http://"])
 def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
     with pytest.raises(ConfigError, match="--base-url"):
-        judge_command([answer_file], Settings("judge", url), Asked(questions=bench), tmp_path / "out", logging.info)
+        judge_command([answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info)
 
 
 @pytest.mark.parametrize("usage", [10**400, -1, "many", None])
@@ -117,7 +124,7 @@ def test_answers_of_several_models_are_told_apart(server, bench, tmp_path):
     assert not server.asked
 
 
-@pytest.mark.parametrize("verdict", [float("nan"), 0, 11, 1e300, "A", "x"])
+@pytest.mark.parametrize("verdict", [float("nan"), -1, 11, 1e300, "A", "x"])
 def test_a_journal_holds_no_other_verdict(server, answer_file, bench, tmp_path, verdict):
     judged(server, [answer_file], bench, tmp_path / "out")
     path = tmp_path / "out" / "replies.jsonl"
