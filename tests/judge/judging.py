@@ -21,8 +21,8 @@ def judged(server, sources, bench, out, model="judge", **options):
     return made.table, "\n".join([*said, *made.incomplete])
 
 
-def rows(out, kind="single"):
-    return read_jsonl(out / "model_judgment" / f"judge_{kind}.jsonl")
+def rows(out, kind="single", judge="judge"):
+    return read_jsonl(out / "model_judgment" / f"{judge}_{kind}.jsonl")
 
 
 def command(server, answer_file, bench, out, *more):
