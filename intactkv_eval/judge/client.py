@@ -10,7 +10,6 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import cast
 from urllib.parse import urlsplit
 
 import openai
@@ -72,29 +71,13 @@ class Judge:
             raise ConfigError(f"{KEY} is not set; put the key into the environment, or name another server: --base-url")
         self._turn = threading.Lock()
         self._free = 0.0
-        self._client = self._anthropic() if self.spelling.is_anthropic else self._openai()
-
-    def _openai(self) -> openai.OpenAI:
-        return openai.OpenAI(
+        anthropic = self.spelling.is_anthropic
+        self._headers = _anthropic_headers(self._key or _NO_KEY) if anthropic else {}
+        self._client = openai.OpenAI(
             api_key=self._key or _NO_KEY,
-            base_url=self.settings.base_url,
-            timeout=self.settings.seconds,
+            base_url=anthropic_base(settings.base_url or "") if anthropic else settings.base_url,
+            timeout=settings.seconds,
             max_retries=0,
-        )
-
-    def _anthropic(self) -> openai.OpenAI:
-        """The same client, whose requests carry Anthropic's headers instead of OpenAI's."""
-        headers = {
-            "Authorization": cast(str, openai.Omit()),
-            "X-Api-Key": self._key or _NO_KEY,
-            "anthropic-version": _VERSION,
-        }
-        return openai.OpenAI(
-            api_key=self._key or _NO_KEY,
-            base_url=anthropic_base(self.settings.base_url or ""),
-            timeout=self.settings.seconds,
-            max_retries=0,
-            default_headers=headers,
         )
 
     def send(self, messages: Messages) -> Reply:
@@ -107,7 +90,7 @@ class Judge:
         while True:
             body = spelling.body(self.settings.model, messages, self.settings.most_tokens)
             try:
-                data = self._client.post(spelling.path, cast_to=object, body=body)
+                data = self._client.post(spelling.path, cast_to=object, body=body, options={"headers": self._headers})
             except openai.BadRequestError as error:
                 other = spelling.after(str(error))
                 if other is None:
@@ -153,6 +136,11 @@ class Judge:
             at = max(now, self._free)
             self._free = at + 60 / self.settings.rate
         time.sleep(at - now)
+
+
+def _anthropic_headers(key: str) -> dict[str, str | openai.Omit]:
+    """In place of OpenAI's own, which carry the key as a bearer's."""
+    return {"Authorization": openai.Omit(), "X-Api-Key": key, "anthropic-version": _VERSION}
 
 
 def _delay(headers: object) -> float | None:

@@ -56,7 +56,7 @@ class Server:
             self._at_once -= 1
         if isinstance(done, float):
             time.sleep(done)
-            done = GOOD
+            return 200, json.dumps(completion(self.reply(prompt)))
         if done == CUT:
             return 200, CUT
         if callable(done):
@@ -100,6 +100,7 @@ def serving():
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
+    http.handle_error = lambda *_: None  # a client that was killed
     threading.Thread(target=http.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     try:

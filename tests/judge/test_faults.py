@@ -2,16 +2,20 @@
 
 import json
 import logging
+import signal
+import subprocess
+import time
 from statistics import mean, stdev
 
 import pytest
-from judge_bench import answers_of, lines
-from judging import judged, rows
+from judge_bench import answers_of, lines, write_bench
+from judging import command, judged, rows
 from server import CUT, GOOD, completion, rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Settings
 from intactkv_eval.judge.command import judge_command
+from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.judge.verdict import rating_of as rating_of_reply
 
@@ -100,7 +104,9 @@ def test_strange_letters_are_kept(server, bench, tmp_path, text):
 @pytest.mark.parametrize("url", ["localhost:8000", "http://host:port/v1", "ftp://host/v1", "http://"])
 def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
     with pytest.raises(ConfigError, match="--base-url"):
-        judge_command([answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info)
+        judge_command(
+            [answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
+        )
 
 
 @pytest.mark.parametrize("usage", [10**400, -1, "many", None])
@@ -139,3 +145,37 @@ def test_judgments_of_elsewhere_are_kept_as_they_are(server, answer_file, bench,
     lines(path, [{"model": ["x"], "score": 1}])
     judged(server, [answer_file], bench, tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 11
+
+
+def mixed(prompt, before):
+    """One of every fault for each request, in an order of its own; the third time all is well."""
+    faults = [429, 500, 503, (200, "{"), CUT, (200, '{"choices": []}'), 1.4]
+    place = rating_of(prompt) + len(prompt)
+    return GOOD if before >= 2 else faults[(place + before * 3) % len(faults)]
+
+
+def test_160_of_160_through_all_faults_and_a_kill_and_none_twice(server, tmp_path):
+    bench = write_bench(tmp_path / "data", 80)
+    file = lines(tmp_path / "one.jsonl", answers_of("one", range(1, 81)))
+    server.behave, out = mixed, tmp_path / "out"
+    arguments = [*command(server, file, bench, out), "--seconds", "1", "--concurrency", "8"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 60
+        while sum(server.served.values()) < 40 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert 40 <= sum(server.served.values()) < 160
+    kept = {line["user_prompt"] for line in read_jsonl_lines(out / NAME) if line["verdict"] is not None}
+    before = dict(server.served)
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = rows(out)
+    assert len({(row["question_id"], row["turn"]) for row in found}) == len(found) == 160
+    assert all(row["score"] == rating_of(row["user_prompt"]) for row in found)
+    assert all(server.served[prompt] == before[prompt] == 1 for prompt in kept), "what was kept is not asked again"
+    assert sum(server.served.values()) <= 160 + 8, "no more than was in flight at the kill"
+
+
+def read_jsonl_lines(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line.endswith(b"}")]

@@ -22,18 +22,37 @@ SIZE = 10
 
 @pytest.fixture(scope="module")
 def evaluated(tokenizer, tmp_path_factory):
-    """Runs of one cell, intact and not, two seeds of each, and one with a limit, on ten questions."""
+    """One run of an intact cell on ten questions, and what else lm_eval would write: the baseline, another seed, a limit."""
     folder = tmp_path_factory.mktemp("evaluated")
     bench, model = write_bench(folder / "data", SIZE), folder / "llama"
     build_model("llama").save_pretrained(model)
     tokenizer.save_pretrained(model)
-    for name, pivot, seed in (("none42", "none", 42), ("bos42", "bos", 42), ("bos43", "bos", 43), ("none43", "none", 43), ("cut", "bos", 42)):
-        run_lm_eval(
-            ["--model_args", f"pretrained={model},dtype=float32,weights=rtn,bits=3,group_size=32,pivot={pivot}", "--tasks", "mt_bench",
-             "--metadata", json.dumps({"questions": str(bench), "seed": seed}), "--batch_size", "10", "--gen_kwargs", "max_gen_toks=4",
-             "--device", "cpu", "--log_samples", "--output_path", str(folder / "runs" / name), *(["--limit", "4"] if name == "cut" else [])]
-        )  # fmt: skip
+    run_lm_eval(
+        ["--model_args", f"pretrained={model},dtype=float32,weights=rtn,bits=3,group_size=32,pivot=bos", "--tasks", "mt_bench",
+         "--metadata", json.dumps({"questions": str(bench), "seed": 42}), "--batch_size", "10", "--gen_kwargs", "max_gen_toks=4",
+         "--device", "cpu", "--log_samples", "--output_path", str(folder / "made")]
+    )  # fmt: skip
+    for name, intact, seed in (("bos42", True, 42), ("bos43", True, 43), ("none42", False, 42), ("none43", False, 43)):
+        derived(folder / "made", folder / "runs" / name, intact, seed)
+    derived(folder / "made", folder / "runs" / "cut", True, 42, limit=4)
     return folder
+
+
+def derived(made, place, intact, seed, limit=None):
+    """The run as of another pivot and seed, whose answers differ."""
+    results, samples = next(made.rglob("results_*.json")), next(made.rglob("samples_*.jsonl"))
+    content = json.loads(results.read_text())
+    content["config"]["intactkv"]["cell"]["pivot"]["intact"] = intact
+    content["configs"]["mt_bench"]["metadata"]["seed"] = seed
+    if limit:
+        content["config"]["limit"] = float(limit)
+        content["n-samples"]["mt_bench"]["effective"] = limit
+    found = [json.loads(line) for line in samples.read_text().splitlines()][:limit]
+    for row in found:
+        row["resps"][0][0][0][0] += f" {intact} {seed}"
+    place.mkdir(parents=True)
+    (place / results.name).write_text(json.dumps(content))
+    lines(place / samples.name, found)
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from server import GOOD, completion, honest, rating_of
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import KEY, Settings
 from intactkv_eval.judge.command import judge_command
-from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.journal import NAME
+from intactkv_eval.judge.options import JudgeOptions
 
 
 def test_every_answer_is_judged_once_and_scored(server, answer_file, bench, tmp_path):

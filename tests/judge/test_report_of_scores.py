@@ -135,7 +135,10 @@ def test_two_judges_keep_their_scores_in_one_folder(server, runs, bench, tmp_pat
     judged(server, [runs / "intact"], bench, tmp_path / "out", model="other/judge", references="gpt-4")
     both, _ = collect([tmp_path / "out"])
     said = [run.scores["mt_bench"].settings["protocol"] for run in both]
-    assert sorted(said) == ["mt_bench judged by judge, references of judge", "mt_bench judged by other/judge, references of gpt-4"]
+    assert sorted(said) == [
+        "mt_bench judged by judge, references of judge",
+        "mt_bench judged by other/judge, references of gpt-4",
+    ]
     assert [run.path for run in first] == [run.path for run in both if "other" not in str(run.path)]
 
 

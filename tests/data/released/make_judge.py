@@ -111,7 +111,10 @@ def main():
             lines(folder / "answers" / f"{model}.jsonl", answers_of(model))
         loaded = common.load_model_answers(str(folder / "answers"))
         answers = {model: loaded[model] for model in MODELS}
-        for judge, mode in [(JUDGES[0], "single"), *((JUDGES[1], m) for m in ("single", "pairwise-baseline", "pairwise-all"))]:
+        for judge, mode in [
+            (JUDGES[0], "single"),
+            *((JUDGES[1], m) for m in ("single", "pairwise-baseline", "pairwise-all")),
+        ]:
             server.asked.clear()
             rows = judgments(common, generate, data, answers, judge, mode)
             systems = {messages[-1]["content"]: messages[0] for _, messages, _ in server.asked}
