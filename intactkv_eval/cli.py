@@ -1,4 +1,5 @@
-"""The command `intactkv`. Exit codes: 0; 2 for the user's fault, with one message and no traceback; 1 for ours.
+"""The command `intactkv`. Exit codes: 0; 2 for the user's fault, with one message and no traceback; 3 for a result
+that is incomplete; 1 for ours.
 
 Heavy imports wait for the command that needs them: `intactkv --help` and `intactkv report` load no torch.
 """
@@ -15,6 +16,7 @@ from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_com
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.report.collect import collect
+from intactkv_eval.report.incomplete import incomplete_sets
 from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS
@@ -188,6 +190,9 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Write it: .md, .csv, .tex, .json or .html; else print it.")] = None,
     leaves: Annotated[bool, typer.Option("--leaves", help="The tasks inside of groups, not the groups.")] = False,
     figures: Annotated[list[Path] | None, typer.Option(help=".html: pictures to show, or a folder of them.")] = None,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Exit code 0 also where judged answers are not whole.")
+    ] = False,
 ) -> None:
     """The table of runs: values, deltas to baseline and full precision with their significance, share recovered."""
     ending = out.suffix[1:] if out is not None else "md"
@@ -204,6 +209,8 @@ def report(
         typer.echo(table)
     else:
         write_atomic(out, lambda partial: partial.write_text(table, encoding="utf-8"))
+    scored = ((run.path, score.settings) for run in runs for score in run.scores.values())
+    judge_commands.end_incomplete(incomplete_sets(scored), allow_partial)
 
 
 @app.command()

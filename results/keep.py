@@ -2,8 +2,8 @@
 
 What is dropped: texts of the data sets (their licences are not ours), paths but for their last part, and the
 description of the machine. What the report reads, every figure of every document and which documents share a passage
-among it, stays as lm_eval wrote it. A sweep's folder stays one: `cp -r TARGET/. OUT` and `intactkv sweep FILE --out OUT`
-go on where it was.
+among it, stays as lm_eval wrote it. A sweep's folder stays one: `cp -r TARGET/. OUT` and `intactkv sweep FILE --out
+OUT` go on where it was.
 """
 
 import json

@@ -25,15 +25,17 @@ _LONGEST = 200  # letters of a name; a file's may have 255
 
 @dataclass(frozen=True)
 class Entry:
-    """A model's answers by question. results: the run they are from, if any.
+    """A model's answers by question. run: that they are from, if any.
 
-    group: what tells runs apart that differ in more than their seed. questions: SHA-256 of the file they answer.
+    group: what tells runs apart that differ in more than their seed. seed: of their sampling. questions: SHA-256 of the
+    file they answer.
     """
 
     name: str
     answers: dict[int, Answer]
     group: str | None = None
-    results: Path | None = None
+    run: Run | None = None
+    seed: Any = None
     questions: str | None = None
 
     @property
@@ -118,7 +120,7 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     asked = [content["config"].get("gen_kwargs"), alike, content.get("chat_template_sha"), sorted(answers)]
     apart = hashlib.sha256(f"{run.identity} {run.pivot_tokens} {json.dumps(asked, default=str)}".encode()).hexdigest()
     digest = str(metadata.get("data", "")).removeprefix("sha256:") or None
-    return Entry(name, answers, f"{base} [{apart[:6]}]", path, digest)
+    return Entry(name, answers, f"{base} [{apart[:6]}]", run, metadata.get("seed"), digest)
 
 
 def run_name(run: Run) -> str:

@@ -3,7 +3,8 @@
     <judge>_single.jsonl   {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"}
     <judge>_pair.jsonl     {"question_id", "model_1", "model_2", "g1_winner", "g2_winner", "judge", ...}
 
-A reply without a verdict has score -1 or winner `error`, which FastChat leaves out of its means.
+A reply without a verdict has score -1 or winner `error`, which FastChat leaves out of its means. `choice` and
+`references` are keys that FastChat does not have, and does not read.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ def single_rows(judged: Judged, judge: str) -> Iterable[dict[str, Any]]:
                 "score": _NO_SCORE if line.verdict is None else line.verdict,
                 "turn": match.turn,
                 "choice": match.choice,
+                "references": match.references,
                 "tstamp": line.tstamp,
             }
 
@@ -51,6 +53,7 @@ def pair_rows(judged: Judged, judge: str) -> Iterable[dict[str, Any]]:
             "g2_judgment": other.reply if other else "",
             "turn": first.turn,
             "choice": first.choice,
+            "references": first.references,
             "tstamp": max((line.tstamp for line in (one, other) if line), default=0.0),
         }
 

@@ -1,31 +1,39 @@
 """The journal of a judge: every reply as it comes, one line each, on disk before the next is asked for.
 
     replies.jsonl: {"key", "judge", "server", "prompt", "kind", "models", "question_id", "turn", "choice",
-                    "user_prompt", "reply", "finish", "tokens", "verdict", "attempt", "tstamp"}
+                    "user_prompt", "reply", "finish", "tokens", "verdict", "attempt", "tstamp",
+                    "references", "temperature", "cost", "error"}
 
-A line that a kill has cut off is left out and written over. verdict: null where the reply holds none.
+A line that a kill has cut off is left out and written over. verdict: null where the reply holds none; such a reply is
+read again by today's rules. Lines of before the last four keys were there are read too. A line with an `error` holds no
+reply: it stands for a request that may be billed all the same.
 """
 
 import errno
 import fcntl
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.judge.verdict import WINNERS, is_rating
+from intactkv_eval.judge.cost import Prices
+from intactkv_eval.judge.matches import MatchKey
+from intactkv_eval.judge.verdict import WINNERS, is_rating, verdict_of
 
 NAME = "replies.jsonl"
 
 
 class Line(BaseModel):
-    """One reply, and to what."""
+    """One reply, and to what. cost: USD, None where it was asked without prices. error: why there is no reply.
+
+    references: the label of the reference answers beside. temperature: None where the judge takes none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     key: str
@@ -44,10 +52,19 @@ class Line(BaseModel):
     verdict: float | str | None
     attempt: int
     tstamp: float
+    references: str | None = None
+    temperature: float | None = 0.0
+    cost: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    error: str | None = None
+
+    @property
+    def match(self) -> MatchKey:
+        """What it is a reply to."""
+        return MatchKey(self.key, self.models, self.choice)
 
     @model_validator(mode="after")
     def _check_verdict(self) -> "Line":
-        """A rating from 1 to 10, or a winner: nothing else is a verdict, and a winner that nobody knows is no tie."""
+        """A rating from 0 to 10, or a winner: nothing else is a verdict, and a winner that nobody knows is no tie."""
         known = is_rating(self.verdict) if self.kind == "single" else self.verdict in WINNERS
         if self.verdict is not None and not known:
             raise ValueError(f"verdict {self.verdict}")
@@ -55,12 +72,26 @@ class Line(BaseModel):
 
 
 class Journal:
-    """The replies of one folder, by key the last of each; open for one process at a time."""
+    """The replies of one folder: `lines` by what they reply to, the last of each; open for one process at a time."""
 
-    def __init__(self, handle: IO[bytes], lines: dict[str, Line]) -> None:
-        self._handle, self.lines = handle, lines
+    def __init__(self, handle: IO[bytes], lines: Sequence[Line]) -> None:
+        self._handle, self._all = handle, list(lines)
+        self.lines = {line.match: line for line in lines if line.error is None}
         self.added = 0
         self._turn = threading.Lock()
+
+    def spent(self, prices: Prices) -> float:
+        """USD of all that was ever asked from this folder; what was asked without prices, at these."""
+        return sum(prices.of(_tokens(line)) if line.cost is None else line.cost for line in self._all)
+
+    def reply_to(self, key: MatchKey) -> Line | None:
+        """The last reply to a match."""
+        return self.lines.get(key)
+
+    def has_verdict(self, key: MatchKey) -> bool:
+        """Whether the last reply to a match holds one."""
+        line = self.lines.get(key)
+        return line is not None and line.verdict is not None
 
     def add(self, line: Line) -> None:
         """Keep a reply. When this returns it is on disk. Raises ConfigError where it cannot be written."""
@@ -75,8 +106,15 @@ class Journal:
             except OSError as error:
                 os.ftruncate(self._handle.fileno(), end)  # half a line would spoil those behind it
                 raise ConfigError(f"{NAME}: a reply cannot be written ({error}); make room and run again") from None
-            self.lines[line.key] = line
-            self.added += 1
+            self._all.append(line)
+            if line.error is None:
+                self.lines[line.match] = line
+                self.added += 1
+
+
+def _tokens(line: Line) -> tuple[int, int]:
+    """As its server has counted, else the most that its texts can have: no token has less than a byte."""
+    return line.tokens or (len(line.user_prompt.encode()), len(line.reply.encode()))
 
 
 @contextmanager
@@ -102,14 +140,16 @@ def opened(folder: Path) -> Iterator[Journal]:
         yield Journal(handle, read_lines(path, content[:whole]))
 
 
-def read_lines(path: Path, content: bytes) -> dict[str, Line]:
-    """Whole lines by key, the last of several. Raises DataError that names a damaged one."""
-    found = {}
+def read_lines(path: Path, content: bytes) -> list[Line]:
+    """Whole lines. Raises DataError that names a damaged one."""
+    found = []
     for number, text in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row: Any = parse_json(text)
             line = Line.model_validate(row)
         except ValueError as error:  # pydantic's among them
             raise DataError(f"{path}, line {number}: no reply of a judge ({type(error).__name__})") from None
-        found[line.key] = line
+        if line.verdict is None and line.error is None:
+            line = line.model_copy(update={"verdict": verdict_of(line.kind, line.reply)})
+        found.append(line)
     return found

@@ -12,19 +12,34 @@ import json
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from intactkv_eval.errors import DataError
+from intactkv_eval.judge.references import References
 from intactkv_eval.mt_bench.answers import Answer, Choice
 from intactkv_eval.mt_bench.questions import NEEDS_REFERENCE, Prompt, Question
 
 MOST_TURNS = 2
 
 
+class MatchKey(NamedTuple):
+    """What a reply is known by. request: SHA-256 of all that the judge is sent, and where; then whose answers it is on.
+
+    Equal answers of two models, seeds or choices are requests of their own, as FastChat asks for each: one verdict for
+    all of them would leave the judge's own noise out of their mean.
+    """
+
+    request: str
+    models: tuple[str, ...]
+    choice: int
+
+
 @dataclass(frozen=True)
 class Match:
     """One request to the judge. models: that of the answer, or of A and B. choice: which of a model's answers.
 
-    messages: (role, content). prompt: its name. kind: single or pairwise. turn: from 1.
+    messages: (role, content). prompt: its name. kind: single or pairwise. turn: from 1. references: the label of the
+    reference answers that one of them stands beside, None without.
     """
 
     question_id: int
@@ -35,19 +50,21 @@ class Match:
     prompt: str
     kind: str
     messages: tuple[tuple[str, str], ...]
+    references: str | None = None
 
-    def key(self, judge: str, server: str | None, most_tokens: int) -> str:
-        """SHA-256 of all that the judge is sent, and where: a reply is kept for as long as nothing of it changes."""
-        return hashlib.sha256(json.dumps([judge, server, most_tokens, self.messages]).encode()).hexdigest()
+    def key(self, judge: str, server: str | None, most_tokens: int) -> MatchKey:
+        """A reply is kept for as long as nothing of it changes."""
+        sent = json.dumps([judge, server, most_tokens, self.messages])
+        return MatchKey(hashlib.sha256(sent.encode()).hexdigest(), self.models, self.choice)
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Questions by id, the judge's prompts by name, reference answers by question."""
+    """Questions by id, the judge's prompts by name, and reference answers."""
 
     questions: Mapping[int, Question]
     prompts: Mapping[str, Prompt]
-    references: Mapping[int, Answer]
+    references: References
 
 
 def single_matches(bench: Bench, answers: Mapping[int, Answer]) -> Iterator[Match]:
@@ -102,10 +119,8 @@ def _match(
     prompt = _prompt(bench, kind, beside, turn)
     filled = _fields(question, choices)
     if beside:
-        reference = bench.references.get(question.question_id)
-        if reference is None or len(reference.choices[0].turns) < turn:
-            raise DataError(f"question {question.question_id} ({question.category}) has no reference answer")
-        filled |= {f"ref_answer_{i}": text for i, text in enumerate(reference.choices[0].turns, start=1)}
+        turns = bench.references.turns(question, turn)
+        filled |= {f"ref_answer_{i}": text for i, text in enumerate(turns, start=1)}
     return Match(
         question_id=question.question_id,
         category=question.category,
@@ -115,6 +130,7 @@ def _match(
         prompt=prompt.name,
         kind=kind,
         messages=(("system", prompt.system_prompt), ("user", _filled(prompt, filled))),
+        references=bench.references.label if beside else None,
     )
 
 

@@ -1,130 +1,133 @@
-"""Scores: means over questions with their standard errors, by turn and category; wins and losses of pairs.
+"""Scores: FastChat's mean over judged rows and the mean over whole questions, with standard errors over questions.
 
-    score of a question = mean over its rated turns and choices;  score = mean over questions, se = sd / sqrt(n)
+    all               sum of all ratings / their number, a row for each turn and choice: FastChat's show_result
+    whole questions   mean over the questions whose every turn and choice is rated, of the question's mean rating
+    standard error    of a mean over rows of n questions, r rows, with deviations d_q = sum_q - mean * rows_q:
+                      sqrt(n / (n - 1) * sum_q d_q^2) / r,  which is sd / sqrt(n) where all have as many rows
 
-What has no rating is left out and counted. A pair is won where both orders say so, FastChat's own rule; all else is a
-tie.
+Of a set that is judged whole the first two are one number. What has no rating is left out and counted; how many of the
+bench's questions are judged whole stands beside each figure.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import sqrt
-from statistics import mean, stdev
-from typing import Any
+from statistics import fmean
 
 from intactkv_eval.judge.fastchat import Judged
-from intactkv_eval.report.tables import markdown_row
+from intactkv_eval.mt_bench.questions import Question
+from intactkv_eval.report.significance import MIN_ERROR
 
 ALL = "all"
-BIAS = "position bias"
+WHOLE = "whole questions"
+Rows = Iterable[tuple[int, float | None]]
+"""(question, value); None where there is no verdict."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over `questions`, its standard error (None for one question), and how many replies had no verdict."""
+    """A mean and its standard error (None for fewer than MIN_ERROR questions).
+
+    questions: that are judged whole, of: that the bench has. unrated: rows without a verdict. spread: standard
+    deviation over seeds, where this is the mean of several.
+    """
 
     value: float | None
     stderr: float | None
     questions: int
+    of: int
     unrated: int
+    spread: float | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the bench's questions are judged, and whole."""
+        return self.questions == self.of
 
 
-def score_figures(judged: Judged) -> dict[str, Figure]:
-    """`all`, `turn 1`, `turn 2`, then each category."""
+@dataclass(frozen=True)
+class Scores:
+    """Of one model, by part (`all`, `whole questions`, `turn 1`, ..., each category): figures, and the mean rating of
+    each question, as far as it is rated.
+    """
+
+    figures: Mapping[str, Figure]
+    means: Mapping[str, Mapping[int, float]]
+
+
+def figure_of(rows: Rows, expected: Mapping[int, int]) -> Figure:
+    """The mean over rows. expected: how many rows each question of the bench should have."""
+    rated, unrated = _by_question(rows)
+    value, stderr = _mean_over_rows(rated)
+    return Figure(value, stderr, len(_whole(rated, expected)), len(expected), unrated)
+
+
+def scores_of(judged: Judged, questions: Iterable[Question]) -> Scores:
+    """Of the judgments of one model. questions: of the bench."""
     parts: dict[str, list[tuple[int, float | None]]] = defaultdict(list)
     for match, line in judged:
         rating = float(line.verdict) if line is not None and isinstance(line.verdict, int | float) else None
         for part in (ALL, f"turn {match.turn}", match.category):
             parts[part].append((match.question_id, rating))
-    first = [ALL, *sorted(part for part in parts if part.startswith("turn "))]
-    return {part: _figure(parts[part]) for part in [*first, *sorted(parts.keys() - set(first))]}
+    expected = expected_rows(questions, choices_of(judged))
+    turns = sorted(part for part in parts if part.startswith("turn "))
+    listed = [*turns, *sorted(parts.keys() - {ALL, *turns})]
+    figures = {part: figure_of(parts[part], expected[part]) for part in [ALL, *listed]}
+    means = {part: _means(_by_question(parts[part])[0]) for part in [ALL, *listed]}
+    means[WHOLE] = _means(_whole(_by_question(parts[ALL])[0], expected[ALL]))
+    value, stderr = _mean_over_rows({question: [mean] for question, mean in means[WHOLE].items()})
+    whole = replace(figures[ALL], value=value, stderr=stderr)
+    return Scores({ALL: figures[ALL], WHOLE: whole, **{part: figures[part] for part in listed}}, means)
 
 
-def whole_questions(judged: Judged) -> Judged:
-    """What is left without the questions of which a reply has no rating."""
-    lacking = {match.question_id for match, line in judged if line is None or line.verdict is None}
-    return [(match, line) for match, line in judged if match.question_id not in lacking]
-
-
-def by_question(judged: Judged) -> dict[int, dict[str, float]]:
-    """Question -> `score`, `turn 1`, `turn 2`, as far as there are ratings."""
-    found: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for match, line in judged:
-        if line is not None and isinstance(line.verdict, int | float):
-            for part in ("score", f"turn {match.turn}"):
-                found[match.question_id][part].append(float(line.verdict))
-    return {place: {part: mean(values) for part, values in parts.items()} for place, parts in found.items()}
-
-
-def win_figures(rows: Iterable[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Of the first model against the second: the share of wins, a tie as half, overall, by turn and `position bias`.
-
-    The last is the share of pairs whose two orders name different winners.
+def _whole(rated: Mapping[int, list[float]], expected: Mapping[int, int]) -> dict[int, list[float]]:
+    """The questions that are judged whole: a mean over what is left of another one would compare first turns with
+    second ones.
     """
-    kept: dict[str, list[tuple[int, float | None]]] = defaultdict(list)
-    for row in rows:
-        both = (row["g1_winner"], row["g2_winner"])
-        unrated = "error" in both
-        won = {("model_1", "model_1"): 1.0, ("model_2", "model_2"): 0.0}.get(both, 0.5)
-        for part in (ALL, f"turn {row['turn']}"):
-            kept[part].append((row["question_id"], None if unrated else won))
-        biased = float(set(both) == {"model_1", "model_2"})
-        kept[BIAS].append((row["question_id"], None if unrated else biased))
-    return {part: _figure(kept[part]) for part in sorted(kept, key=(ALL, "turn 1", "turn 2", BIAS).index)}
+    return {question: values for question, values in rated.items() if len(values) >= expected.get(question, 1)}
 
 
-def _figure(values: Iterable[tuple[int, float | None]]) -> Figure:
+def _means(rated: Mapping[int, Sequence[float]]) -> dict[int, float]:
+    return {question: fmean(values) for question, values in sorted(rated.items())}
+
+
+def expected_rows(questions: Iterable[Question], choices: int) -> dict[str, dict[int, int]]:
+    """Part -> question -> the rows that it has where everything is answered and judged."""
+    found: dict[str, dict[int, int]] = defaultdict(dict)
+    for question in questions:
+        turns = len(question.turns)
+        for part in (ALL, question.category):
+            found[part][question.question_id] = choices * turns
+        for turn in range(1, turns + 1):
+            found[f"turn {turn}"][question.question_id] = choices
+    return dict(found)
+
+
+def choices_of(judged: Judged) -> int:
+    """How many answers a question has; where they are not alike, the most that one has."""
+    places = Counter(place for place, _ in {(match.question_id, match.choice) for match, _ in judged})
+    return max(places.values(), default=1)
+
+
+def _by_question(rows: Rows) -> tuple[dict[int, list[float]], int]:
+    """The values by question, and how many rows have none."""
     rated: dict[int, list[float]] = defaultdict(list)
     unrated = 0
-    for question, value in values:
+    for question, value in rows:
         if value is None:
             unrated += 1
         else:
             rated[question].append(value)
-    means = [mean(of_one) for of_one in rated.values()]
-    error = stdev(means) / sqrt(len(means)) if len(means) > 1 else None
-    return Figure(mean(means) if means else None, error, len(means), unrated)
+    return dict(rated), unrated
 
 
-def table(figures: Mapping[str, Mapping[str, Figure]], heading: str) -> str:
-    """Markdown: a row for each model, a column for each part."""
-    parts = list(dict.fromkeys(part for row in figures.values() for part in row))
-    lines = [[heading, *parts, "no verdict"], ["---"] + ["---:"] * (len(parts) + 1)]
-    for name, row in figures.items():
-        unrated = row[ALL].unrated if ALL in row else 0
-        lines.append([name, *(_cell(row.get(part)) for part in parts), str(unrated)])
-    return "\n".join(markdown_row(line) for line in lines)
-
-
-def _cell(figure: Figure | None) -> str:
-    if figure is None or figure.value is None:
-        return ""
-    error = "" if figure.stderr is None else f" ± {figure.stderr:.2f}"
-    return f"{figure.value:.2f}{error}"
-
-
-def seed_rows(
-    figures: Mapping[str, Mapping[str, Figure]], same: Callable[[str], str | None]
-) -> dict[str, dict[str, Figure]]:
-    """A row for each group of runs that differ in their seed alone: the mean of their means and its standard error.
-
-    same: a run's name -> its group's name, None for a run without a seed.
-    """
-    groups: dict[str, list[Mapping[str, Figure]]] = defaultdict(list)
-    for name, row in figures.items():
-        group = same(name)
-        if group is not None:
-            groups[group].append(row)
-    found = {}
-    for group, rows in groups.items():
-        if len(rows) > 1:
-            parts = [part for part in rows[0] if all(part in row for row in rows)]
-            found[f"{group}, {len(rows)} seeds"] = {part: _spread([row[part] for row in rows]) for part in parts}
-    return found
-
-
-def _spread(figures: list[Figure]) -> Figure:
-    values = [figure.value for figure in figures if figure.value is not None]
-    error = stdev(values) / sqrt(len(values)) if len(values) > 1 else None
-    return Figure(mean(values) if values else None, error, len(values), sum(figure.unrated for figure in figures))
+def _mean_over_rows(rated: Mapping[int, Sequence[float]]) -> tuple[float | None, float | None]:
+    rows = sum(map(len, rated.values()))
+    if not rows:
+        return None, None
+    mean = sum(sum(values) for values in rated.values()) / rows
+    if len(rated) < MIN_ERROR:
+        return mean, None
+    squares = sum((sum(values) - mean * len(values)) ** 2 for values in rated.values())
+    return mean, sqrt(len(rated) / (len(rated) - 1) * squares) / rows

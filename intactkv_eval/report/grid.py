@@ -12,6 +12,7 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Identity, Run, identity_of
 from intactkv_eval.report.compare import Comparison, compare
 from intactkv_eval.report.family import Verdict, verdicts
+from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.labels import labels_of
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import why_unpaired
@@ -236,9 +237,11 @@ def _title(score: Score, columns: Sequence[Score]) -> str:
     notes = [score.settings["protocol"]]
     if score.settings["limit"]:
         notes.append(f"limit {score.settings['limit']:g}")
+    if score.settings[JUDGED]:
+        notes.append(f"{score.settings[JUDGED]} questions judged whole")
     others = [other for other in columns if other.task == score.task and other is not score]
     for key, value in score.settings.items():
-        if key not in {"protocol", "limit"} and any(other.settings[key] != value for other in others):
+        if key not in {"protocol", "limit", JUDGED} and any(other.settings[key] != value for other in others):
             notes.append(f"{key} {value}")
     named = ", ".join(str(note) for note in notes if note)
     return f"{score.task} {score.metric}{arrow}" + (f" ({named})" if named else "")

@@ -15,9 +15,9 @@ standard deviation over seeds. Brackets and stars, from {MIN_TEST} on: all brack
 together with 95% for the cells of one model (Bonferroni; cells in full precision are controls and not tested), and
 \\* stands exactly where the bracket of Δ base leaves out 0. p, of Δ fp: corrected in the same way. recovered: the share
 of the baseline's loss to full precision that the intact pivot gives back, of log-likelihoods where the figure is a
-perplexity; its bracket leaves out 0 exactly where there is a \\*, and is written as open where it is (any: all shares are
-possible); "no loss": the baseline is no worse than full precision. Perplexities are tested on log-likelihoods. All of
-it is over the documents of one evaluation: other calibration data, or seeds of calibration, are not in it."""
+perplexity; its bracket leaves out 0 exactly where there is a \\*, and is written as open where it is (any: all shares
+are possible); "no loss": the baseline is no worse than full precision. Perplexities are tested on log-likelihoods. All
+of it is over the documents of one evaluation: other calibration data, or seeds of calibration, are not in it."""
 
 STALE = (
     "Stale: measured by an older revision of a formula, and compared with nothing of another revision. Run these cells "

@@ -7,6 +7,7 @@ from typing import Any
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
 from intactkv_eval.report.grid import Entry, Grid
+from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.pairing import unit_of
 
 HEAD = ("model", "weights", "kv", "pivot")
@@ -75,6 +76,7 @@ def _figures(title: str, entry: Entry) -> dict[str, object]:
         "value": score.value,
         "stderr": score.stderr,
         "spread": score.spread,
+        JUDGED: score.settings.get(JUDGED),
         "resampled": unit_of(score),
         **_delta_numbers("delta_base", found.to_baseline, entry.base),
         "delta_base_significant": entry.is_significant,

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from intactkv_eval.report.clusters import KEY
+from intactkv_eval.report.incomplete import judge_settings, paired_figures
 from intactkv_eval.report.samples import read_samples
 
 _NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers",  # of answers that nobody has judged
@@ -92,6 +93,7 @@ def _score(
     name: str | None,
 ) -> Score:
     """Without its settings. leaves: whose documents it is of. name: of the filter, where there are several."""
+    figures = paired_figures(figures)
     of_nll = metric == "perplexity" and "nll" in figures
     source = "nll" if of_nll else metric
     value, stderr = float(figures[metric]), finite(figures.get(f"{source}_stderr"))
@@ -186,6 +188,7 @@ def _settings(task: str, content: dict[str, Any], record: dict[str, Any], leaves
         "dtype": record.get("dtype"),
         "lm_eval": record.get("versions", {}).get("lm_eval"),
         **shaping,
+        **judge_settings(metadata),
     }
 
 

@@ -6,6 +6,7 @@ from typing import TypeGuard
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
 from intactkv_eval.report.grid import Entry
+from intactkv_eval.report.incomplete import share_beside
 
 NO_NUMBER = "no number"  # where a file says NaN, infinity, or what cannot be added up
 
@@ -17,6 +18,7 @@ def figures(entry: Entry) -> list[str]:
         return [NO_NUMBER, "", "", ""]
     error = f" ± {found.score.stderr:.4f}" if _is_number(found.score.stderr) else ""
     error += f" (spread {found.score.spread:.4f})" if _is_number(found.score.spread) else ""
+    error += share_beside(found.score.settings)
     base = change(found.to_baseline, entry.base) + ("*" if entry.is_significant else "")
     lost = change(found.to_full_precision, entry.fp)
     lost += f", p {chance(entry.fp)}" if entry.fp else ""

@@ -83,12 +83,20 @@ def results_targets(folder: Path) -> dict[str, Target]:
 def judge_targets(folder: Path) -> dict[str, Target]:
     answer = {"question_id": 81, "answer_id": "x", "model_id": "m", "choices": [{"index": 0, "turns": ["a", "b"]}],
               "tstamp": 1.0}  # fmt: skip
-    replies = [b"I rate it [[7]].", b"Rating: [[10]]", b"[[A]] or [[B]]", b"rating: [3.5]", b"nums[5] [[0]]"]
+    replies = [
+        b"I rate it [[7]].",
+        b"Rating: [[10]]",
+        b"[[A]] or [[B]]",
+        b"rating: [3.5]",
+        b"nums[5] [[0]]",
+        b"I give it a [7].",
+        b"```\n[3]\n``` score: [5]",
+    ]
 
     def verdicts(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
         rating, winner = verdict_of("single", text), verdict_of("pairwise", text)
-        assert rating is None or 1 <= float(rating) <= 10
+        assert rating is None or 0 <= float(rating) <= 10
         assert winner in {None, "A", "B", "tie"}
 
     def reading(path: Path) -> None:

@@ -32,12 +32,14 @@ def answers_of(model, questions=range(1, 6), choices=1):
     ]  # fmt: skip
 
 
-def write_bench(folder):
-    """The bench in `folder`."""
+def write_bench(folder, size=5, references=("judge", "gpt-4")):
+    """The bench in `folder`: question i of category (i - 1) mod 5."""
+    categories = [CATEGORIES[i % 5] for i in range(size)]
+    wanting = [i for i, category in enumerate(categories, start=1) if category in {"math", "coding"}]
     lines(
         folder / "mt_bench" / "question.jsonl",
         [{"question_id": i, "category": category, "turns": [f"First {i}?", f"Second {i}?"]}
-         for i, category in enumerate(CATEGORIES, start=1)],
+         for i, category in enumerate(categories, start=1)],
     )  # fmt: skip
     lines(
         folder / "judge_prompts.jsonl",
@@ -45,5 +47,6 @@ def write_bench(folder):
           "prompt_template": template, "output_format": "[[rating]]" if name.startswith("single") else "[[A]]"}
          for name, template in PROMPTS.items()],
     )  # fmt: skip
-    lines(folder / "mt_bench" / "reference_answer" / "gpt-4.jsonl", answers_of("gpt-4", (2, 4)))
+    for judge in references:
+        lines(folder / "mt_bench" / "reference_answer" / f"{judge}.jsonl", answers_of(f"{judge}'s", wanting))
     return folder

@@ -4,7 +4,8 @@ import sys
 
 from intactkv_eval.files import read_jsonl
 from intactkv_eval.judge.client import Settings
-from intactkv_eval.judge.command import Asked, judge_command
+from intactkv_eval.judge.command import judge_command
+from intactkv_eval.judge.options import JudgeOptions
 
 SECRET = "sk-very-secret-0123456789"
 
@@ -14,14 +15,14 @@ def judged(server, sources, bench, out, model="judge", **options):
         key: options.pop(key) for key in ("seconds", "retries", "rate") if key in options
     }
     said = []
-    table = judge_command(
-        sources, Settings(model, server.url, **settings), Asked(questions=bench, **options), out, said.append
+    made = judge_command(
+        sources, Settings(model, server.url, **settings), JudgeOptions(questions=bench, **options), out, said.append
     )
-    return table, "\n".join(said)
+    return made.table, "\n".join([*said, *made.incomplete])
 
 
-def rows(out, kind="single"):
-    return read_jsonl(out / "model_judgment" / f"judge_{kind}.jsonl")
+def rows(out, kind="single", judge="judge"):
+    return read_jsonl(out / "model_judgment" / f"{judge}_{kind}.jsonl")
 
 
 def command(server, answer_file, bench, out, *more):

@@ -9,7 +9,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-GOOD = "good"
+GOOD, CUT = "good", "cut"
 
 
 def rating_of(prompt):
@@ -24,12 +24,16 @@ def honest(prompt):
 
 
 class Server:
-    """behave(prompt, times asked before) -> GOOD, a status, or a (status, body) pair, or seconds to hang."""
+    """behave(prompt, times asked before) -> GOOD, CUT, a status, or a (status, body) pair, or seconds to hang.
+
+    served: prompts that were answered as they should. bodies, paths: of requests.
+    """
 
     def __init__(self):
         self.behave = lambda prompt, before: GOOD
         self.reply = honest
-        self.asked = Counter()
+        self.asked, self.served = Counter(), Counter()
+        self.bodies, self.paths = [], []
         self.keys = set()
         self.seconds = 0.0
         self.most_at_once = self._at_once = 0
@@ -42,6 +46,8 @@ class Server:
             before = self.asked[prompt]
             self.asked[prompt] += 1
             self.keys.add(handler.headers["Authorization"])
+            self.bodies.append(body)
+            self.paths.append((handler.path, handler.headers["X-Api-Key"]))
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
         time.sleep(self.seconds)
@@ -50,8 +56,14 @@ class Server:
             self._at_once -= 1
         if isinstance(done, float):
             time.sleep(done)
-            done = GOOD
+            return 200, json.dumps(completion(self.reply(prompt)))
+        if done == CUT:
+            return 200, CUT
+        if callable(done):
+            done = done(body)
         if done == GOOD:
+            with self._turn:
+                self.served[prompt] += 1
             return 200, json.dumps(completion(self.reply(prompt)))
         return (done, json.dumps({"error": {"message": f"status {done}"}})) if isinstance(done, int) else done
 
@@ -76,7 +88,8 @@ def serving():
             content = body.encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(content) + (100 if body == CUT else 0)))
+            self.close_connection = body == CUT
             self.send_header("retry-after-ms", "1")
             self.end_headers()
             with suppress(OSError):  # the client has given up
@@ -87,6 +100,7 @@ def serving():
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads = True
+    http.handle_error = lambda *_: None  # a client that was killed
     threading.Thread(target=http.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     try:

@@ -15,9 +15,10 @@ from server import GOOD, completion, honest, rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import KEY, Settings
-from intactkv_eval.judge.command import Asked, judge_command
+from intactkv_eval.judge.command import judge_command
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.journal import NAME
+from intactkv_eval.judge.options import JudgeOptions
 
 
 def test_every_answer_is_judged_once_and_scored(server, answer_file, bench, tmp_path):
@@ -30,9 +31,9 @@ def test_every_answer_is_judged_once_and_scored(server, answer_file, bench, tmp_
         "single-math-v1-multi-turn",
     }
     assert "{model} {0} {{x}}" in found[0]["user_prompt"], "an answer's braces stay"
-    assert "gpt-4 2 0 2" in found[3]["user_prompt"], "the reference's second turn"
+    assert "judge's 2 0 2" in found[3]["user_prompt"], "the reference's second turn"
     means = [mean(row["score"] for row in found if row["question_id"] == i) for i in range(1, 6)]
-    assert f"{mean(means):.2f} ± {stdev(means) / 5**0.5:.2f}" in table
+    assert f"| {mean(means):.2f} |" in table, "five questions have no error"
     assert "| 0 |" in table
     assert "10 to judge, 0 have their verdict; 10 requests" in said
     assert set(server.asked.values()) == {1}
@@ -47,7 +48,7 @@ def test_the_key_is_nowhere(server, answer_file, bench, tmp_path):
     """A server that sends the key back, as an error, as an answer, and then refuses it."""
     echo = (200, json.dumps(completion(f"You sent Bearer {SECRET}. Rating: [[5]]")))
     refusal = (400, json.dumps({"error": {"message": f"bad request by {SECRET}"}}))
-    server.behave = lambda prompt, before: refusal if not before else echo
+    server.behave = lambda prompt, before: refusal if "First 1?" in prompt else echo
     out = tmp_path / "out"
     environment = {**os.environ, KEY: SECRET, "OPENAI_LOG": "debug"}
     runs = [
@@ -55,8 +56,9 @@ def test_the_key_is_nowhere(server, answer_file, bench, tmp_path):
             command(server, answer_file, bench, out), capture_output=True, text=True, env=environment, check=False
         )
     ]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert len(rows(out)) == 10
+    assert runs[0].returncode == 3, runs[0].stderr
+    assert "bad request by [OPENAI_API_KEY]" in runs[0].stderr
+    assert len(rows(out)) == 8
     assert "[OPENAI_API_KEY]" in (out / NAME).read_text()
     server.behave = lambda prompt, before: (401, json.dumps({"error": {"message": f"Incorrect API key {SECRET}"}}))
     runs.append(
@@ -81,7 +83,7 @@ def test_the_key_is_nowhere(server, answer_file, bench, tmp_path):
 def test_no_key_and_no_server(answer_file, bench, tmp_path, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ConfigError, match=f"{KEY} is not set"):
-        judge_command([answer_file], Settings("judge"), Asked(questions=bench), tmp_path / "out", logging.info)
+        judge_command([answer_file], Settings("judge"), JudgeOptions(questions=bench), tmp_path / "out", logging.info)
 
 
 def test_cost_is_said_and_capped(server, answer_file, bench, tmp_path):
@@ -117,14 +119,16 @@ def test_pairs_are_judged_in_both_orders(server, answer_file, bench, tmp_path):
     server.reply = lambda prompt: (
         "[[A]]" if prompt.split("Assistant A: ")[1].split("Assistant B")[0].count("base") else "[[B]]"
     )
-    table, _ = judged(server, [answer_file], bench, tmp_path / "out", baseline=base)
+    table, said = judged(server, [answer_file], bench, tmp_path / "out", baseline=base)
+    assert "one: 4 of 5 questions are judged whole" in said
     found = rows(tmp_path / "out", "pair")
     assert len(found) == 8
     assert {(row["g1_winner"], row["g2_winner"]) for row in found} == {("model_2", "model_2")}
-    assert "| one | 0.00 ± 0.00 | 0.00 ± 0.00 | 0.00 ± 0.00 | 0.00 ± 0.00 | 0 |" in table
+    none, half, all_ = (f"{share:.2f} (4/5)" for share in (0, 0.5, 1))
+    assert f"| one | 0 | 0 | 8 | {none} | {none} | {none} | {none} | 0 |" in table
     server.reply = lambda prompt: "[[A]]"
     table, _ = judged(server, [answer_file], bench, tmp_path / "biased", baseline=base)
-    assert "| one | 0.50 ± 0.00 | 0.50 ± 0.00 | 0.50 ± 0.00 | 1.00 ± 0.00 | 0 |" in table
+    assert f"| one | 0 | 8 | 0 | {half} | {half} | {half} | {all_} | 0 |" in table
     server.reply = lambda prompt: "[[A]] or rather [[B]]"
     table, _ = judged(server, [answer_file], bench, tmp_path / "torn", baseline=base, attempts=1)
     assert table.rstrip().endswith("| 8 |")

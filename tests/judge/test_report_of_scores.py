@@ -50,7 +50,7 @@ def test_scores_go_into_the_report(server, runs, bench):
     assert not foreign
     report = markdown(found)
     assert "answer_tokens" not in report
-    assert "mt_bench score↑ (mt_bench judged by judge)" in report
+    assert "mt_bench score↑ (mt_bench judged by judge, references of judge)" in report
     scores = {run.path.parent.name: run.scores["mt_bench"] for run in found if "mt_bench" in run.scores}
     kept = [row["score"] for row in rows(out) if row["model"] == names[0]]
     assert scores[names[0]].value == pytest.approx(sum(kept) / len(kept))
@@ -132,10 +132,13 @@ def test_a_damaged_run_is_refused_before_anything_is_paid(server, runs, bench, t
 def test_two_judges_keep_their_scores_in_one_folder(server, runs, bench, tmp_path):
     judged(server, [runs / "intact"], bench, tmp_path / "out")
     first = collect([tmp_path / "out"])[0]
-    judged(server, [runs / "intact"], bench, tmp_path / "out", model="other/judge")
+    judged(server, [runs / "intact"], bench, tmp_path / "out", model="other/judge", references="gpt-4")
     both, _ = collect([tmp_path / "out"])
     said = [run.scores["mt_bench"].settings["protocol"] for run in both]
-    assert sorted(said) == ["mt_bench judged by judge", "mt_bench judged by other/judge"]
+    assert sorted(said) == [
+        "mt_bench judged by judge, references of judge",
+        "mt_bench judged by other/judge, references of gpt-4",
+    ]
     assert [run.path for run in first] == [run.path for run in both if "other" not in str(run.path)]
 
 
