@@ -53,9 +53,11 @@ def digest(value):
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
-def rows_of(conversation, template, turns, answer):
+def rows_of(conversation, template, turns, answer, system=None):
     """FastChat's prompt of each turn."""
     conv = conversation.get_conv_template(template)
+    if system is not None:
+        conv.set_system_message(system)
     prompts = []
     for turn in turns:
         conv.append_message(conv.roles[0], turn)
@@ -107,6 +109,13 @@ def main():
         "made_by": f"fastchat/conversation.py at {COMMIT}",
         "transformers": transformers.__version__,
         "answers": [answers(number) for number in range(len(listed))],
+        "systems": {
+            f"{template} {system}": [
+                digest(one) for one in rows_of(conversation, template, INVENTED[0], "seven", system)
+            ]
+            for template in TEMPLATES
+            for system in ("", "Be brief.")
+        },
         "invented": {"questions": INVENTED, "rows": rows(conversation, tokenizers, INVENTED)},
         "mt_bench": {"questions": digest(listed), "rows": rows(conversation, tokenizers, listed)},
     }
