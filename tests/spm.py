@@ -7,11 +7,17 @@ from functools import cache
 
 import sentencepiece
 import torch
+import transformers
+from packaging.version import Version
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaTokenizer
 
 VOCAB = 340
 BOS, EOS = 1, 2
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 _WORDS = [
     "the",
     "quick",
@@ -78,6 +84,14 @@ def save_model(folder):
         initializer_range=0.2,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def save_both(folder, legacy, **more):
+    """A model, and its tokenizer.model alone, as Vicuna ships it."""
+    save_model(save(folder, legacy, **more))
+    if Version(transformers.__version__) < Version("5.3"):  # which are refused for that file alone
+        LlamaTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 

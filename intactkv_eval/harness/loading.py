@@ -131,12 +131,11 @@ def check_tokens(pretrained: str, revision: str) -> None:
 
 
 def check_words(tokenizer: Any, name: str, revision: str) -> None:
-    """Raise CheckpointError where transformers makes unknown tokens of what a folder's tokenizer.model has words for.
+    """Raise CheckpointError where transformers loses words that SentencePiece finds in a folder's tokenizer.model.
 
-    Its release 5.0 does so for Llama's, as Vicuna ships it, without a word. A tokenizer.json is taken as it is.
+    Its releases before 5.3 do so for Llama's, as Vicuna ships it, without a word. A tokenizer.json is taken as it is.
     """
-    unknown = tokenizer.unk_token_id
-    if unknown is None or unknown not in tokenizer.encode(_SENTENCE, add_special_tokens=False):
+    if tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False)).strip() == _SENTENCE:
         return
     file = file_of(name, "tokenizer.model", revision)
     if file is None or file_of(name, "tokenizer.json", revision) is not None:
@@ -146,11 +145,11 @@ def check_words(tokenizer: Any, name: str, revision: str) -> None:
         words.Load(str(file))
     except (OSError, RuntimeError):
         return  # a file of tiktoken's has this name too
-    if words.unk_id() not in words.Encode(_SENTENCE):
+    if words.Decode(words.Encode(_SENTENCE)) == _SENTENCE:
         raise CheckpointError(
-            f"{name}: transformers {version('transformers')} makes unknown tokens of {_SENTENCE!r}, and the folder's "
-            "tokenizer.model has words for it: install a newer transformers (5.20 and 5.24 read it), or put the "
-            "tokenizer.json of LlamaTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) beside it"
+            f"{name}: transformers {version('transformers')} loses words of {_SENTENCE!r} that the folder's "
+            "tokenizer.model has: install transformers from 5.3 on, or write a tokenizer.json beside it with "
+            "LlamaTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
 
 
