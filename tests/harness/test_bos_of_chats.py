@@ -21,7 +21,7 @@ from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.examples import examples_of, rendered
 from intactkv_eval.calibrate.messages import Message
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.errors import CheckpointError
+from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.harness.loading import check_words
@@ -124,6 +124,17 @@ def test_a_conversation_goes_on_behind_an_empty_answer(folder, legacy, kept):
     )
     said = lm.tok_decode(out[0, ids.shape[1] :].tolist())
     assert turns[1][0] == (said[: said.find(stop)] if stop in said else said).strip()
+
+
+def test_a_message_that_runs_into_the_head_is_still_told_from_another_head(folder, legacy):
+    """The head as text begins with a space, which no prompt has."""
+    lm = made_of(folder, pivot="prompt")
+    text = lm.tokenizer.decode(lm.pivoted_model.token_ids)
+    letters = [lm.tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in f"{text[3:]}x".encode()]
+    lm.check_head("<s>[user] x", [spm.BOS, *letters])
+    assert lm.framing.counts == {"two_heads": 1}
+    with pytest.raises(PivotError, match="begins otherwise"):
+        lm.check_head("<s>[system] x", spm.Released(legacy)("[system] x"))
 
 
 BOS_ADDED = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
