@@ -30,6 +30,7 @@ REVISIONS: Mapping[str, int] = MappingProxyType(
         "kv.pre_rope": 1,
         "codebook": 1,
         "pivot": 1,
+        "chat": 2,  # 2: BOS is added by the tokenizer; before, it was tokenized as text where a chat template writes it
         "calibration": 1,
         "calibration.vicuna": 2,  # 2: the released tokens and targets of conversations; before, FastChat's template
     }
@@ -81,6 +82,14 @@ def names_of_cell(cell: CellSpec, is_calibrated: bool = False) -> list[str]:
     if is_calibrated:
         names.append(calibration_name(cell.pivot.chat_template == VICUNA))
     return names
+
+
+def names_of_prompts(cell: CellSpec, is_chat: bool) -> list[str]:
+    """The formula of chat prompts where a cell, or a task of it, has such.
+
+    Whether their revisions differ is the tokenizer's to tell: a run records `chat` only where they do.
+    """
+    return ["chat"] if is_chat or cell.pivot.source == "prompt" or cell.pivot.chat_template else []
 
 
 def names_of_job(job: Mapping[str, Any]) -> list[str]:

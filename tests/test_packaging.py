@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OTHERS = {
     "", "dequantize.c", "planes.c", "planes.h", "planes_tiles.c", "published/figures.csv", "report/page.html.jinja",
-    "model_configs/chat_templates/vicuna_v1.1.jinja", "tasks/mmlu/_template", "tasks/mt_bench/_bench",
+    "model_configs/chat_templates/llama-2.jinja", "model_configs/chat_templates/vicuna_v1.1.jinja", "tasks/mmlu/_template", "tasks/mt_bench/_bench",
     "tasks/ppl/_rolling", "tasks/ppl/_window",
     *(f"tasks/intactkv_demo/data/{name}" for name in ("README.md", "dialogues.jsonl", "prose.jsonl", "questions.jsonl")),
 }  # fmt: skip

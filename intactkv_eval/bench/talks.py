@@ -20,6 +20,7 @@ from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.mt_bench.questions import load_questions
+from intactkv_eval.pivot.bos_text import encoded_prompt
 
 CELL = {"weights": "rtn", "bits": 4, "group_size": 64, "pivot": "prompt", "intact": False}
 BATCHES = (1, 8)
@@ -56,9 +57,12 @@ def _plain(lm: IntactKVLM, asked: list[Conversation], tokens: int) -> tuple[Answ
         said: list[str] = []
         while (end := open_question(whole := filled(conversation, said))) is not None:
             prompt = rendered(whole[:end], lm.tokenizer, invite=True)
-            ids = lm.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-            out = lm.model.generate(**ids, max_new_tokens=tokens, do_sample=False, pad_token_id=lm.pad)
-            new = out[0, ids.input_ids.shape[1] :].tolist()
+            ids = torch.tensor([encoded_prompt(lm.tokenizer, prompt)])
+            seen = torch.ones_like(ids)
+            out = lm.model.generate(
+                ids, attention_mask=seen, max_new_tokens=tokens, do_sample=False, pad_token_id=lm.pad
+            )
+            new = out[0, ids.shape[1] :].tolist()
             new = new[: next((place for place, token in enumerate(new) if token in lm.eos), len(new))]
             said.append(lm.tok_decode(new).strip())
             made += len(new)

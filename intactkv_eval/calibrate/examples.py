@@ -18,6 +18,7 @@ from intactkv_eval.calibrate.messages import Conversation, is_plain
 from intactkv_eval.calibrate.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data import digest_of
 from intactkv_eval.errors import DataError
+from intactkv_eval.pivot.bos_text import encoded_with_places
 from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choose import nats_of
 
@@ -109,10 +110,8 @@ def _marked(conversation: Conversation, tokenizer: Any, chat: ChatSettings | Non
             spans.append((len(before), len(after)))
     if not tokenizer.is_fast:
         raise DataError("this tokenizer does not tell where its tokens lie in the text; use its fast version")
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos, verbose=False)
-    mine = [any(start <= low < end for start, end in spans) for low, _ in encoded.offset_mapping]
-    return encoded.input_ids, mine
+    tokens, places = encoded_with_places(tokenizer, text)
+    return tokens, [any(start <= place < end for start, end in spans) for place in places]
 
 
 def rendered(conversation: Conversation, tokenizer: Any, invite: bool = False, chat: ChatSettings | None = None) -> str:

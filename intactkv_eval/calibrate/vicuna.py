@@ -14,7 +14,7 @@ from typing import Any
 from intactkv_eval.calibrate.messages import Conversation, Message
 from intactkv_eval.errors import DataError
 from intactkv_eval.files import read_text, shipped_folder
-from intactkv_eval.pivot.tokens import encoded_prompt
+from intactkv_eval.pivot.bos_text import encoded_prompt
 
 Render = Callable[[Conversation], str]
 """A conversation -> its text by the chat template, with the words that invite an answer."""
@@ -40,7 +40,7 @@ def released_tokens(conversation: Conversation, tokenizer: Any, invited: Render)
         system, spoken = (), conversation
     if any(message.role == "system" for message in spoken):
         raise DataError("a system message stands behind another message, but vicuna_v1.1 has one, at the start")
-    head = invited((*system, Message("user", ""))).removesuffix(_question(""))
+    head = invited((*system, Message("user", "x"))).removesuffix(_question("x"))
     first, *later = spoken or (Message("user", ""),)
     tokens = encoded_prompt(tokenizer, head + _text(first))
     mine = [False] * len(tokens)

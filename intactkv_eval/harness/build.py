@@ -25,6 +25,7 @@ from intactkv_eval.harness.cell_checks import (
     check_belongs,
     check_cache,
     check_calibrated,
+    check_conversations,
     check_kept_rows,
     check_levels,
     check_origin,
@@ -117,6 +118,7 @@ def build(
         pivot = replace(pivot, head=head_record(tokenizer, chat or ChatSettings()))
     if from_file is not None and cell.pivot.intact:
         check_calibrated(from_file, model, cell)
+        check_conversations(from_file, cell.pivot.source, tokenizer)
     front = pivot if cell.pivot.intact else None
     own = PivotedModel(model, token_ids, None) if front and _computes_itself(front, cell, quantization) else None
     pivoted = PivotedModel(model, token_ids, front, cell.kv, levels, own)

@@ -42,6 +42,7 @@ from intactkv_eval.harness.full_cell import (
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
+from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -164,6 +165,8 @@ def _train(
         record["conversations"] = asked.conversations
     if is_vicuna(lm.tokenizer):
         record["targets"] = "released"
+    if bos_changes_tokens(lm.tokenizer):
+        record["bos"] = "added by the tokenizer"
     if lm.chat.date is not None:
         record["chat_date"] = lm.chat.date
     digest = quantized_digest(pivoted.model)

@@ -19,6 +19,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.reference_check import Compared, check_reference
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.model.linear import quantized_digest
+from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, Computed, PivotKV
 from intactkv_eval.pivot.tokens import check_vocabulary
@@ -152,6 +153,16 @@ def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> 
         f"{cell.pivot.source} was calibrated for {trained.cell}, and this is another quantized model ({fix}); "
         "calibrate for this one: intactkv calibrate"
     )
+
+
+def check_conversations(pivot: PivotKV, source: str, tokenizer: Any) -> None:
+    """Raise PivotError for a PivotKV that was trained on conversations in other tokens than today's."""
+    trained = pivot.fingerprint.calibrated
+    if trained is not None and "bos" not in trained.settings and bos_changes_tokens(tokenizer):
+        raise PivotError(
+            f"{source} was made by the formula chat of revision 1, now {REVISIONS['chat']}: the BOS of its "
+            "conversations was tokenized as text, and this tokenizer adds it itself now; train it anew"
+        )
 
 
 def check_kept_rows(cell: CellSpec, pivot: int) -> None:

@@ -16,6 +16,7 @@ import torch.distributed
 from intactkv_eval.compat.transformers_api import template_now
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.pivot.bos_text import bos_changes_tokens, encoded_as_text
 from intactkv_eval.pivot.chat import ChatSettings, may_be_random, may_read_clock, template_hash
 from intactkv_eval.pivot.identity import ChatHead
 from intactkv_eval.pivot.kv import head_of_file
@@ -156,6 +157,13 @@ def check_captured_head(
         return False  # no chat prompt is made with this tokenizer
     if rendered[: len(tokens)] == tokens:
         return rendered == tokens or head is not None
+    if bos_changes_tokens(tokenizer) and prompt_head(tokenizer, chat, encoded_as_text) == tokens:
+        words = [tokenizer.convert_ids_to_tokens(list(ids[:3])) for ids in (tokens, rendered)]
+        raise PivotError(
+            f"pivot={spec.source}: its tokens are the head of a chat prompt whose BOS was tokenized as text, so they "
+            f"begin with {words[0]}; the tokenizer adds BOS itself now, and prompts begin with {words[1]}, as "
+            "FastChat's do. Use pivot=prompt, or capture it anew: intactkv capture MODEL --pivot prompt"
+        )
     if head is None and not _is_of_another_date(tokens, rendered, tokenizer, chat):
         return False
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (tokens, rendered)]

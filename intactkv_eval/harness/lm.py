@@ -30,7 +30,14 @@ from intactkv_eval.harness.flags import begin_command, chosen_flags
 from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
 from intactkv_eval.harness.lm_loading import CellLoading
 from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import check_layers, check_no_adapter, check_settings_file, check_tokens, loading
+from intactkv_eval.harness.loading import (
+    check_layers,
+    check_no_adapter,
+    check_settings_file,
+    check_tokens,
+    check_words,
+    loading,
+)
 from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
@@ -43,6 +50,7 @@ from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
+from intactkv_eval.pivot.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.weights.formats import rotation_of
 from intactkv_kernels.native import library
@@ -71,7 +79,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
         self._most_rows = arguments.get("max_batch_size")
         self._longest: int | None = None
         self._warned = False
-        self._encoded = lru_cache(maxsize=2)(super().tok_encode)
+        self._encoded = lru_cache(maxsize=2)(self._encode)
         self.built: Built | None = None
         self._quantization, self._layout, self._idle = None, None, None
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
@@ -155,6 +163,9 @@ class IntactKVLM(CellLoading, PivotedTalks):
 
     def _create_tokenizer(self, *args: Any, **kwargs: Any) -> None:
         super()._create_tokenizer(*args, **kwargs)
+        named = self.hf_arguments.get("tokenizer") or self.cell.model.pretrained
+        if isinstance(named, str) and named != IN_MEMORY:
+            check_words(self.tokenizer, named, self.cell.model.revision)
         if self.cell.pivot.chat_template:
             use_chat_template(self.tokenizer, self.cell.pivot.chat_template)
         self.chat = chat_settings(self.cell.pivot, self.tokenizer, chat_arguments(self.hf_arguments))
@@ -187,11 +198,20 @@ class IntactKVLM(CellLoading, PivotedTalks):
         return rolled
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
-        """The tokens of a text, as lm_eval's `hf` makes them; a context that several continuations share only once."""
+        """The tokens of a text, as lm_eval's `hf` makes them; a context that several continuations share only once.
+
+        A BOS that a chat template has written is the one that the tokenizer adds (pivot/bos_text.py).
+        """
         if args or kwargs:
             encoded: list[int] = super().tok_encode(string, *args, **kwargs)
             return encoded
         return list(self._encoded(string))
+
+    def _encode(self, string: str) -> list[int]:
+        if splits_bos(self.tokenizer, string):
+            return encoded_prompt(self.tokenizer, string)
+        encoded: list[int] = super().tok_encode(string)
+        return encoded
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if isinstance(context, TokenText) and isinstance(continuation, TokenText):

@@ -21,10 +21,13 @@ from intactkv_eval.harness.generation_settings import own_lengths, say_length, s
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_stops import filling_token, row_stops
 from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.tokens import opens_messages
 
 logger = logging.getLogger(__name__)
+
+_BOS_IS_ADDED = "{# BOS is added by the tokenizer #}"
 
 
 class PivotedGeneration(HFLM):
@@ -63,8 +66,8 @@ class PivotedGeneration(HFLM):
         head = self.framing.token_ids
         if not self._is_head or tuple(tokens[: len(head)]) == head:
             return
-        text = self.tokenizer.decode(head, clean_up_tokenization_spaces=False)
-        if not prompt.startswith(text):
+        text, begins = (self.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (head, tokens))
+        if not prompt.startswith(text) and not begins.startswith(text):
             raise PivotError(
                 f"pivot={self.cell.pivot.source}: the pivot is the head of a chat prompt, {text!r}, and this prompt "
                 f"begins otherwise: {prompt[:200]!r}. Leave out its system message (a system_instruction, a task's "
@@ -86,6 +89,14 @@ class PivotedGeneration(HFLM):
             text: str = super().apply_chat_template(chat_history, add_generation_prompt)
         self.check_head(text, self.tok_encode(text))
         return text
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, as lm_eval's results record it.
+
+        A comment in front says where another BOS than hf's is at work, so that no run is compared with one before.
+        """
+        text: str | None = super().chat_template(chat_template)
+        return f"{_BOS_IS_ADDED}{text}" if text and bos_changes_tokens(self.tokenizer) else text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts generated behind the pivot, each as lm_eval's `hf` generates it in a batch of one.

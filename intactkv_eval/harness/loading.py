@@ -3,21 +3,24 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
-from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, loads_as
+from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, file_of, loads_as
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
 
+_SENTENCE = "Hello there, how are you?"
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _MOST_TOKENS = 10_000_000  # of a vocabulary; the largest has a quarter of a million
 _LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no such id
@@ -124,6 +127,29 @@ def check_tokens(pretrained: str, revision: str) -> None:
     if worst > _MOST_TOKENS:
         raise CheckpointError(
             f"{pretrained}: tokenizer.json has the token id {str(worst)[:20]}; expected at most {_MOST_TOKENS}"
+        )
+
+
+def check_words(tokenizer: Any, name: str, revision: str) -> None:
+    """Raise CheckpointError where transformers loses words that SentencePiece finds in a folder's tokenizer.model.
+
+    Its releases before 5.3 do so for Llama's, as Vicuna ships it, without a word. A tokenizer.json is taken as it is.
+    """
+    if tokenizer.decode(tokenizer.encode(_SENTENCE, add_special_tokens=False)).strip() == _SENTENCE:
+        return
+    file = file_of(name, "tokenizer.model", revision)
+    if file is None or file_of(name, "tokenizer.json", revision) is not None:
+        return
+    words = SentencePieceProcessor()
+    try:
+        words.Load(str(file))
+    except (OSError, RuntimeError):
+        return  # a file of tiktoken's has this name too
+    if words.Decode(words.Encode(_SENTENCE)) == _SENTENCE:
+        raise CheckpointError(
+            f"{name}: transformers {version('transformers')} loses words of {_SENTENCE!r} that the folder's "
+            "tokenizer.model has: install transformers from 5.3 on, or write a tokenizer.json beside it with "
+            "LlamaTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
 
 

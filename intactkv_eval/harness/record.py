@@ -7,8 +7,9 @@ from typing import Any
 
 from intactkv_eval import __version__
 from intactkv_eval.config import CellSpec
-from intactkv_eval.formulas import formulas_of
+from intactkv_eval.formulas import current, formulas_of
 from intactkv_eval.harness.build import Built
+from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.chat import template_hash
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
@@ -17,11 +18,11 @@ _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built, tokenizer: Any) -> dict[str, Any]:
     """All that decides a run's answers: two runs of one identity answer every request alike."""
     pivoted, pivot = built.pivoted, built.pivoted.pivot
+    is_calibrated = pivot is not None and pivot.fingerprint.calibrated is not None
+    chat = current(["chat"]) if bos_changes_tokens(tokenizer) else {}
     return {
         "cell": cell.model_dump(mode="json"),
-        "formulas": formulas_of(
-            cell, built.quantization, pivot is not None and pivot.fingerprint.calibrated is not None
-        ),
+        "formulas": {**formulas_of(cell, built.quantization, is_calibrated), **chat},
         "symmetric_formula": cell.weights.symmetric_formula,
         "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),

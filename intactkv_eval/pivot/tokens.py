@@ -1,11 +1,13 @@
 """Which tokens are the pivot: BOS, a chat prompt's constant head, a list or a file. Knows tokenizers, no models."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import read_text, shipped_folder
+from intactkv_eval.pivot.bos_text import encoded_prompt
 from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.prompts import prompts_of
@@ -45,15 +47,18 @@ def resolve_tokens(
     )
 
 
-def prompt_head(tokenizer: Any, chat: ChatSettings | None = None) -> tuple[int, ...]:
+def prompt_head(
+    tokenizer: Any, chat: ChatSettings | None = None, encode: Callable[[Any, str], list[int]] = encoded_prompt
+) -> tuple[int, ...]:
     """The tokens that every prompt of the tokenizer's chat template begins with, up to the first user message.
 
     The prompts are tokenized whole, so the head holds no token that a message could change.
-    chat: how it is rendered. Raises PivotError where there is no template, or no such head.
+    chat: how it is rendered. encode: the tokens of a prompt. Raises PivotError where there is no template, or no such
+    head.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PivotError("pivot=prompt: this tokenizer has no chat template; name one: chat_template=vicuna_v1.1")
-    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or ChatSettings())]
+    encoded = [encode(tokenizer, prompt) for prompt in prompts_of(tokenizer, _PROBES, chat or ChatSettings())]
     shortest = min(len(tokens) for tokens in encoded)
     length = next((i for i in range(shortest) if len({tokens[i] for tokens in encoded}) > 1), shortest)
     if not length:
@@ -80,13 +85,6 @@ def opens_messages(tokenizer: Any, token: int, chat: ChatSettings) -> bool:
     except PivotError:
         return False  # no chat prompt is made with such a template
     return encoded_prompt(tokenizer, prompts[0]).count(token) > 1
-
-
-def encoded_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The tokens of a chat prompt: one that begins with BOS as text gets no second one."""
-    has_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    encoded: list[int] = tokenizer.encode(prompt, **({"add_special_tokens": False} if has_bos else {}))
-    return encoded
 
 
 def check_vocabulary(token_ids: tuple[int, ...], vocab_size: int) -> None:

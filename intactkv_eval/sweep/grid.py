@@ -17,9 +17,10 @@ from pydantic import ValidationError
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.config import CellSpec, Spec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
-from intactkv_eval.formulas import current, names_of_cell
+from intactkv_eval.formulas import current, names_of_cell, names_of_prompts
 from intactkv_eval.harness import record
 from intactkv_eval.harness.arguments import KNOWN, check_names, checked_cell, split_model_args
+from intactkv_eval.mt_bench.sources import PUBLISHED
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
 from intactkv_eval.sweep.spec import (
@@ -34,6 +35,8 @@ from intactkv_eval.sweep.spec import (
     unknown_keys,
 )
 
+BENCHES = {path.partition("/")[0] for path in PUBLISHED if "/" in path}
+"""The tasks whose prompts are chat prompts without `apply_chat_template`."""
 MOST_CELLS = 10_000
 versions = cache(record.versions)  # reading them takes longer than all else that a cell's key needs
 _MADE: tuple[tuple[str, str, type[Spec]], ...] = (
@@ -74,7 +77,8 @@ class Unit:
         """What its result is kept under."""
         made = [preparation.name for preparation in self.preparations]
         task = self.task.model_dump(exclude={"seeds"})
-        formulas = current(names_of_cell(self.cell))
+        is_chat = task["apply_chat_template"] or self.task.task in BENCHES
+        formulas = current([*names_of_cell(self.cell), *names_of_prompts(self.cell, is_chat)])
         said = {"arguments": dict(self.arguments), "made": made, "task": task, "seed": self.seed, "formulas": formulas}
         return key_of({**said, "versions": versions()})
 

@@ -11,7 +11,7 @@ from typing import Any
 _PLACES = {"pretrained", "reference", "tokenizer", "peft", "delta", "awq_search", "kv_levels", "pivot", "chat_template",
            "data", "questions"}  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
-_SETTINGS = "*.json"
+_SETTINGS = ("*.json", "*.model")  # a SentencePiece model is all of a tokenizer that Vicuna ships
 _ENDS = 2**20  # bytes that are read of each end of a weight file
 
 
@@ -37,9 +37,9 @@ def digest_at(path: Path) -> str:
     if path.is_file():
         return f"file:{_digest(path, whole=True)}"
     found = hashlib.sha256()
-    for pattern in (*_WEIGHTS, _SETTINGS):
+    for pattern in (*_WEIGHTS, *_SETTINGS):
         for file in sorted(path.glob(pattern)):
-            found.update(f"{file.name} {file.stat().st_size} {_digest(file, pattern == _SETTINGS)}\n".encode())
+            found.update(f"{file.name} {file.stat().st_size} {_digest(file, pattern in _SETTINGS)}\n".encode())
     return f"folder:{found.hexdigest()}"
 
 

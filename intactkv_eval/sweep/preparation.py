@@ -23,6 +23,7 @@ from intactkv_eval.sweep.spec import CalibrateSpec, LevelsSpec, QuantizeSpec
 
 MADE = "@made/"
 """Stands for the folder where preparations lie, which each machine has its own of."""
+_OF_CALIBRATION = ("calibration", "calibration.vicuna", "chat")
 _BESIDE = {"format", "dtype", "options", "preset"}
 
 
@@ -106,7 +107,7 @@ class Calibrate:
     @property
     def name(self) -> str:
         """The file of the trained pivot."""
-        said = {"cell": self.arguments, **self.asked.model_dump(), **_made_by("calibration", "calibration.vicuna")}
+        said = {"cell": self.arguments, **self.asked.model_dump(), **_made_by(*_OF_CALIBRATION)}
         return f"calibrated-{key_of(said)}.safetensors"
 
     def make(self, out: Path, device: str) -> None:

@@ -20,6 +20,7 @@ from intactkv_eval.data import load_dataset, mirror
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
+from intactkv_eval.pivot.bos_text import encoded_prompt
 
 LETTERS = "ABCD"
 
@@ -85,9 +86,7 @@ class MMLU(PythonTask):
 
     def _length(self, prompt: str) -> int:
         """Tokens of a prompt as it will be asked: a chat template that wrote BOS gets no second one."""
-        bos = self._tokenizer.bos_token
-        has_bos = bos is not None and prompt.startswith(bos)
-        return len(self._tokenizer(prompt, **({"add_special_tokens": False} if has_bos else {})).input_ids)
+        return len(encoded_prompt(self._tokenizer, prompt))
 
     def _header(self) -> str:
         subject = "".join(f" {word}" for word in self._subject.split("_"))

@@ -120,42 +120,34 @@ def counted(example, longest):
     return [any(first <= place < last for first, last in example["counted"]) for place in range(longest)]
 
 
-def test_the_head_of_vicunas_prompts_is_the_released_one():
-    assert list(prompt_head(llama_tokenizer(True))) == VICUNA["head"]
-
-
-@pytest.mark.parametrize("name", VICUNA["examples"])
-def test_vicunas_tokens_and_what_counts_of_them_are_the_released_ones(tmp_path, name):
-    wanted = VICUNA["examples"][name]
-    (found,) = examples_of(
-        load(tmp_path, name), llama_tokenizer(True), list, VICUNA["longest"], VICUNA["least_counted"]
-    )
-    tokens = wanted["tokens"]
-    if name == "a question without an answer at the end":  # cut off as the file is read: no counted token is behind it
-        tokens = tokens[: wanted["counted"][-1][1]]
-    assert found.body.tolist() == tokens
-    assert found.counted.tolist() == counted(wanted, len(tokens))
-    assert 2 not in tokens  # no </s>
-
-
 # transformers' `legacy: false` puts no space in front of a message that begins with one; sentencepiece does.
 _SPACES = "spaces around messages"
+CASES = [(name, legacy) for name in VICUNA["examples"] for legacy in (True, False) if legacy or name != _SPACES]
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", sorted(VICUNA["examples"].keys() - {"an empty first question", _SPACES}))
-def test_behind_the_head_they_are_the_released_ones_with_both_of_llamas_tokenizers(tmp_path, name, legacy):
-    """`legacy: false` makes another first token behind a BOS that is text; that one is the head's, here as there."""
-    tokenizer, wanted = llama_tokenizer(legacy), VICUNA["examples"][name]
-    head = prompt_head(tokenizer)
-    framing = Framing(head, tokenizer.bos_token_id, 4096)
+def test_the_head_of_vicunas_prompts_is_the_released_one(legacy):
+    assert list(prompt_head(llama_tokenizer(legacy))) == VICUNA["head"]
+
+
+@pytest.mark.parametrize("front", ["bos", "prompt"])
+@pytest.mark.parametrize(("name", "legacy"), CASES)
+def test_vicunas_tokens_and_what_counts_of_them_are_the_released_ones(tmp_path, name, legacy, front):
+    """Of both of Llama's tokenizers, behind BOS and behind the head of the prompts."""
+    wanted, tokenizer = VICUNA["examples"][name], llama_tokenizer(legacy)
+    head = VICUNA["head"] if front == "prompt" else VICUNA["head"][:1]
+    framing = Framing(tuple(head), tokenizer.bos_token_id, 4096)
     (found,) = examples_of(load(tmp_path, name), tokenizer, framing.body, VICUNA["longest"], VICUNA["least_counted"])
-    assert framing.counts == {"stripped": 1}
-    behind = wanted["tokens"][len(VICUNA["head"]) :]
-    assert found.body.tolist() == behind[: len(found.body)]
-    mask = counted(wanted, len(wanted["tokens"]))[len(VICUNA["head"]) :]
-    assert found.counted.tolist() == mask[: len(found.body)]
-    assert not any(mask[len(found.body) :])
+    tokens, counts = wanted["tokens"], counted(wanted, len(wanted["tokens"]))
+    if name == "a question without an answer at the end":  # cut off as the file is read: no counted token is behind it
+        tokens = tokens[: wanted["counted"][-1][1]]
+    if name == "an empty first question" and front == "prompt":  # it has no `USER:`, with which the head ends
+        head = head[:1]
+    assert framing.counts == ({"stripped": 1} if len(head) > 1 or front == "bos" else {"bos_replaced": 1})
+    assert found.body.tolist() == tokens[len(head) :]
+    assert found.counted.tolist() == counts[len(head) : len(tokens)]
+    assert not any(counts[len(tokens) :])
+    assert 2 not in tokens  # no </s>
 
 
 def test_conversations_with_too_few_counted_tokens_are_left_out_as_released(tmp_path):

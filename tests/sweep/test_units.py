@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import spm
 from grids import RTN, TASK, grid, units
 
 from intactkv_eval import formulas
@@ -12,6 +13,7 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module
 from intactkv_eval.sweep.folder import SweepFolder
+from intactkv_eval.sweep.identity import digest_at
 from intactkv_eval.sweep.preparation import Calibrate, Levels, Quantize
 from intactkv_eval.sweep.spec import read_sweep
 
@@ -172,6 +174,7 @@ MADE = [
     ),
     ("codebook", {"kv": [{"kv_bits": 4, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}]}),
     ("calibration", {"pivots": [{"pivot": "bos", "calibrate": {"data": "answers.jsonl"}}]}),
+    ("chat", {"pivots": [{"pivot": "bos", "chat_template": "vicuna_v1.1", "calibrate": {"data": "answers.jsonl"}}]}),
 ]
 
 
@@ -192,6 +195,30 @@ def test_a_result_of_an_older_revision_is_not_reused(saved_llama, tmp_path, monk
     after = units(given)
     assert not any(folder.is_done(unit.key) for unit in after)
     assert not made & {one.name for unit in after for one in unit.preparations}
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_chat"),
+    [
+        ({}, False),
+        ({"tasks": [{**TASK, "apply_chat_template": True}]}, True),
+        ({"tasks": [{"task": "mt_bench"}]}, True),
+        ({"tasks": [{"task": "vicuna_bench"}]}, True),
+        ({"pivots": [{"pivot": "prompt"}]}, True),
+    ],
+)
+def test_cells_with_chat_prompts_have_the_formula_of_these(saved_llama, monkeypatch, parts, is_chat):
+    """A sweep knows no tokenizer, so all of them have it."""
+    before = {unit.key for unit in units(grid(saved_llama, **parts))}
+    monkeypatch.setattr(formulas, "REVISIONS", {**formulas.REVISIONS, "chat": 1})
+    assert (before != {unit.key for unit in units(grid(saved_llama, **parts))}) is is_chat
+
+
+def test_a_tokenizer_is_known_by_its_model(tmp_path):
+    """Vicuna's folder holds no other word of it."""
+    for name, content in (("one", None), ("two", spm.model_bytes() + b" ")):
+        spm.save(tmp_path / name, True, content)
+    assert digest_at(tmp_path / "one") != digest_at(tmp_path / "two")
 
 
 def test_a_result_from_before_revisions_is_not_reused(saved_llama):
