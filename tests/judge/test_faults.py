@@ -6,7 +6,7 @@ import logging
 import signal
 import subprocess
 import time
-from statistics import mean, stdev
+from statistics import mean
 
 import pytest
 from judge_bench import answers_of, lines, write_bench
