@@ -14,6 +14,7 @@ import typer
 from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
+from intactkv_eval.messages import clean_logs, say
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of
@@ -46,7 +47,7 @@ def _late(module: str, name: str) -> Any:
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -55,7 +56,7 @@ def demo(
     folder: Annotated[Path | None, typer.Option(help="Where the model and the results are kept.")] = None,
 ) -> None:
     """Run the main job on a real small model, and print the table (about three minutes on two cores)."""
-    typer.echo(_late("demo", "run_demo")(folder or cache_folder() / "demo", lambda text: typer.echo(text, err=True)))
+    say(_late("demo", "run_demo")(folder or cache_folder() / "demo", lambda text: say(text, err=True)))
 
 
 @app.command(context_settings=_PASS_ON)
@@ -88,9 +89,7 @@ def capture(
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
         _late("pivot.lightllm", "write_lightllm")(kept, lightllm, ranks)
-    typer.echo(
-        f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}"
-    )
+    say(f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}")
 
 
 @app.command()
@@ -141,7 +140,7 @@ def quantize(
     command = import_module("intactkv_eval.harness.quantize_command")
     source = command.Source(model, dtype, revision, trust_remote_code, device, chat_date)
     count, written = command.quantize_to_folder(source, out, layout, job)
-    typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
+    say(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
 
 
 app.command()(pivot_commands.pivots)
@@ -179,7 +178,7 @@ def kv_levels(
         arguments, loading, bits, data, samples, length, seed, out, keep, exempt
     )
     done = made.calibration
-    typer.echo(f"{out}: {bits} bits, {done.tokens} tokens of {done.origin}; first {done.left_out} rows left out")
+    say(f"{out}: {bits} bits, {done.tokens} tokens of {done.origin}; first {done.left_out} rows left out")
 
 
 @app.command()
@@ -197,11 +196,11 @@ def report(
         raise ConfigError("--figures: does nothing without --out NAME.html")
     runs, foreign = collect(folders, leaves)
     if foreign:
-        typer.echo(f"{foreign} results files of other model classes are left out", err=True)
+        say(f"{foreign} results files of other model classes are left out", err=True)
     absent = absent_of(folders)
     table = page(runs, figures or (), absent) if ending == "html" else FORMATS[ending](runs, absent)
     if out is None:
-        typer.echo(table)
+        say(table)
     else:
         write_atomic(out, lambda partial: partial.write_text(table, encoding="utf-8"))
 
@@ -238,34 +237,35 @@ def bench(
     if what is Bench.loading:
         if model is None:
             raise ConfigError("bench loading: name the packed checkpoint's folder with --model")
-        typer.echo(_late("bench.loading", "loading")(Path(model)))
+        say(_late("bench.loading", "loading")(Path(model)))
     elif what is Bench.decode:
-        typer.echo(_late("bench.decode", "decode")(model, repeats or 3))
+        say(_late("bench.decode", "decode")(model, repeats or 3))
     elif talks:
-        typer.echo(_late("bench.talks", "talks")(model, limit or 8, tokens or 64, repeats or 3))
+        say(_late("bench.talks", "talks")(model, limit or 8, tokens or 64, repeats or 3))
     else:
         bench_scoring, demo_task = _late("bench.scoring", "scoring"), _late("bench.scoring", "DEMO_TASK")
         kinds = dtype or ["float32", "bfloat16"]
-        typer.echo(bench_scoring(model, task or [demo_task], batch_size or [1, 8, 32], repeats or 3, kinds, limit))
+        say(bench_scoring(model, task or [demo_task], batch_size or [1, 8, 32], repeats or 3, kinds, limit))
 
 
 @app.command()
 def tasks() -> None:
     """Print the folder of our tasks, for lm_eval's --include_path."""
-    typer.echo(shipped_folder("tasks"))
+    say(shipped_folder("tasks"))
 
 
 def main() -> None:
     """Entry point: the user's faults end in one message and exit code 2."""
+    clean_logs()
     try:
         app()
     except IntactKVError as error:
-        typer.echo(f"intactkv: {error}", err=True)
+        say(f"intactkv: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:  # not about a file that the user named
             raise
-        typer.echo(f"intactkv: {error.filename}: {error.strerror}", err=True)
+        say(f"intactkv: {error.filename}: {error.strerror}", err=True)
         sys.exit(2)
 
 

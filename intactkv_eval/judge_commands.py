@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.messages import say
 
 Sources = Annotated[list[Path], typer.Argument(help="Runs of lm_eval with --log_samples, or FastChat answer files.")]
 BenchName = Annotated[str, typer.Option(help="Whose questions: mt_bench or vicuna_bench.")]
@@ -20,7 +21,7 @@ def answers(
     """Write the answers of runs as FastChat's model_answer files."""
     entries = import_module("intactkv_eval.judge.entries")
     for path in entries.export_answers(sources, out, bench):
-        typer.echo(path)
+        say(path)
 
 
 def judge(
@@ -51,7 +52,7 @@ def judge(
     settings = command.Settings(model, base_url, most_tokens, seconds, retries, rate)
     prices = command.Prices(price_in, price_out)
     asked = command.Asked(bench, questions, baseline, references, concurrency, attempts, prices, cap, dry_run)
-    typer.echo(command.judge_command(sources, settings, asked, out, lambda text: typer.echo(text, err=True)))
+    say(command.judge_command(sources, settings, asked, out, lambda text: say(text, err=True)))
 
 
 def _command() -> Any:

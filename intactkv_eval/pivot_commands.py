@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.messages import say
 
 
 def pivots(
@@ -34,7 +35,7 @@ def pivots(
     arguments = {"pretrained": model, "dtype": dtype, "revision": revision}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     command = import_module("intactkv_eval.harness.pivots_command")
-    typer.echo(command.pivots_of(arguments, loading, search, attention, out))
+    say(command.pivots_of(arguments, loading, search, attention, out))
 
 
 def figures(
@@ -63,7 +64,7 @@ def figures(
     shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
     command.numbers_to_folder(arguments, loading, shown, out)
     for path in drawing.draw(out, kinds):
-        typer.echo(path)
+        say(path)
 
 
 def calibrate(
@@ -106,15 +107,13 @@ def calibrate(
     if not found.first:
         return
     rows = zip(("all layers", "last layer", "nats a token"), found.before, found.after, strict=True)
-    typer.echo(
-        f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})"
-    )
+    say(f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})")
     for name, before, after in rows:
         full = f"   (full precision {found.full_nats:.4g})" if name == "nats a token" else ""
-        typer.echo(f"{name:12} {before:9.4g} {after:9.4g}{full}")
+        say(f"{name:12} {before:9.4g} {after:9.4g}{full}")
     if not found.best_epoch:
-        typer.echo("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
-    typer.echo(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]
+        say("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
+    say(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]
 
 
 def _cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,6 +15,7 @@ from intactkv_eval.judge.cost import Purse, estimated
 from intactkv_eval.judge.journal import Journal, Line
 from intactkv_eval.judge.matches import Match
 from intactkv_eval.judge.verdict import verdict_of
+from intactkv_eval.messages import struck
 
 _HOPELESS = 10  # requests, before any reply has come
 
@@ -90,7 +91,7 @@ def _judged(journal: Journal, judge: Judge, match: Match, purse: Purse, attempts
         journal.add(
             Line(
                 key=key_of(judge.settings, match),
-                server=judge.settings.base_url,
+                server=struck(judge.settings.base_url or "") or None,
                 judge=judge.settings.model,
                 prompt=match.prompt,
                 kind=match.kind,

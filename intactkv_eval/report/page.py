@@ -17,7 +17,7 @@ from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
-from intactkv_eval.report.tables import NOTES, STALE, records
+from intactkv_eval.report.tables import NOTES, STALE, records, shown
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _MORE = {
@@ -49,9 +49,9 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
         columns=list(dict.fromkeys(str(one["column"]) for one in found)),
         pivots=sorted({str(one["pivot"]) for one in found}),
         notes=" ".join([NOTES.replace("\\*", "*").replace("`", ""), *more]),
-        refusals=grid.refusals,
-        gaps=grid.gaps,
-        stale=grid.stale,
+        refusals=[shown(line) for line in grid.refusals],
+        gaps=[shown(line) for line in grid.gaps],
+        stale=[shown(line) for line in grid.stale],
         stale_title=STALE,
         published=published_rows(beside(grid)),
         figures=[_figure(path) for path in _pictures(figures)],

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any, TypeGuard
 
+from intactkv_eval.messages import clean, on_one_line, struck, struck_record
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.grid import Entry, Grid, grid_of
@@ -17,8 +18,8 @@ from intactkv_eval.report.score import Score
 
 HEAD = ("model", "weights", "kv", "pivot")
 NO_NUMBER = "no number"  # where a file says NaN, infinity, or what cannot be added up
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _MARKUP = re.compile(r"[\\|<*`]|(?<=\])\(")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the full-width signs too, which spreadsheets take alike
 _PARTS = ("Δ base", "Δ fp", "recovered")
 NOTES = """\
 `pivot` none: the pivot's tokens stand in front but are computed by the evaluated model (the baseline); otherwise their
@@ -118,11 +119,8 @@ def comma_separated(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
 
 def _spread_out(row: Mapping[str, object]) -> dict[str, object]:
     """A line that a spreadsheet takes for texts and numbers: one line, and no text that begins as a formula does."""
-    texts = {key: _CONTROLS.sub(" ", value) for key, value in row.items() if isinstance(value, str)}
-    return {
-        **row,
-        **{key: f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for key, text in texts.items()},
-    }
+    texts = {key: shown(value) for key, value in row.items() if isinstance(value, str)}
+    return {**row, **{key: f"'{text}" if text.lstrip().startswith(_FORMULA) else text for key, text in texts.items()}}
 
 
 def as_json(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -178,9 +176,11 @@ def _numbers(title: str, entry: Entry) -> dict[str, object]:
 
 def _storable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _storable(part) for key, part in value.items()}
+        return {str(key): _storable(part) for key, part in struck_record(value).items()}
     if isinstance(value, list | tuple):
         return [_storable(part) for part in value]
+    if isinstance(value, str):
+        return clean(value)
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
@@ -261,13 +261,18 @@ def markdown_row(values: Sequence[str]) -> str:
     return "| " + " | ".join(map(_marked_down, values)) + " |"
 
 
+def shown(text: str) -> str:
+    """A text of a run on one line, without control characters and credentials."""
+    return struck(on_one_line(text))
+
+
 def _marked_down(text: str) -> str:
     """On one line, and without markup of its own."""
-    return _MARKUP.sub(r"\\\g<0>", _CONTROLS.sub(" ", text))
+    return _MARKUP.sub(r"\\\g<0>", shown(text))
 
 
 def _row(values: Sequence[str]) -> str:
-    line = " & ".join(_escaped(_CONTROLS.sub(" ", value)) for value in values) + " \\\\"
+    line = " & ".join(_escaped(shown(value)) for value in values) + " \\\\"
     return f"{{}}{line}" if line.startswith(("[", "*")) else line  # else an argument of the line break before it
 
 
