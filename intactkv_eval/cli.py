@@ -15,9 +15,10 @@ from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_com
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.messages import clean_logs, say
+from intactkv_eval.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
-from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.planned import absent_of, files_below
 from intactkv_eval.report.tables import FORMATS
 
 app = typer.Typer(
@@ -81,11 +82,13 @@ def capture(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
     lightllm: Annotated[Path | None, typer.Option(help="Put the pivot into this checkpoint for LightLLM too.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of LightLLM.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Save the pivot's full-precision KV: later runs take pivot=FILE.safetensors and no full-precision model."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
+    check_output(out, PIVOT, [model, chat_template], overwrite)
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
         _late("pivot.lightllm", "write_lightllm")(kept, lightllm, ranks)
@@ -169,11 +172,13 @@ def kv_levels(
     chat_date: Annotated[str | None, typer.Option(help="The date that chat templates write: 2026-11-28.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Calibrate the levels that kv_scheme=pre_rope rounds to: cells take them with kv_levels=FILE.safetensors."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
+    check_output(out, LEVELS, [model, data, chat_template], overwrite)
     made = _late("harness.kv_levels_command", "levels_of_text")(
         arguments, loading, bits, data, samples, length, seed, out, keep, exempt
     )
@@ -187,6 +192,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Write it: .md, .csv, .tex, .json or .html; else print it.")] = None,
     leaves: Annotated[bool, typer.Option("--leaves", help="The tasks inside of groups, not the groups.")] = False,
     figures: Annotated[list[Path] | None, typer.Option(help=".html: pictures to show, or a folder of them.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """The table of runs: values, deltas to baseline and full precision with their significance, share recovered."""
     ending = out.suffix[1:] if out is not None else "md"
@@ -194,6 +200,11 @@ def report(
         raise ConfigError(f"--out {out}: expected a name that ends in .{', .'.join([*FORMATS, 'html'])}")
     if figures and ending != "html":
         raise ConfigError("--figures: does nothing without --out NAME.html")
+    if out is not None:
+        read = [file for folder in folders for file in ([folder] if folder.is_file() else files_below(folder))]
+        check_output(out, TABLES[ending], [*read, *(figures or ())], overwrite)
+    elif overwrite:
+        raise ConfigError("--overwrite: does nothing without --out")
     runs, foreign = collect(folders, leaves)
     if foreign:
         say(f"{foreign} results files of other model classes are left out", err=True)

@@ -8,6 +8,7 @@ import typer
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.messages import say
+from intactkv_eval.outputs import ANSWERS, REPLACES, REPLIES, check_output
 
 Sources = Annotated[list[Path], typer.Argument(help="Runs of lm_eval with --log_samples, or FastChat answer files.")]
 BenchName = Annotated[str, typer.Option(help="Whose questions: mt_bench or vicuna_bench.")]
@@ -17,9 +18,12 @@ def answers(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="The folder: one NAME.jsonl for each run.")],
     bench: BenchName = "mt_bench",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Write the answers of runs as FastChat's model_answer files."""
     entries = import_module("intactkv_eval.judge.entries")
+    for entry in entries.load_entries(sources, bench):
+        check_output(out / f"{entry.name}.jsonl", ANSWERS, sources, overwrite)
     for path in entries.export_answers(sources, out, bench):
         say(path)
 
@@ -48,6 +52,7 @@ def judge(
 
     The key is read from OPENAI_API_KEY and written nowhere. What has its verdict is not asked again.
     """
+    check_output(out / "replies.jsonl", REPLIES, [*sources, baseline, questions])
     command = _command()
     settings = command.Settings(model, base_url, most_tokens, seconds, retries, rate)
     prices = command.Prices(price_in, price_out)

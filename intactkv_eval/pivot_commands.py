@@ -8,6 +8,16 @@ import typer
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.messages import say
+from intactkv_eval.outputs import (
+    CONVERSATIONS,
+    LOG,
+    PIVOT,
+    PREFIX,
+    REPLACES,
+    check_figures,
+    check_output,
+    inputs_of,
+)
 
 
 def pivots(
@@ -25,10 +35,15 @@ def pivots(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Find the pivot tokens of a model, and propose a prefix that keeps later tokens from becoming pivots."""
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: a prefix with its evidence ends in .json")
+    if out is not None:
+        check_output(out, PREFIX, [model, text], overwrite)
+    elif overwrite:
+        raise ConfigError("--overwrite: does nothing without --out")
     search = import_module("intactkv_eval.harness.prefix_search").Search(
         text, samples, length, seed, threshold, most, least
     )
@@ -51,6 +66,7 @@ def figures(
     formats: Annotated[str, typer.Option(help="Of png, pdf and svg.")] = "png",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Draw a cell: outliers, attention, loss and perplexity by the size of the intact pivot, the KV cache."""
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
@@ -60,6 +76,8 @@ def figures(
         raise ConfigError(f"--layers {layers}: write numbers, for instance 0,9,20")
     drawing = import_module("intactkv_eval.report.figures")
     drawing.check_drawing(kinds)
+    names = [f"{name}.{kind}" for name in drawing.FIGURES for kind in kinds]
+    check_figures(out, names, [*inputs_of(arguments, loading), text], overwrite)
     command = import_module("intactkv_eval.harness.figures_command")
     shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
     command.numbers_to_folder(arguments, loading, shown, out)
@@ -90,6 +108,7 @@ def calibrate(
     tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard too, in OUT.tensorboard.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Train the pivot's KV for one quantized model: later runs take pivot=FILE.safetensors.
 
@@ -99,6 +118,11 @@ def calibrate(
     """
     command = import_module("intactkv_eval.harness.calibrate_command")
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
+    inputs = [*inputs_of(arguments, loading), data]
+    check_output(out, PIVOT, inputs, overwrite)
+    check_output(out.with_suffix(".csv"), LOG, inputs, overwrite)
+    if answer:
+        check_output(out.with_suffix(".answers.jsonl"), CONVERSATIONS, inputs, overwrite)
     asked = command.Asked(
         data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard, conversations
     )

@@ -9,6 +9,7 @@ import typer
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.messages import say
+from intactkv_eval.outputs import PLAN, check_output
 
 
 class Executor(str, Enum):
@@ -57,6 +58,7 @@ def sweep(
     if dry_run:
         say(grid.dry_run(workers or len(command.devices_here(devices))))
         return
+    check_output(out / "sweep.json", PLAN, [file])
     ended = grid.run(command.Where(executor.value, devices, address or "auto", made, workers))
     failed = [end for end in ended if end.error is not None]
     done = len(grid.units) - len(grid.waiting)
