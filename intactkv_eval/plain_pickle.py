@@ -21,6 +21,7 @@ _MOST_BITS = 1024  # of a whole number
 _KEYS = (str, int, float, bytes, type(None))
 # Bytes without which a pickle shares no part and hashes none: DICT, SETITEM(S), DUP, GETs, and those of sets.
 _SHARES = re.compile(b"[dsu2ghj\x8f\x90\x91]")
+_SHORT = 4096  # bytes of a pickle that Python's own reader, which is four times as fast, may read if it shares nothing
 _IGNORED = {"PROTO", "FRAME", "STOP"}
 _SCALARS = {
     "BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE",
@@ -58,7 +59,7 @@ def read_plain(
         pickle.UnpicklingError: It is something else, or larger than its bytes say.
         ValueError: It is damaged.
     """
-    if calls is None and persistent is None and not _SHARES.search(data):
+    if calls is None and persistent is None and len(data) < _SHORT and not _SHARES.search(data):
         return _Quick(BytesIO(data)).load()
     machine = _Machine(calls or {}, persistent)
     for step, (operation, argument, _) in enumerate(pickletools.genops(data)):
