@@ -23,6 +23,8 @@ _RUNS = {
     "offload_folder": "writes files where it says",
     "cache_dir": "writes files where it says",
 }
+_TAKEN = {TRUST, "offload_folder", "cache_dir"}
+"""Of these what the command line takes; the others are arguments of transformers or lm_eval that nothing here takes."""
 _KERNELS = ("attn_implementation", "experts_implementation")
 _LOADS = "names a kernel of the hub (with a slash), which is compiled code that would be loaded"
 _MOST_LEVELS = 200
@@ -59,9 +61,11 @@ def _check_key(key: str, value: Any, where: str, instead: str) -> None:
     if reason is not None:
         flag = f"--trust-remote-code (intactkv eval: --model_args {TRUST}=True)"
         said = flag if key == TRUST else instead.format(key=key, value="True" if value is True else value)
+        right = f"remove it from the file, and if you trust it, give {said}"
+        if key in _RUNS and key not in _TAKEN:
+            right = "remove it from the file; it is taken from nowhere here"
         raise ConfigError(
-            f"{where}: {key} {reason}. A file may be a stranger's, so this is taken from the command line alone: "
-            f"remove it from the file, and if you trust what it runs, give {said}"
+            f"{where}: {key} {reason}. A file may be a stranger's, so it is taken from the command line alone: {right}"
         )
     check_not_secret(key, where)
 

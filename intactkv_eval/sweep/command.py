@@ -61,8 +61,8 @@ class Sweep:
         self.spec = _with(_at(spec, models), given or {})
         self.units = expand(self.spec)
         tasks = sorted({unit.task.task for unit in self.units})
+        check_files_of_tasks(file, tasks, bool((given or {}).get(TRUST)))
         check_tasks(tasks)
-        _check_files_of_tasks(file, tasks, bool((given or {}).get(TRUST)))
         self.folder = SweepFolder(out)
 
     @property
@@ -150,7 +150,7 @@ def _with(sweep: SweepSpec, given: Mapping[str, Any]) -> SweepSpec:
     return made
 
 
-def _check_files_of_tasks(file: Path, tasks: Sequence[str], trusted: bool) -> None:
+def check_files_of_tasks(file: Path, tasks: Sequence[str], trusted: bool) -> None:
     """Raise ConfigError for a task that the sweep names by its file, whose YAML may name Python functions."""
     named = next((task for task in tasks if Path(task).expanduser().is_file()), None)
     if named is not None and not trusted:
