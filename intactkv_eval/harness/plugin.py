@@ -34,7 +34,7 @@ class _Finder:
             return None
         cls.waits = False  # it stays where it is: Python goes along sys.meta_path, and would miss the next finder
         try:
-            return _watched(name)
+            return _watched(name)  # type: ignore[no-untyped-call]
         except Exception:  # noqa: BLE001  another package is being imported, and it must not fail by us
             return None
 
