@@ -1,6 +1,6 @@
 """Law 12: imports run one way, and a start of Python costs nothing.
 
-messages < errors < trust < files < config_files < config, data, tensor_file < cell_arguments, weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
+messages < errors, documents < trust, files < config_files, plain_pickle < config, data, outputs, tensor_file, torch_pickle < cell_arguments, weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
 """
 
 import ast
