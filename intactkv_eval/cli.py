@@ -15,10 +15,12 @@ import typer
 from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
+from intactkv_eval.messages import clean_logs, say
+from intactkv_eval.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.incomplete import incomplete_sets
 from intactkv_eval.report.page import page
-from intactkv_eval.report.planned import absent_of
+from intactkv_eval.report.planned import absent_of, files_below
 from intactkv_eval.report.tables import FORMATS
 
 app = typer.Typer(
@@ -48,7 +50,7 @@ def _late(module: str, name: str) -> Any:
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        typer.echo(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -57,7 +59,7 @@ def demo(
     folder: Annotated[Path | None, typer.Option(help="Where the model and the results are kept.")] = None,
 ) -> None:
     """Run the main job on a real small model, and print the table (about three minutes on two cores)."""
-    typer.echo(_late("demo", "run_demo")(folder or cache_folder() / "demo", lambda text: typer.echo(text, err=True)))
+    say(_late("demo", "run_demo")(folder or cache_folder() / "demo", lambda text: say(text, err=True)))
 
 
 @app.command(context_settings=_PASS_ON)
@@ -82,17 +84,17 @@ def capture(
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
     lightllm: Annotated[Path | None, typer.Option(help="Put the pivot into this checkpoint for LightLLM too.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of LightLLM.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Save the pivot's full-precision KV: later runs take pivot=FILE.safetensors and no full-precision model."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
+    check_output(out, PIVOT, [model, chat_template], overwrite)
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
         _late("pivot.lightllm", "write_lightllm")(kept, lightllm, ranks)
-    typer.echo(
-        f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}"
-    )
+    say(f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}")
 
 
 @app.command()
@@ -143,7 +145,7 @@ def quantize(
     command = import_module("intactkv_eval.harness.quantize_command")
     source = command.Source(model, dtype, revision, trust_remote_code, device, chat_date)
     count, written = command.quantize_to_folder(source, out, layout, job)
-    typer.echo(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
+    say(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
 
 
 app.command()(pivot_commands.pivots)
@@ -172,16 +174,18 @@ def kv_levels(
     chat_date: Annotated[str | None, typer.Option(help="The date that chat templates write: 2026-11-28.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Calibrate the levels that kv_scheme=pre_rope rounds to: cells take them with kv_levels=FILE.safetensors."""
     arguments: dict[str, str | None] = {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
+    check_output(out, LEVELS, [model, data, chat_template], overwrite)
     made = _late("harness.kv_levels_command", "levels_of_text")(
         arguments, loading, bits, data, samples, length, seed, out, keep, exempt
     )
     done = made.calibration
-    typer.echo(f"{out}: {bits} bits, {done.tokens} tokens of {done.origin}; first {done.left_out} rows left out")
+    say(f"{out}: {bits} bits, {done.tokens} tokens of {done.origin}; first {done.left_out} rows left out")
 
 
 @app.command()
@@ -193,6 +197,7 @@ def report(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Exit code 0 also where judged answers are not whole.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """The table of runs: values, deltas to baseline and full precision with their significance, share recovered."""
     ending = out.suffix[1:] if out is not None else "md"
@@ -200,13 +205,18 @@ def report(
         raise ConfigError(f"--out {out}: expected a name that ends in .{', .'.join([*FORMATS, 'html'])}")
     if figures and ending != "html":
         raise ConfigError("--figures: does nothing without --out NAME.html")
+    if out is not None:
+        read = [file for folder in folders for file in ([folder] if folder.is_file() else files_below(folder))]
+        check_output(out, TABLES[ending], [*read, *(figures or ())], overwrite)
+    elif overwrite:
+        raise ConfigError("--overwrite: does nothing without --out")
     runs, foreign = collect(folders, leaves)
     if foreign:
-        typer.echo(f"{foreign} results files of other model classes are left out", err=True)
+        say(f"{foreign} results files of other model classes are left out", err=True)
     absent = absent_of(folders)
     table = page(runs, figures or (), absent) if ending == "html" else FORMATS[ending](runs, absent)
     if out is None:
-        typer.echo(table)
+        say(table)
     else:
         write_atomic(out, lambda partial: partial.write_text(table, encoding="utf-8"))
     scored = ((run.path, score.settings) for run in runs for score in run.scores.values())
@@ -245,34 +255,35 @@ def bench(
     if what is Bench.loading:
         if model is None:
             raise ConfigError("bench loading: name the packed checkpoint's folder with --model")
-        typer.echo(_late("bench.loading", "loading")(Path(model)))
+        say(_late("bench.loading", "loading")(Path(model)))
     elif what is Bench.decode:
-        typer.echo(_late("bench.decode", "decode")(model, repeats or 3))
+        say(_late("bench.decode", "decode")(model, repeats or 3))
     elif talks:
-        typer.echo(_late("bench.talks", "talks")(model, limit or 8, tokens or 64, repeats or 3))
+        say(_late("bench.talks", "talks")(model, limit or 8, tokens or 64, repeats or 3))
     else:
         bench_scoring, demo_task = _late("bench.scoring", "scoring"), _late("bench.scoring", "DEMO_TASK")
         kinds = dtype or ["float32", "bfloat16"]
-        typer.echo(bench_scoring(model, task or [demo_task], batch_size or [1, 8, 32], repeats or 3, kinds, limit))
+        say(bench_scoring(model, task or [demo_task], batch_size or [1, 8, 32], repeats or 3, kinds, limit))
 
 
 @app.command()
 def tasks() -> None:
     """Print the folder of our tasks, for lm_eval's --include_path."""
-    typer.echo(shipped_folder("tasks"))
+    say(shipped_folder("tasks"))
 
 
 def main() -> None:
     """Entry point: the user's faults end in one message and exit code 2."""
+    clean_logs()
     try:
         app()
     except IntactKVError as error:
-        typer.echo(f"intactkv: {error}", err=True)
+        say(f"intactkv: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:  # not about a file that the user named
             raise
-        typer.echo(f"intactkv: {error.filename}: {error.strerror}", err=True)
+        say(f"intactkv: {error.filename}: {error.strerror}", err=True)
         sys.exit(2)
 
 

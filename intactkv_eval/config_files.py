@@ -7,6 +7,7 @@ from typing import Any
 from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.trust import check_no_code
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def load_config(name: str) -> dict[str, Any]:
         raise ConfigError(f"config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"config {path}: expected a mapping of keys such as pretrained, weights, bits")
+    check_no_code(loaded, f"config {path}", "--model_args config=...,{key}={value}")
     if "config" in loaded:
         raise ConfigError(f"config {path}: a config cannot name another config")
     return loaded

@@ -2,9 +2,17 @@
 
 from difflib import get_close_matches
 
+from intactkv_eval.messages import clean
+
 
 class IntactKVError(Exception):
-    """Base of every error that is the user's to mend; the command line turns it into one message and exit code 2."""
+    """Base of every error that is the user's to mend; the command line turns it into one message and exit code 2.
+
+    Its text is shown without control characters and credentials, since names in it may come from a stranger's file.
+    """
+
+    def __str__(self) -> str:
+        return clean(super().__str__())
 
 
 class ConfigError(IntactKVError):

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.messages import say
+from intactkv_eval.outputs import ANSWERS, REPLACES, REPLIES, check_output
 
 Sources = Annotated[list[Path], typer.Argument(help="Runs of lm_eval with --log_samples, or FastChat answer files.")]
 BenchName = Annotated[str, typer.Option(help="Whose questions: mt_bench or vicuna_bench.")]
@@ -17,11 +19,14 @@ def answers(
     sources: Sources,
     out: Annotated[Path, typer.Option(help="The folder: one NAME.jsonl for each run.")],
     bench: BenchName = "mt_bench",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Write the answers of runs as FastChat's model_answer files."""
     entries = import_module("intactkv_eval.judge.entries")
+    for entry in entries.load_entries(sources, bench):
+        check_output(out / f"{entry.name}.jsonl", ANSWERS, sources, overwrite)
     for path in entries.export_answers(sources, out, bench):
-        typer.echo(path)
+        say(path)
 
 
 def judge(
@@ -60,6 +65,7 @@ def judge(
     The key is read from OPENAI_API_KEY (ANTHROPIC_API_KEY for Anthropic's servers) and written nowhere. What has its
     verdict is not asked again. Exit code 3 where the table lacks answers or verdicts.
     """
+    check_output(out / "replies.jsonl", REPLIES, [*sources, baseline, questions])
     command, client = _late("command"), _late("client")
     cost, options = _late("cost"), _late("options")
     settings = client.Settings(model, base_url, most_tokens, seconds, retries, rate)
@@ -75,17 +81,17 @@ def judge(
         cap=cap,
         dry=dry_run,
     )
-    made = command.judge_command(sources, settings, asked, out, lambda text: typer.echo(text, err=True))
-    typer.echo(made.table)
+    made = command.judge_command(sources, settings, asked, out, lambda text: say(text, err=True))
+    say(made.table)
     end_incomplete(made.incomplete, allow_partial)
 
 
 def end_incomplete(lines: Sequence[str], allowed: bool) -> None:
     """Say what a table lacks, and end with exit code 3 unless that is allowed."""
     for line in lines:
-        typer.echo(f"incomplete: {line}", err=True)
+        say(f"incomplete: {line}", err=True)
     if lines and not allowed:
-        typer.echo("exit code 3: the result is incomplete; --allow-partial takes it as it is", err=True)
+        say("exit code 3: the result is incomplete; --allow-partial takes it as it is", err=True)
         raise typer.Exit(3)
 
 

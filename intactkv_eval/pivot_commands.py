@@ -7,6 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.messages import say
+from intactkv_eval.outputs import (
+    CONVERSATIONS,
+    LOG,
+    PIVOT,
+    PREFIX,
+    REPLACES,
+    check_figures,
+    check_output,
+    inputs_of,
+)
 
 
 def pivots(
@@ -24,17 +35,22 @@ def pivots(
     revision: Annotated[str, typer.Option(help="Branch, tag or commit on the hub.")] = "main",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Find the pivot tokens of a model, and propose a prefix that keeps later tokens from becoming pivots."""
     if out is not None and out.suffix != ".json":
         raise ConfigError(f"--out {out}: a prefix with its evidence ends in .json")
+    if out is not None:
+        check_output(out, PREFIX, [model, text], overwrite)
+    elif overwrite:
+        raise ConfigError("--overwrite: does nothing without --out")
     search = import_module("intactkv_eval.harness.prefix_search").Search(
         text, samples, length, seed, threshold, most, least
     )
     arguments = {"pretrained": model, "dtype": dtype, "revision": revision}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     command = import_module("intactkv_eval.harness.pivots_command")
-    typer.echo(command.pivots_of(arguments, loading, search, attention, out))
+    say(command.pivots_of(arguments, loading, search, attention, out))
 
 
 def figures(
@@ -50,6 +66,7 @@ def figures(
     formats: Annotated[str, typer.Option(help="Of png, pdf and svg.")] = "png",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Draw a cell: outliers, attention, loss and perplexity by the size of the intact pivot, the KV cache."""
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
@@ -59,11 +76,13 @@ def figures(
         raise ConfigError(f"--layers {layers}: write numbers, for instance 0,9,20")
     drawing = import_module("intactkv_eval.report.figures")
     drawing.check_drawing(kinds)
+    names = [f"{name}.{kind}" for name in drawing.FIGURES for kind in kinds]
+    check_figures(out, names, [*inputs_of(arguments, loading), text], overwrite)
     command = import_module("intactkv_eval.harness.figures_command")
     shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
     command.numbers_to_folder(arguments, loading, shown, out)
     for path in drawing.draw(out, kinds):
-        typer.echo(path)
+        say(path)
 
 
 def calibrate(
@@ -89,6 +108,7 @@ def calibrate(
     tensorboard: Annotated[bool, typer.Option(help="Log for TensorBoard too, in OUT.tensorboard.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:0, ...")] = "cpu",
     trust_remote_code: Annotated[bool, typer.Option(help="Run the model repository's own code.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=REPLACES)] = False,
 ) -> None:
     """Train the pivot's KV for one quantized model: later runs take pivot=FILE.safetensors.
 
@@ -98,6 +118,11 @@ def calibrate(
     """
     command = import_module("intactkv_eval.harness.calibrate_command")
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
+    inputs = [*inputs_of(arguments, loading), data]
+    check_output(out, PIVOT, inputs, overwrite)
+    check_output(out.with_suffix(".csv"), LOG, inputs, overwrite)
+    if answer:
+        check_output(out.with_suffix(".answers.jsonl"), CONVERSATIONS, inputs, overwrite)
     asked = command.Asked(
         data, answer, tokens, assistant, int(budget * 1e9), recompute, master, tensorboard, conversations
     )
@@ -106,15 +131,13 @@ def calibrate(
     if not found.first:
         return
     rows = zip(("all layers", "last layer", "nats a token"), found.before, found.after, strict=True)
-    typer.echo(
-        f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})"
-    )
+    say(f"held out     {'before':>9} {'after':>9}   ({found.examples} conversations, best epoch {found.best_epoch})")
     for name, before, after in rows:
         full = f"   (full precision {found.full_nats:.4g})" if name == "nats a token" else ""
-        typer.echo(f"{name:12} {before:9.4g} {after:9.4g}{full}")
+        say(f"{name:12} {before:9.4g} {after:9.4g}{full}")
     if not found.best_epoch:
-        typer.echo("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
-    typer.echo(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]
+        say("no epoch was better on held-out conversations: the file holds the rows as they were", err=True)
+    say(f"{out}: for {found.pivot.fingerprint.calibrated.cell}; log in {found.log}")  # type: ignore[union-attr]
 
 
 def _cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:

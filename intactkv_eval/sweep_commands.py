@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.messages import say
+from intactkv_eval.outputs import PLAN, check_output
 
 
 class Executor(str, Enum):
@@ -24,6 +26,12 @@ def sweep(
     out: Annotated[Path, typer.Option(help="The folder of results; what it holds is not done again.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and an estimate, run nothing.")] = False,
     model: Annotated[list[str] | None, typer.Option(help="NAME=FOLDER: where a model of the grid lies.")] = None,
+    model_args: Annotated[
+        str, typer.Option("--model_args", "--model-args", help="KEY=VALUE,...: of every model, beside the grid's.")
+    ] = "",
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run the code of the models' repositories, and of tasks that are files.")
+    ] = False,
     executor: Annotated[Executor, typer.Option(help="local processes, or an existing Ray cluster.")] = Executor.local,
     devices: Annotated[
         str | None, typer.Option(help="local: cpu; cuda:0,cuda:1; cuda:0+1 for cells over two. Default: every GPU.")
@@ -45,14 +53,16 @@ def sweep(
             "--devices: does nothing with --executor ray; run.resources of the YAML says what a cell needs"
         )
     command = import_module("intactkv_eval.sweep.command")
-    grid = command.Sweep(file, out, dict(_pair(text) for text in model or []))
+    given = command.given_arguments(model_args, trust_remote_code)
+    grid = command.Sweep(file, out, dict(_pair(text) for text in model or []), given)
     if dry_run:
-        typer.echo(grid.dry_run(workers or len(command.devices_here(devices))))
+        say(grid.dry_run(workers or len(command.devices_here(devices))))
         return
+    check_output(out / "sweep.json", PLAN, [file])
     ended = grid.run(command.Where(executor.value, devices, address or "auto", made, workers))
     failed = [end for end in ended if end.error is not None]
     done = len(grid.units) - len(grid.waiting)
-    typer.echo(f"{done} of {len(grid.units)} cells done, {len(failed)} failed; intactkv report {out}")
+    say(f"{done} of {len(grid.units)} cells done, {len(failed)} failed; intactkv report {out}")
     if failed:
         raise typer.Exit(1)
 

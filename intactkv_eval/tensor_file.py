@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.messages import struck
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _OS_ERROR = re.compile(r"os error (\d+)")
@@ -69,7 +70,8 @@ def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
     safetensors itself writes metadata in an order that changes from process to process.
     """
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    said = {name: struck(text) for name, text in metadata.items()}
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, said)
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

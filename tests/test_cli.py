@@ -36,12 +36,12 @@ def test_eval_end_to_end_with_a_config_file(saved_llama, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
         f"model: intactkv\nmodel_args: {{pretrained: {saved_llama}, dtype: float32, weights: rtn, bits: 4, group_size: 32}}\n"
-        f"tasks: [intactkv_demo_qa]\nlimit: 5\nbatch_size: 4\ndevice: cpu\noutput_path: {tmp_path / 'out'}\nlog_samples: true\n"
+        f"tasks: [intactkv_demo_qa]\nlimit: 10\nbatch_size: 4\ndevice: cpu\noutput_path: {tmp_path / 'out'}\nlog_samples: true\n"
     )
     done = intactkv("eval", "--config", config)
     assert done.returncode == 0, done.stderr[-2000:]
     arguments = f"pretrained={saved_llama},dtype=float32,weights=rtn,bits=4,group_size=32,pivot=none"
-    done = intactkv("eval", "--model_args", arguments, "--tasks", "intactkv_demo_qa", "--limit", "5", "--batch_size", "4",
+    done = intactkv("eval", "--model_args", arguments, "--tasks", "intactkv_demo_qa", "--limit", "10", "--batch_size", "4",
                     "--device", "cpu", "--output_path", tmp_path / "out", "--log_samples")  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     table = tmp_path / "table.md"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.calibrate.student import Quality
-from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import write_atomic
 from intactkv_eval.tensor_file import write_pickle
+from intactkv_eval.torch_pickle import read_torch_file
 
 _EVERY = 10  # steps between two saves inside of an epoch
 _COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_out_nats")
@@ -125,9 +125,9 @@ class RunState:
         if not path.is_file():
             return None
         try:
-            saved: dict[str, Any] = torch.load(path, weights_only=True)
+            saved: dict[str, Any] = read_torch_file(path)
             other = saved["job"]
-        except BROKEN_PICKLE as error:
+        except (CheckpointError, OSError, LookupError, TypeError) as error:
             raise CheckpointError(f"{path}: damaged ({error}); remove {self.folder} to start anew") from None
         if other != self._job:
             ours, theirs = json.loads(self._job), json.loads(other)

@@ -9,11 +9,12 @@ from intactkv_eval.compat.lm_eval_api import HFLM, simple_parse_args_string
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.model.devices import check_device
+from intactkv_eval.trust import check_not_secret
 
 # What hf hands on to transformers' from_pretrained.
 _LOADING_KEYS = """
     attn_implementation cache_dir device_map force_download local_files_only low_cpu_mem_usage
-    max_memory offload_buffers offload_state_dict token use_safetensors variant
+    max_memory offload_buffers offload_state_dict use_safetensors variant
 """.split()  # noqa: SIM905  read more easily as a paragraph
 # What describes `pretrained` alone, and must not be applied to a full-precision `reference`.
 OF_PRETRAINED = {"quantization_config", "gguf_file", "subfolder"}
@@ -59,8 +60,12 @@ def checked_cell(cell: Mapping[str, Any], loading: Mapping[str, Any]) -> CellSpe
 
 
 def check_names(cell: Mapping[str, Any], loading: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a key that neither a cell has, nor `hf` or from_pretrained takes; of a config YAML too."""
+    """Raise ConfigError for a key that neither a cell has, nor `hf` or from_pretrained takes; of a config YAML too.
+
+    `token` is the one key of from_pretrained that is not taken: arguments are recorded, and it is a credential.
+    """
     for key in loading:
+        check_not_secret(key)
         if key not in KNOWN and key not in _NOT_TAKEN:
             raise unknown_argument(key, [*KNOWN, *CELL_KEYS])
     flat_arguments(cell, KNOWN)

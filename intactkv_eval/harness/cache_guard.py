@@ -1,13 +1,13 @@
 """lm_eval's --use_cache keeps answers by request text, not by model: two cells on one file would share their answers.
 
 The first cell writes its own identity into the file; another cell is refused. Answers lie there as pickles, which
-lm_eval will load: they are read without letting any name a class or a function, as answers never do.
+lm_eval will load: they are read as plain values (plain_pickle.py), which answers always are.
 """
 
 import hashlib
-import io
 import json
 import pickle
+import re
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing
@@ -15,7 +15,12 @@ from typing import Any
 
 from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.plain_pickle import read_plain
 
+_MOST_BYTES = 64 * 2**20  # of an answer
+_COLUMNS = re.compile(
+    r"""CREATE\s+TABLE\s+("[^"]*"|\w+)\s*\(\s*key\s+TEXT\s+PRIMARY\s+KEY\s*,\s*value\s+BLOB\s*\)""", re.I
+)
 _KEY, _DATE = "intactkv_cell", "intactkv_chat_date"
 
 
@@ -59,20 +64,19 @@ def _other_date(held: str | None, chat_date: str | None) -> str:
     return f". Its chat prompts are of {held}, and this run's of {chat_date}: go on with chat_date={held}"
 
 
-class _Plain(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
 def _plain(value: Any) -> Any:
-    return _Plain(io.BytesIO(value)).load()
+    if not isinstance(value, bytes) or len(value) > _MOST_BYTES:
+        raise pickle.UnpicklingError(f"a value that is no answer of at most {_MOST_BYTES >> 20} MiB")
+    return read_plain(value)
 
 
 def _check_plain(path: str, table: str) -> None:
     try:
         with closing(sqlite3.connect(path)) as file:
-            for kind, name in file.execute("SELECT type, name FROM sqlite_master WHERE type IN ('trigger', 'view')"):
-                raise pickle.UnpicklingError(f"the {kind} {name}, which acts when the file is used")
+            for kind, name, said in file.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+                plain = kind == "table" and _COLUMNS.fullmatch(str(said))
+                if not plain and (kind != "table" or name == table):  # columns may be computed, and indexes of it too
+                    raise pickle.UnpicklingError(f"the {kind} {name}, which acts when the file is used")
             for (value,) in file.execute(f'SELECT value FROM "{table}"'):
                 _plain(value)
     except (*BROKEN_PICKLE, sqlite3.Error) as error:

@@ -16,8 +16,14 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import checked_cell, split_model_args
 from intactkv_eval.harness.batching import check_batch_size
-from intactkv_eval.harness.evaluate import cache_explained, check_written, results_below, task_manager
-from intactkv_eval.harness.flags import check_device_flag, check_flag_names, check_generation_flags, read_flags_file
+from intactkv_eval.harness.evaluate import cache_explained, check_known, check_written, results_below, task_manager
+from intactkv_eval.harness.flags import (
+    check_device_flag,
+    check_flag_names,
+    check_generation_flags,
+    check_no_secrets,
+    read_flags_file,
+)
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
@@ -91,8 +97,10 @@ def _check(parsed: Namespace) -> None:
     settings = {**from_file, **{key: value for key, value in vars(parsed).items() if value is not None}}
     check_flag_names(getattr(parsed, "config", None), from_file)
     if settings["model"] == NAME:
+        check_known()
         checked_cell(*split_model_args(settings.get("model_args") or {}))
         check_generation_flags(settings)
+    check_no_secrets(settings)
     check_device_flag(settings)
     check_batch_size(settings.get("batch_size"))
     if settings.get("output_path"):

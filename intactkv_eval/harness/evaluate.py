@@ -11,7 +11,7 @@ from typing import Any
 from intactkv_eval.compat.lm_eval_api import SEED_NAMES, EvaluationTracker, TaskManager, default_seeds, simple_evaluate
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import shipped_folder
-from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.harness.plugin import NAME, missing
 
 
 def task_manager(
@@ -24,6 +24,13 @@ def task_manager(
     found = {"include_path": list(folders) or [str(shipped_folder("tasks"))], "metadata": dict(metadata or {})}
     ours = TaskManager(**found, include_defaults=False)
     return ours if set(names) <= set(ours.all_subtasks) else TaskManager(**found)
+
+
+def check_known() -> None:
+    """Raise ConfigError where lm_eval has not taken our model class into its registry, and say why."""
+    reason = missing()
+    if reason is not None:
+        raise ConfigError(reason)
 
 
 @contextmanager
@@ -69,6 +76,7 @@ def evaluate_task(
     seed: for all that lm_eval seeds; its defaults where None. settings: of lm_eval's `simple_evaluate`.
     Raises IntactKVError, or what lm_eval raises.
     """
+    check_known()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     told = {**model_args, **metadata}
     seeds = default_seeds() if seed is None else dict.fromkeys(SEED_NAMES, seed)

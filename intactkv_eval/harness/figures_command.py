@@ -30,6 +30,7 @@ from intactkv_eval.harness.full_cell import (
     without_reference,
 )
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.messages import struck_record
 
 
 class Shown(NamedTuple):
@@ -112,7 +113,7 @@ def _save(out: Path, numbers: dict[str, Any], said: dict[str, Any]) -> None:
             np.savez_compressed(file, **numbers)
 
     write_atomic(out / "figures.npz", write)
-    content = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    content = json.dumps(struck_record(said), indent=1, ensure_ascii=False) + "\n"
     write_atomic(out / "figures.json", lambda partial: partial.write_text(content, encoding="utf-8"))
 
 

@@ -17,7 +17,9 @@ from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.generation_options import check_options
 from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.messages import clean_logs, say
 from intactkv_eval.model.devices import automatic_device, check_device
+from intactkv_eval.trust import check_not_secret
 
 _ON_A_DEVICE = {NAME, "hf", "hf-auto", "huggingface"}  # model classes that take the CPU for a device that is not here
 
@@ -70,6 +72,13 @@ def check_device_flag(flags: Mapping[str, Any]) -> None:
         check_device(flags.get("device"), "--device ")
 
 
+def check_no_secrets(flags: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a credential among the arguments of any model class, since lm_eval records them."""
+    given = flags.get("model_args") or {}
+    for key in simple_parse_args_string(given) if isinstance(given, str) else given:
+        check_not_secret(str(key), "--model_args")
+
+
 def check_generation_flags(flags: Mapping[str, Any]) -> None:
     """Raise ConfigError for --gen_kwargs that nobody reads, or that transformers' `generate` would refuse."""
     given = flags.get("gen_kwargs")
@@ -82,6 +91,7 @@ def begin_command() -> None:
 
     Raises ConfigError.
     """
+    clean_logs()
     flags = _given_to_lm_eval()
     if flags is not None:
         errors_in_one_message()
@@ -96,7 +106,7 @@ def errors_in_one_message() -> None:
         if not isinstance(error, IntactKVError):
             other(kind, error, trace)
             return
-        sys.stderr.write(f"intactkv: {error}\n")
+        say(f"intactkv: {error}", err=True)
         raise SystemExit(2)  # of which Python makes the exit code
 
     sys.excepthook = told

@@ -141,7 +141,7 @@ def check_wrapper(whole: nn.Module, model: PreTrainedModel) -> None:
 
 _WHILE_LOADING = "choose it in from_pretrained, where the model is loaded"
 OF_REFERENCE = {
-    "attn_implementation", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage", "token",
+    "attn_implementation", "cache_dir", "force_download", "local_files_only", "low_cpu_mem_usage",
     "use_safetensors", "variant",
 }  # fmt: skip
 """Arguments of from_pretrained that a reference is loaded with, where `pretrained` is an object."""

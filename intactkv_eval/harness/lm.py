@@ -48,6 +48,7 @@ from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.bos_text import encoded_prompt, splits_bos
@@ -135,7 +136,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
 
     def cell_record(self) -> dict[str, Any]:
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
-        return {
+        record = {
             **self._identity(),
             "chat_date": self.chat.date,
             "chat_template_is_random": is_random(self.tokenizer, self.chat),
@@ -149,6 +150,8 @@ class IntactKVLM(CellLoading, PivotedTalks):
             "basis_residual": self.built.basis_residual if self.built else None,
             "c_kernel": library() is not None if self.built and "cpu" in self.built.backends else None,
         }
+        found: dict[str, Any] = struck_record(record)
+        return found
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm_eval's response cache is keyed by the request alone: refuse one that another cell has filled."""

@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Pretrain
 from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, file_of, loads_as
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
+from intactkv_eval.trust import names_kernel
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
@@ -76,6 +77,25 @@ def auto_class_of(pretrained: str, config: PretrainedConfig) -> Any:
         f"pretrained={pretrained!r} is of type {config.model_type}, which transformers does not load as a language "
         "model (AutoModelForCausalLM, AutoModelForImageTextToText); name a decoder-only language model"
     )
+
+
+def check_no_kernel(pretrained: str, revision: str, chosen: object = None) -> None:
+    """Raise CheckpointError for a config.json that names a kernel of the hub for its attention or experts.
+
+    transformers would load that kernel, which is compiled code. chosen: the attention of the command line, which counts
+    instead of the file's.
+    """
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        found, _ = PretrainedConfig.get_config_dict(pretrained, revision=revision)
+    for part in (found, *found.values()):
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if names_kernel(str(key), value) and not (chosen and "attn" in str(key)):
+                raise CheckpointError(
+                    f"{pretrained}: config.json says {key}={str(value)[:80]}, a kernel of the hub, which is code that "
+                    "would be loaded and run. Remove the line from config.json; if you trust that kernel, give "
+                    "attn_implementation=... among --model_args"
+                )
 
 
 def check_layers(pretrained: str, revision: str) -> None:

@@ -3,8 +3,11 @@
 lm_eval 0.4.13 and 0.5.0.dev1 find no models outside their own tree, so a one-line .pth file calls `install` at every
 start of Python. It only puts a finder in front of sys.meta_path, which waits for `lm_eval.models`, lets that module
 load as always, and adds one lazy entry to its registry. A release that reads the entry point group `lm_eval.models` by
-itself is left alone, and so is a name that is known already. INTACTKV_HOOK=off, or removing the .pth file, does without
-it (docs/releases.md). This file imports nothing until lm_eval is imported.
+itself is left alone, and so is a name that is known already. INTACTKV_NO_HOOK=1, or removing the .pth file, does
+without it (docs/releases.md). This file imports nothing until lm_eval is imported.
+
+All of this happens inside another package's import, so nothing here raises: where anything is unlike what is expected,
+it steps aside. `missing` then says why the name is not known, to whoever asks for it.
 """
 
 import os
@@ -12,45 +15,65 @@ import sys
 
 NAME = "intactkv"
 TARGET = "intactkv_eval.harness.lm:IntactKVLM"
+OFF = "INTACTKV_NO_HOOK"
 _WAITED_FOR = "lm_eval.models"
 
 
 class _Finder:
-    """Waits for one module, then steps aside."""
+    """Waits for one module, then steps aside. waits: it is not yet at work on it."""
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN205
-        """The module's own spec with a loader that registers afterwards; None for every other name."""
-        if name != _WAITED_FOR:
+    waits = True
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN206
+        """The module's own spec with a loader that registers afterwards; None for every other name.
+
+        None too where anything fails: Python then asks the next finder, and the import goes on as without this one.
+        """
+        if name != _WAITED_FOR or not cls.waits:
             return None
+        cls.waits = False  # it stays where it is: Python goes along sys.meta_path, and would miss the next finder
+        try:
+            return _watched(name)  # type: ignore[no-untyped-call]
+        except Exception:  # noqa: BLE001  another package is being imported, and it must not fail by us
+            return None
+
+
+def _watched(name):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    from importlib.util import find_spec  # noqa: PLC0415  start-up must import nothing
+
+    spec = find_spec(name)
+    if spec is None or spec.loader is None or isinstance(spec.loader, type):
+        return spec  # a loader that is a class is shared by all that it loads
+    run = spec.loader.exec_module
+
+    def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+        run(module)
         uninstall()
-        from importlib.util import find_spec  # noqa: PLC0415  start-up must import nothing
+        register(spec.origin)
 
-        spec = find_spec(name)
-        if spec is not None and spec.loader is not None:
-            run = spec.loader.exec_module
-
-            def exec_module(module):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
-                run(module)
-                if not discovers(spec.origin):
-                    register()
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
+    spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+    return spec
 
 
 def install() -> None:
-    """Wait for lm_eval, once; not at all where INTACTKV_HOOK is off."""
-    if os.environ.get("INTACTKV_HOOK", "").lower() in {"off", "0", "false"}:
+    """Wait for lm_eval, once; not at all where INTACTKV_NO_HOOK is set to anything but 0. Never raises."""
+    try:
+        if os.environ.get(OFF, "0") not in {"", "0"}:
+            return
+        if _WAITED_FOR not in sys.modules and not any(one is _Finder for one in sys.meta_path):
+            _Finder.waits = True
+            sys.meta_path.insert(0, _Finder)
+    except Exception:  # noqa: BLE001  every start of Python passes here
         return
-    if _Finder not in sys.meta_path and _WAITED_FOR not in sys.modules:
-        sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
 
 
 def uninstall() -> None:
-    """Stop waiting."""
-    if _Finder in sys.meta_path:
-        sys.meta_path.remove(_Finder)  # type: ignore[arg-type]
+    """Stop waiting. Never raises."""
+    for place, one in enumerate(sys.meta_path):
+        if one is _Finder:
+            del sys.meta_path[place]
+            return
 
 
 def discovers(models: str | None) -> bool:
@@ -58,17 +81,41 @@ def discovers(models: str | None) -> bool:
     beside = os.path.dirname(os.path.dirname(models or ""))
     for file in (models or "", os.path.join(beside, "api", "registry.py")):
         try:
-            with open(file, encoding="utf-8") as opened:
-                if "entry_points(" in opened.read():
+            with open(file, "rb") as opened:
+                if b"entry_points(" in opened.read():
                     return True
         except OSError:
             continue
     return False
 
 
-def register() -> None:
-    """Add the model to lm_eval's registry unless something of that name is there."""
-    from lm_eval.api.registry import model_registry  # noqa: PLC0415  start-up must import nothing
+def register(models: str | None = None) -> None:
+    """Add the model to lm_eval's registry unless something of that name is there. Never raises: see `missing`.
 
-    if NAME not in model_registry:
-        model_registry.register(NAME, target=TARGET)
+    models: lm_eval's models/__init__.py, which may find us by itself; None where the name is wanted now.
+    """
+    try:
+        if models is not None and discovers(models):
+            return
+        from lm_eval.api.registry import model_registry  # noqa: PLC0415  start-up must import nothing
+
+        if NAME not in model_registry:
+            model_registry.register(NAME, target=TARGET)
+    except Exception:  # noqa: BLE001  another package is being imported, and it must not fail by us
+        return
+
+
+def missing() -> str | None:
+    """Why lm_eval does not know the model `intactkv`, for the one who asks for it; None where it does."""
+    try:
+        from lm_eval.api.registry import get_model  # noqa: PLC0415
+
+        get_model(NAME)
+    except Exception as error:  # noqa: BLE001  whatever it is, it is the answer
+        from importlib.metadata import version  # noqa: PLC0415
+
+        return (
+            f"lm_eval {version('lm_eval')} does not take the model {NAME} into its registry as earlier releases did "
+            f"({type(error).__name__}: {error}); install a release that docs/releases.md lists, such as lm_eval==0.4.13"
+        )
+    return None

@@ -21,11 +21,12 @@ from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.chat_date import chat_settings
-from intactkv_eval.harness.loading import auto_class_of, check_layers, check_tokens, loading
+from intactkv_eval.harness.loading import auto_class_of, check_layers, check_no_kernel, check_tokens, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
+from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers
@@ -207,7 +208,7 @@ def _record(
 ) -> dict[str, Any]:
     """All that the checkpoint's bytes depend on."""
     found, asked = versions(), job.model_dump(mode="json")
-    return {
+    record: dict[str, Any] = {
         "job": asked,
         "formulas": current(names_of_job(asked)),
         "source": fingerprint_of(model, source.revision).model_dump(mode="json", exclude={"embedding_sample"}),
@@ -217,6 +218,8 @@ def _record(
         **({"trust_remote_code": True} if source.trust_remote_code else {}),
         "versions": {name: found[name] for name in ("intactkv_eval", "torch", "transformers") if name in found},
     }
+    struck: dict[str, Any] = struck_record(record)
+    return struck
 
 
 def _calibration(
@@ -260,6 +263,7 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         raise ConfigError(f"--dtype {source.dtype}: use auto, float32, bfloat16 or float16")
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     with loading(repr(source.pretrained)):
+        check_no_kernel(source.pretrained, source.revision)
         check_layers(source.pretrained, source.revision)
         check_tokens(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)

@@ -32,7 +32,7 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
             "this task is defined in tokens and is not told the model: pass model_args with pretrained=..., or "
             'metadata={"tokenizer": <folder, hub id or tokenizer>}'
         )
-    options = {key: given[key] for key in _KEYS if key in given}
+    options = {"trust_remote_code": False, **{key: given[key] for key in _KEYS if key in given}}
     if given.get("tokenizer"):
         options.pop("gguf_file", None)  # that of `pretrained`, as in hf
     return _load(named, given.get("chat_template"), tuple(sorted(options.items())))

@@ -164,5 +164,7 @@ def _check_url(url: str | None) -> None:
         whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         whole = False
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        raise ConfigError(f"--base-url: holds a user or password, which replies are kept with; put the key into {KEY}")
     if not whole:
         raise ConfigError(f"--base-url {url}: expected http://HOST:PORT/v1, PORT a number")

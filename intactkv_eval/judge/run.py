@@ -102,7 +102,7 @@ class Worker:
         settings = self.judge.settings
         return Line(
             key=key_of(settings, match).request,
-            server=settings.base_url,
+            server=struck(settings.base_url or "") or None,
             judge=settings.model,
             prompt=match.prompt,
             kind=match.kind,

@@ -16,7 +16,7 @@ from intactkv_eval.weights.checkpoint import Checkpoint, check_indexes, checkpoi
 from intactkv_eval.weights.formats import Format
 
 _NOT_FOR_PACKED = ("quantization_config", "gguf_file", "subfolder", "offload_folder", "low_cpu_mem_usage")
-_OF_HUB = ("cache_dir", "token", "local_files_only", "force_download")
+_OF_HUB = ("cache_dir", "local_files_only", "force_download")
 _OF_CONFIG = ("trust_remote_code", "attn_implementation")
 
 

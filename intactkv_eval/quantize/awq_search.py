@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.quantize.fold_trial import Fold, changed_by
 from intactkv_eval.quantize.scale_groups import check_front, divide_outputs
+from intactkv_eval.torch_pickle import read_torch_file
 
 _ROUNDED = 2**-4  # of a norm's outputs in 16 bits
 
@@ -34,11 +34,11 @@ class AWQSearch(NamedTuple):
 
 
 def load_search(path: Path) -> AWQSearch:
-    """Read a search result; of the pickle only tensors and plain containers (weights_only). Raises CheckpointError."""
+    """Read a search result; of the pickle only tensors and plain containers. Raises CheckpointError."""
     try:
         content = path.read_bytes()
-        found = torch.load(path, weights_only=True, map_location="cpu")
-    except BROKEN_PICKLE as error:
+        found = read_torch_file(path)
+    except (CheckpointError, OSError) as error:
         raise CheckpointError(f"awq_search={path}: cannot be read as llm-awq's search result ({error})") from None
     try:
         scales = tuple((str(before), _names(names), _scale(scale)) for before, names, scale in found["scale"])

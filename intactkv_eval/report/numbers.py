@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+from intactkv_eval.messages import clean, struck_record
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
 from intactkv_eval.report.grid import Entry, Grid
@@ -60,9 +61,11 @@ def numbers(title: str, entry: Entry) -> dict[str, object]:
 
 def _storable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _storable(part) for key, part in value.items()}
+        return {str(key): _storable(part) for key, part in struck_record(value).items()}
     if isinstance(value, list | tuple):
         return [_storable(part) for part in value]
+    if isinstance(value, str):
+        return clean(value)
     return None if isinstance(value, float) and not isfinite(value) else value
 
 

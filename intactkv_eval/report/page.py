@@ -19,7 +19,7 @@ from intactkv_eval.report.notes import STALE
 from intactkv_eval.report.numbers import records
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
-from intactkv_eval.report.tables import legend
+from intactkv_eval.report.tables import legend, shown
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _MORE = {
@@ -51,9 +51,9 @@ def page(runs: Sequence[Run], figures: Iterable[Path] = (), absent: Sequence[Abs
         columns=list(dict.fromkeys(str(one["column"]) for one in found)),
         pivots=sorted({str(one["pivot"]) for one in found}),
         notes=[*legend(grid), *more],
-        refusals=grid.refusals,
-        gaps=grid.gaps,
-        stale=grid.stale,
+        refusals=[shown(line) for line in grid.refusals],
+        gaps=[shown(line) for line in grid.gaps],
+        stale=[shown(line) for line in grid.stale],
         stale_title=STALE,
         published=published_rows(beside(grid)),
         figures=[_figure(path) for path in _pictures(figures)],

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from intactkv_eval.messages import on_one_line, struck
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
@@ -17,8 +18,8 @@ from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.texts import chance, change, figures
 
-_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 _MARKUP = re.compile(r"[\\|<*`]|(?<=\])\(")
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the full-width signs too, which spreadsheets take alike
 _PARTS = ("Δ base", "Δ fp", "recovered")
 
 
@@ -120,11 +121,8 @@ def legend(grid: Grid) -> list[str]:
 
 def _spread_out(row: Mapping[str, object]) -> dict[str, object]:
     """A line that a spreadsheet takes for texts and numbers: one line, and no text that begins as a formula does."""
-    texts = {key: _CONTROLS.sub(" ", value) for key, value in row.items() if isinstance(value, str)}
-    return {
-        **row,
-        **{key: f"'{text}" if text.startswith(("=", "+", "-", "@")) else text for key, text in texts.items()},
-    }
+    texts = {key: shown(value) for key, value in row.items() if isinstance(value, str)}
+    return {**row, **{key: f"'{text}" if text.lstrip().startswith(_FORMULA) else text for key, text in texts.items()}}
 
 
 def as_json(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> str:
@@ -148,13 +146,18 @@ def markdown_row(values: Sequence[str]) -> str:
     return "| " + " | ".join(map(_marked_down, values)) + " |"
 
 
+def shown(text: str) -> str:
+    """A text of a run on one line, without control characters and credentials."""
+    return struck(on_one_line(text))
+
+
 def _marked_down(text: str) -> str:
     """On one line, and without markup of its own."""
-    return _MARKUP.sub(r"\\\g<0>", _CONTROLS.sub(" ", text))
+    return _MARKUP.sub(r"\\\g<0>", shown(text))
 
 
 def _row(values: Sequence[str]) -> str:
-    line = " & ".join(_escaped(_CONTROLS.sub(" ", value)) for value in values) + " \\\\"
+    line = " & ".join(_escaped(shown(value)) for value in values) + " \\\\"
     return f"{{}}{line}" if line.startswith(("[", "*")) else line  # else an argument of the line break before it
 
 

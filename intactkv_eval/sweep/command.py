@@ -1,6 +1,6 @@
 """What `intactkv sweep` does: a YAML in; every cell's results, or why it has none, in one folder out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.formulas import current, names_of_cell, names_of_job
+from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.command import check_tasks
 from intactkv_eval.report.collect import read_run
@@ -25,6 +26,7 @@ from intactkv_eval.sweep.preparation import Quantize, placed
 from intactkv_eval.sweep.progress import Progress
 from intactkv_eval.sweep.schedule import Happened, run_units
 from intactkv_eval.sweep.spec import GridSpec, RunSpec, SweepSpec, read_sweep
+from intactkv_eval.trust import TRUST
 
 
 class Where(NamedTuple):
@@ -41,10 +43,13 @@ class Sweep:
     """A checked sweep: its units, and the folder of its results.
 
     file: a YAML, or the name of a shipped one. models: a name of the YAML -> where that model lies here.
-    Raises ConfigError for whatever is wrong with the YAML.
+    given: model arguments of the command line, which every model of the sweep gets: what runs code is taken from there
+    alone. Raises ConfigError for whatever is wrong with the YAML.
     """
 
-    def __init__(self, file: Path, out: Path, models: Mapping[str, str]) -> None:
+    def __init__(
+        self, file: Path, out: Path, models: Mapping[str, str], given: Mapping[str, Any] | None = None
+    ) -> None:
         shipped = shipped_folder("sweeps") / f"{file}.yaml"
         file = shipped if not file.suffix and not file.exists() and shipped.is_file() else file
         try:
@@ -53,9 +58,11 @@ class Sweep:
             raise ConfigError(f"{file}: cannot be read ({error})") from None
         spec = read_sweep(text, str(file))
         check_entries(spec)
-        self.spec = _at(spec, models)
+        self.spec = _with(_at(spec, models), given or {})
         self.units = expand(self.spec)
-        check_tasks(sorted({unit.task.task for unit in self.units}))
+        tasks = sorted({unit.task.task for unit in self.units})
+        check_files_of_tasks(file, tasks, bool((given or {}).get(TRUST)))
+        check_tasks(tasks)
         self.folder = SweepFolder(out)
 
     @property
@@ -96,6 +103,17 @@ class Sweep:
         return ", ".join(f"{score.metric} {score.value:.4g}" for score in found) or "done"
 
 
+def given_arguments(text: str, trusted: bool) -> dict[str, Any]:
+    """Model arguments of the command line, for every model of a sweep. Raises ConfigError: unknown, or given twice."""
+    cell, loading = split_model_args(text)
+    check_names(cell, loading)
+    if "pretrained" in cell:
+        raise ConfigError("--model_args: pretrained: the sweep names its models; --model NAME=FOLDER moves one")
+    if trusted and TRUST in loading:
+        raise ConfigError(f"{TRUST}: give it once, as --trust-remote-code")
+    return {**cell, **loading, **({TRUST: True} if trusted else {})}
+
+
 def devices_here(asked: str | None) -> list[str]:
     """The slots of this machine: as asked, else every GPU, else the CPU."""
     if asked:
@@ -120,6 +138,26 @@ def _at(sweep: SweepSpec, models: Mapping[str, str]) -> SweepSpec:
         if name not in named:
             raise ConfigError(f"--model {name}=...: the sweep has no such model, but {', '.join(sorted(named))}")
     return sweep.model_copy(update={"grids": tuple(_moved(grid, models) for grid in sweep.grids)})
+
+
+def _with(sweep: SweepSpec, given: Mapping[str, Any]) -> SweepSpec:
+    """Every model of the sweep with the arguments of the command line, those of no cell among them."""
+    grids = (
+        grid.model_copy(update={"models": tuple({**entry, **given} for entry in grid.models)}) for grid in sweep.grids
+    )
+    made = sweep.model_copy(update={"grids": tuple(grids)}) if given else sweep
+    check_entries(made)
+    return made
+
+
+def check_files_of_tasks(file: Path, tasks: Sequence[str], trusted: bool) -> None:
+    """Raise ConfigError for a task that the sweep names by its file, whose YAML may name Python functions."""
+    named = next((task for task in tasks if Path(task).expanduser().is_file()), None)
+    if named is not None and not trusted:
+        raise ConfigError(
+            f"{file}: task {named} is a file, and a task's file may run Python code. A sweep may be a stranger's: if "
+            "you trust this file, give --trust-remote-code"
+        )
 
 
 def _moved(grid: GridSpec, models: Mapping[str, str]) -> GridSpec:

@@ -20,6 +20,7 @@ from typing import Any
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked, place_folder, write_atomic
+from intactkv_eval.messages import struck_record
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
 RECORD, BEGUN = "record.json", "begun.json"
@@ -113,5 +114,5 @@ class SweepFolder:
 
 
 def _write(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(struck_record(value), indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, lambda partial: partial.write_text(text, encoding="utf-8"))

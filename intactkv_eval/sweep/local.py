@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from intactkv_eval.compat.lm_eval_api import setup_logging, without_processes
 from intactkv_eval.errors import ConfigError, IntactKVError
+from intactkv_eval.messages import clean_logs
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
@@ -119,6 +120,7 @@ def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> No
     os.environ |= environment
     without_processes()
     setup_logging()
+    clean_logs()
     waiting: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()
     with Workshop(run) as workshop:

@@ -22,6 +22,7 @@ from intactkv_eval.compat.lm_eval_api import setup_logging
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError, IntactKVError
 from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.evaluate import check_written
+from intactkv_eval.messages import clean_logs
 from intactkv_eval.sweep.folder import RECORD, SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import Ended
@@ -148,6 +149,7 @@ class _Actor:
         self._run = run
         self._made = made or cache_folder() / "sweep"
         setup_logging()
+        clean_logs()
         self._workshop = Workshop(run).__enter__()
 
     def run(self, unit: Unit) -> _Found:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from intactkv_eval.messages import clean, on_one_line
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.schedule import Happened, State
 
@@ -54,7 +55,7 @@ class Progress:
 
     def _line(self, end: Happened) -> str:
         said = self._figure(end.unit.key) if end.error is None else f"FAILED {end.error.splitlines()[-1]}"
-        return f"{end.unit.label}: {said} ({end.seconds:.0f} s)"
+        return clean(f"{end.unit.label}: {said} ({end.seconds:.0f} s)")
 
     def _shown(self) -> Group:
         failed = sum(end.error is not None for end in self._ended)
@@ -71,5 +72,5 @@ class Progress:
         for slot, name in enumerate(self._names):
             unit: Unit | None = self._state.running.get(slot)
             took = f"{now - self._since[unit.key]:.0f}" if unit is not None and unit.key in self._since else ""
-            table.add_row(name, escape(unit.label) if unit is not None else "", took)
+            table.add_row(name, escape(on_one_line(unit.label)) if unit is not None else "", took)
         return Group(table, *(Text(self._line(end)) for end in self._ended[-_SHOWN:]))

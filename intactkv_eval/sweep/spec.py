@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from intactkv_eval.config import Spec
 from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.trust import check_no_code
 
 Entry = dict[str, Any]
 
@@ -154,10 +155,14 @@ _FIELDS = {
 
 
 def read_sweep(text: str, name: str) -> SweepSpec:
-    """The sweep of a YAML. Raises ConfigError that names the place and what was expected there."""
+    """The sweep of a YAML. Raises ConfigError that names the place and what was expected there.
+
+    Whatever in it would run code is refused: it is taken from the command line alone.
+    """
     given: Any = None
     try:
         given = parse_yaml(text)
+        check_no_code(given, name, "intactkv sweep --model_args {key}={value}")
         return SweepSpec.model_validate(given)
     except ValidationError as error:
         several = isinstance(given, dict) and "grids" in given

@@ -187,8 +187,9 @@ def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monke
     assert [[message["role"] for message in row] for row in rows] == [["user", "assistant"] * 2] * 4
     out.unlink()
     assert calibrate(cell, tmp_path / "p.answers.jsonl", out).exit_code == 0
+    (tmp_path / "p.answers.jsonl").rename(tmp_path / "answered.jsonl")
     with pytest.raises(ConfigError, match="does nothing"):
-        raise calibrate(cell, tmp_path / "p.answers.jsonl", out, "--answer", 8).exception
+        raise calibrate(cell, tmp_path / "answered.jsonl", out, "--answer", 8).exception
     few = calibrate(cell, tmp_path / "q.jsonl", tmp_path / "few.safetensors", "--answer", 8, "--conversations", 3)
     assert few.exit_code == 0, few.output
     assert len((tmp_path / "few.answers.jsonl").read_text().splitlines()) == 3, "no more are answered than are used"

@@ -5,6 +5,10 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 
+import pytest
+
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.evaluate import check_known
 from intactkv_eval.harness.plugin import NAME, TARGET
 
 
@@ -68,10 +72,85 @@ def test_an_lm_eval_that_discovers_models_is_left_alone(tmp_path):
 
 
 def test_the_hook_can_be_left_out():
-    """INTACTKV_HOOK=off: lm_eval does not know the name, and our own command does."""
+    """INTACTKV_NO_HOOK=1: lm_eval does not know the name, and our own command does."""
     code = (
         "import sys, lm_eval.models\nfrom lm_eval.api.registry import model_registry\n"
         "assert 'intactkv' not in model_registry\n"
         "import intactkv_eval.harness.command\nprint('intactkv' in model_registry)"
     )
-    assert run(code, INTACTKV_HOOK="off") == "True"
+    assert run(code, INTACTKV_NO_HOOK="1") == "True"
+
+
+LM_EVAL = {"lm_eval/__init__.py": "", "lm_eval/models/__init__.py": "LOADED = True\n", "lm_eval/api/__init__.py": ""}
+UNLIKE = {
+    "no registry": {},
+    "no such name": {"lm_eval/api/registry.py": "models = {}\n"},
+    "another method": {
+        "lm_eval/api/registry.py": "class R(dict):\n    def register(self, name, cls): pass\nmodel_registry = R()\n"
+    },
+    "no mapping": {"lm_eval/api/registry.py": "model_registry = None\n"},
+    "it raises": {"lm_eval/api/registry.py": "raise OSError('broken')\n"},
+    "no UTF-8": {"lm_eval/api/registry.py": b"# -*- coding: latin-1 -*-\n# \xe9\nmodel_registry = None\n"},
+}
+
+
+def written(folder, files):
+    for name, text in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+@pytest.mark.parametrize("files", UNLIKE.values(), ids=UNLIKE)
+def test_an_lm_eval_unlike_any_other_is_imported_as_without_us(tmp_path, files):
+    """A registry that is missing, other, broken or in another encoding ended the import of lm_eval in our traceback."""
+    written(tmp_path, {**LM_EVAL, **files})
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom intactkv_eval.harness import plugin\n"
+        "plugin.install(); import lm_eval.models\nprint(lm_eval.models.LOADED, plugin.missing() is not None)"
+    )
+    assert run(code) == "True True"
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        "class L:\n    __slots__ = ()\n    def create_module(self, spec): return None\n    def exec_module(self, m): m.LOADED = True\n",
+        "class L:\n    def load_module(self, name):\n        m = types.ModuleType(name); m.LOADED = True; sys.modules[name] = m; return m\n",
+        "class L:\n    @classmethod\n    def create_module(cls, spec): return None\n    @classmethod\n    def exec_module(cls, m): m.LOADED = True\n",
+    ],
+    ids=["slots", "old", "shared"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_loader_of_another_kind_is_left_alone(tmp_path, loader):
+    """A loader whose attributes cannot be set, one of the old protocol, and a class that loads other modules too."""
+    written(tmp_path, {"lm_eval/__init__.py": ""})
+    made = "L" if "classmethod" in loader else "L()"
+    code = (
+        f"import sys, types, importlib.machinery as machinery; sys.path.insert(0, {str(tmp_path)!r})\n{loader}"
+        "class F:\n    @staticmethod\n    def find_spec(name, path=None, target=None):\n"
+        f"        if name == 'lm_eval.models': return machinery.ModuleSpec(name, {made})\n"
+        "sys.meta_path.insert(0, F)\nfrom intactkv_eval.harness import plugin\nplugin.uninstall(); plugin.install()\n"
+        "held = L.__dict__.get('exec_module')\nimport lm_eval.models\n"
+        "print(lm_eval.models.LOADED, L.__dict__.get('exec_module') is held)"
+    )
+    assert run(code) == "True True"
+
+
+def test_an_error_of_lm_eval_itself_is_its_own(tmp_path):
+    written(tmp_path, {**LM_EVAL, "lm_eval/models/__init__.py": "raise RuntimeError('theirs')\n"})
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom intactkv_eval.harness import plugin\nplugin.install()\n"
+        "try:\n    import lm_eval.models\nexcept RuntimeError as error:\n    print(error)"
+    )
+    assert run(code) == "theirs"
+
+
+def test_the_command_says_why_the_name_is_missing(monkeypatch):
+    def refuses(_name):
+        raise KeyError("unlike")
+
+    monkeypatch.setattr("lm_eval.api.registry.get_model", refuses)
+    with pytest.raises(ConfigError, match=r"does not take the model intactkv .*KeyError.*docs/releases\.md"):
+        check_known()

@@ -141,6 +141,41 @@ def test_a_response_cache_cannot_bring_answers_in_later(saved_llama, tmp_path):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        ["CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB GENERATED ALWAYS AS (zeroblob(1000000000)))"],
+        ["CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB CHECK (length(hex(randomblob(200000000))) > 0))"],
+        [
+            "CREATE TABLE unnamed (key TEXT PRIMARY KEY, value BLOB)",
+            "CREATE INDEX late ON unnamed (length(zeroblob(900000000)))",
+        ],
+    ],
+    ids=["a value of 1 GB", "a check", "an index"],
+)
+def test_a_response_cache_is_a_plain_table(saved_llama, tmp_path, schema):
+    """A computed column gives a value of a gigabyte for each row of a small file."""
+    database = str(tmp_path / "cache.db")
+    with sqlite3.connect(database) as file:
+        for text in schema:
+            file.execute(text)
+    with pytest.raises(ConfigError, match="which acts when the file is used"):
+        CachingLM(make(saved_llama), database)
+
+
+def test_an_answer_that_holds_itself_many_times(saved_llama, tmp_path):
+    """Written to the samples, a few bytes became more than any disk holds."""
+    database, value = str(tmp_path / "cache.db"), ("x",)
+    CachingLM(make(saved_llama), database)
+    for _ in range(60):
+        value = (value, value)
+    with SqliteDict(database, autocommit=True) as held:
+        held["a"] = value
+        held["b"] = {"k": (1.0, True)}
+    with pytest.raises(ConfigError, match="holds more than 10000000 parts"):
+        CachingLM(make(saved_llama), database)
+
+
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "deep/../../secret.safetensors", "/secret.safetensors"])
 def test_an_index_cannot_lead_out_of_a_full_precision_model(saved_llama, index, shard):

@@ -110,6 +110,27 @@ def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
         )
 
 
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter22@host/v1", "https://hunter22@host", "http://u:hunter22#x@host/v1"]
+)
+def test_an_address_with_a_password(answer_file, bench, tmp_path, url):
+    """It was kept with every reply."""
+    with pytest.raises(ConfigError, match=r"holds a user or password, .*OPENAI_API_KEY") as ended:
+        judge_command(
+            [answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
+        )
+    assert "hunter22" not in str(ended.value)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hunter22" in path.read_bytes()]
+
+
+def test_a_key_in_an_address_is_not_kept(server, answer_file, bench, tmp_path):
+    settings = Settings("judge", f"{server.url}?api_key=hunter2222", seconds=5.0, retries=0)
+    judge_command([answer_file], settings, JudgeOptions(questions=bench), tmp_path / "out", logging.info)
+    kept = (tmp_path / "out" / "replies.jsonl").read_text()
+    assert "hunter2222" not in kept
+    assert kept.count("struck out") == 10
+
+
 @pytest.mark.parametrize("usage", [10**400, -1, "many", None])
 def test_a_server_that_counts_wrongly_costs_the_estimate(server, answer_file, bench, tmp_path, usage):
     reply = completion("Rating: [[7]]", prompt_tokens=usage)

@@ -10,8 +10,9 @@ from test_report import BOS, write
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
+from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of
-from intactkv_eval.report.tables import comma_separated, latex, markdown
+from intactkv_eval.report.tables import as_json, comma_separated, latex, markdown
 
 
 def test_a_group_that_names_itself(tmp_path):
@@ -71,7 +72,8 @@ def test_the_seed_of_a_plan_is_a_number(tmp_path, seed):
 
 
 def test_names_are_texts_in_every_table(tmp_path):
-    names = ["a\n\n# Title", "a\\|b", "<img src=x>", "[click](javascript:x)", "a\rb", "=1+1", "@SUM(1)", "[BOS]x", "*x"]
+    names = ["a\n\n# Title", "a\\|b", "<img src=x>", "[click](javascript:x)", "a\rb", "=1+1", "@SUM(1)", "[BOS]x", "*x",
+             "＝1+1", "＋1", "－1", "＠SUM(1)", " =1+1", "\u200e=1+1", "\x1b[31mred", "up\u202eside", "http://user:pw@host/m"]  # fmt: skip
     for date, name in enumerate(names, 1):
         write(tmp_path, {**BOS, "pretrained": name}, [3.0, 3.1], date)
     runs, _ = collect([tmp_path])
@@ -83,7 +85,9 @@ def test_names_are_texts_in_every_table(tmp_path):
         assert not re.search(r"(?<!\\)" + re.escape(markup), markdown(runs))
     rows = [row for row in csv.DictReader(io.StringIO(comma_separated(runs))) if row["status"] == "done"]
     assert len(rows) == len(names)
-    assert not [row for row in rows if row["model"].startswith(("=", "@"))]
+    assert not [row for row in rows if row["model"].strip().startswith(tuple("=+-@＝＋－＠"))]
+    for made in (markdown, comma_separated, latex, as_json, page):
+        assert not re.search("[\x1b\u202e\u200e]|user:pw", made(runs).replace("\\u202e", "\u202e")), made
     lines = latex(runs).splitlines()
     assert len(lines) == 8 + len(names)
     assert not [line for line in lines if line.startswith(("[", "*"))]
