@@ -1,11 +1,13 @@
 """Which documents of a task belong together: questions on one passage are not independent of each other.
 
 The key is the field that the task's metadata names (`cluster: passage`; `cluster: none` for documents that are
-independent), else every long text that several documents share: a passage, a context, an article. A text that most
-documents have is an instruction and joins nothing. Knows no models and no figures.
+independent), else every long text that several documents share (a passage, a context, an article), and every field that
+names such a source (`source_id`). A text that most documents have is an instruction and joins nothing. Knows no models
+and no figures.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,8 @@ from typing import Any
 KEY = "cluster"
 _LONG = 40  # letters: shorter texts (`yes`, a subject, a label) are equal by chance
 _INSTRUCTION = 0.5  # of the documents
+_SOURCES = "article|context|conversation|dialogue|document|paragraph|passage|source|story|text|video"
+_SOURCE = re.compile(f"({_SOURCES})_?ids?")
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def _by_field(places: Sequence[int], docs: Sequence[Mapping[str, Any]], field: s
 
 
 def _shared_fields(docs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields whose long texts several documents share."""
+    """The fields whose long texts, or names of sources, several documents share."""
     shared = []
     for field in sorted({field for doc in docs for field in doc}):
         times = Counter(text for doc in docs if (text := _text(doc, field)))
@@ -88,7 +92,10 @@ def _joined(places: Sequence[int], docs: Sequence[Mapping[str, Any]], fields: Se
 
 def _text(doc: Mapping[str, Any], field: str) -> str:
     value = doc.get(field)
-    return value if isinstance(value, str) and len(value) >= _LONG else ""
+    if isinstance(value, str) and len(value) >= _LONG:
+        return value
+    names_a_source = isinstance(value, str | int) and _SOURCE.fullmatch(field.lower())
+    return str(value) if names_a_source else ""
 
 
 def _digest(value: Any) -> str:

@@ -26,6 +26,14 @@ def test_questions_on_one_passage_are_found():
     assert together(found) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
 
 
+@pytest.mark.parametrize("field", ["source_id", "passage_id", "articleId", "VideoID"])
+def test_a_field_that_names_the_source_joins(field):
+    """HellaSwag has two contexts of each video, and names it."""
+    found = clusters_of(samples([{field: f"v{n // 2}", "ctx": f"{n}"} for n in range(8)]))
+    assert (found.field, together(found)) == (field, [[0, 1], [2, 3], [4, 5], [6, 7]])
+    assert clusters_of(samples([{"idx": n // 2, "question_id": n // 2} for n in range(8)])).field == ""
+
+
 def test_documents_are_joined_through_each_other():
     """A shares its context with B, and B its story with C."""
     docs = [{"context": PASSAGES[0], "story": PASSAGES[1]}, {"context": PASSAGES[0], "story": PASSAGES[2]},
