@@ -11,21 +11,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from statistics import median
 from typing import Any
 
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import Grid, grid_of
 
+_LONE = 5
 _BITS, _KV = (2, 3, 4, 8), (16, 8, 4, 3, 2)
 _PROMPT = "The following are multiple choice questions about {{subject}}.\n\n{{question}}\nAnswer:"
 
 
-def report(files: int, tasks: int, repeats: int) -> str:
+def report(files: int, repeats: int, tasks: int = 20) -> str:
     """A markdown table: seconds, files a second, and the time as a multiple of json.loads'.
 
-    Raises AssertionError where a comparison is missing or of another run.
+    Raises ConfigError where a comparison is missing, or one was made that has no partner.
     """
-    times: dict[str, list[float]] = {"json.loads": [], "reading": [], "comparing": []}
+    times: dict[str, list[float]] = {"json.loads of each": [], "reading": [], "comparing": []}
     with tempfile.TemporaryDirectory(prefix="intactkv-bench-") as name:
         folder = Path(name)
         size = write_results(folder, files, tasks)
@@ -55,13 +58,16 @@ def write_results(folder: Path, files: int, tasks: int) -> int:
 
 
 def _cells() -> Iterator[dict[str, Any]]:
-    """Each model in full precision, then all its quantized cells, as baseline and behind the intact pivot."""
+    """Each model in full precision, then all its quantized cells, as baseline and behind the intact pivot.
+
+    Every fifth model has no baselines: the report then looks for the nearest run, and says what differs.
+    """
     model = 0
     while True:
         name = f"model-{model:04d}"
         plain = [(None, 16)] + [(bits, kv) for bits in _BITS for kv in _KV]
         for bits, kv in plain:
-            for intact in (False, True) if bits else (False,):
+            for intact in (False,) if bits is None else (True,) if model % _LONE == _LONE - 1 else (False, True):
                 weights = {"method": "rtn", "bits": bits, "group_size": 64} if bits else {}
                 yield {
                     "model": {"pretrained": name, "dtype": "bfloat16"},
@@ -104,12 +110,27 @@ def _content(number: int, cell: dict[str, Any], tasks: int, draw: Random) -> dic
 
 def _check(grid: Grid) -> None:
     for row in grid.rows:
+        cell = row.identity.cell
+        is_lone = int(cell.model.pretrained.rpartition("-")[2]) % _LONE == _LONE - 1
         for entry in row.entries.values():
-            found, run = entry.found, row.identity
-            wanted = run.cell.pivot.intact
-            assert wanted == (found.to_baseline is not None), (row.labels, entry.unpaired)
-            assert run.is_full_precision == (found.to_full_precision is None), row.labels
+            found = entry.found
+            has_baseline, has_full = found.to_baseline is not None, found.to_full_precision is not None
+            is_right = has_baseline == (cell.pivot.intact and not is_lone) == (cell.pivot.intact and not entry.unpaired)
+            if not is_right or has_full == row.identity.is_full_precision:
+                raise ConfigError(f"{', '.join(row.labels)}: compared with a run that is not its partner: report it")
 
 
 def _table(times: dict[str, list[float]], files: int, tasks: int, size: int) -> str:
-    return ""
+    repeats = len(times["reading"])
+    lines = [
+        f"{files} results files of {tasks} tasks, {size / 1e6:.0f} MB, no samples, one process, medians of {repeats} "
+        "runs; every comparison checked",
+        "",
+        "| work | seconds | files/s | times json.loads |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    middle = {name: median(seconds) for name, seconds in times.items()}
+    plain = middle["json.loads of each"]
+    for name, seconds in {**middle, "both": middle["reading"] + middle["comparing"]}.items():
+        lines.append(f"| {name} | {seconds:.1f} | {files / seconds:.0f} | {seconds / plain:.1f} |")
+    return "\n".join(lines)

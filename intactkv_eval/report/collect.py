@@ -18,6 +18,7 @@ from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
@@ -86,6 +87,7 @@ class Run:
     rows: str | None = None
 
 
+@without_collector()
 def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], int]:
     """All runs below the folders (or files), oldest first, and how many results files were not of this package.
 

@@ -16,6 +16,7 @@ from intactkv_eval.report.family import Verdict, verdicts
 from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.index import RunIndex
 from intactkv_eval.report.labels import labels_of
+from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.refused import Unpaired
 from intactkv_eval.report.score import Score
@@ -106,6 +107,7 @@ class Grid:
         return {(labels, one.task): one.word for labels, one in reversed(self.absent)}  # of several the first
 
 
+@without_collector()
 def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     """All runs, one row a cell, full precision first; of several runs of one measurement the newest counts.
 
