@@ -52,7 +52,7 @@ def write_results(folder: Path, files: int, tasks: int) -> int:
     draw, size = Random(0), 0
     for number, cell in zip(range(files), _cells(), strict=False):
         path = folder / f"{number // 100:04d}" / f"results_{number:06d}.json"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         size += path.write_text(json.dumps(_content(number, cell, tasks, draw)), encoding="utf-8")
     return size
 
