@@ -40,6 +40,7 @@ class Bench(str, Enum):
     decode = "decode"
     loading = "loading"
     talks = "talks"
+    report = "report"
 
 
 def _late(module: str, name: str) -> Any:
@@ -238,15 +239,18 @@ def bench(
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, help="Runs of each (3); the median counts.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="talks: new tokens of an answer, at most (64).")] = None,
+    files: Annotated[int | None, typer.Option(min=1, help="report: results files (10000).")] = None,
 ) -> None:
-    """Measure against lm_eval's own hf in one run; a ratio is shown only if the answers agree.
+    """Measure against a rival in one run, lm_eval's own hf if none is named; a ratio is shown only if answers agree.
 
     scoring: log-likelihoods. decode: tokens a second on packed weights. loading: peak memory of a packed checkpoint.
-    talks: MT-Bench's conversations, against transformers' generate question by question.
+    talks: MT-Bench's conversations, against transformers' generate question by question. report: reading and comparing
+    many results files, made for it, against json.loads of them.
     """
     scores, talks = what is Bench.scoring, what is Bench.talks
     idle = {"--task": task and not scores, "--batch-size": batch_size and not scores, "--dtype": dtype and not scores,
-            "--limit": limit and not (scores or talks), "--tokens": tokens and not talks}  # fmt: skip
+            "--limit": limit and not (scores or talks), "--tokens": tokens and not talks,
+            "--files": files and what is not Bench.report, "--model": model and what is Bench.report}  # fmt: skip
     for name, value in idle.items():
         if value:
             raise ConfigError(f"{name}: does nothing for bench {what.value}")
@@ -256,6 +260,8 @@ def bench(
         if model is None:
             raise ConfigError("bench loading: name the packed checkpoint's folder with --model")
         say(_late("bench.loading", "loading")(Path(model)))
+    elif what is Bench.report:
+        say(_late("bench.report", "report")(files or 10_000, repeats or 1))
     elif what is Bench.decode:
         say(_late("bench.decode", "decode")(model, repeats or 3))
     elif talks:

@@ -8,9 +8,11 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 STRUCK = "[credential struck out]"
+_SHORT = 200  # letters of a text that is likely to come again
 
 # Sequences that a terminal obeys: CSI to its end, of others (titles, links) the two letters that begin them.
 _ESCAPES = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
@@ -64,10 +66,17 @@ def struck(text: str) -> str:
     """The text without what looks like a credential: tokens of hubs and APIs, `user:password@` of an address, and the
     values of keys such as token, password, api_key, secret and authorization.
     """
+    return _struck_short(text) if len(text) <= _SHORT else _struck(text)
+
+
+def _struck(text: str) -> str:
     text = _USER.sub(f"{STRUCK}@", text)
     text = _NAMED.sub(lambda found: f"{found[1]}{STRUCK}", text)
     text = _BEARER.sub(lambda found: f"{found[1]} {STRUCK}", text)
     return _CREDENTIALS.sub(STRUCK, text)
+
+
+_struck_short = lru_cache(maxsize=4096)(_struck)  # the records of a folder say the same again and again
 
 
 def struck_record(value: Any) -> Any:

@@ -13,8 +13,10 @@ package imports lm_eval from here alone. Knows no model and no task of ours.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING
+from functools import wraps
 from importlib import import_module
 from typing import Any
 
@@ -49,6 +51,7 @@ __all__ = [
     "setup_logging",
     "simple_evaluate",
     "simple_parse_args_string",
+    "stamps_of_results",
     "stop_sequences_criteria",
     "task_base",
     "with_cpu_memory",
@@ -127,3 +130,26 @@ def rolling_text(request: Any) -> str:
 def rolling_value(answer: Any) -> float:
     """The log-likelihood in the answer to a rolling request."""
     return float(answer[0] if isinstance(answer, tuple) else answer)
+
+
+@contextmanager
+def stamps_of_results() -> Iterator[list[str]]:
+    """The dates by which this process names results files while it lasts: two processes may share a folder.
+
+    They are lm_eval's own, which its command makes and does not hand out.
+    """
+    stamps: list[str] = []
+    save = EvaluationTracker.save_results_aggregated
+
+    @wraps(save)
+    def noted(tracker: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            return save(tracker, *arguments, **named)
+        finally:
+            stamps.extend([tracker.date_id] if getattr(tracker, "date_id", None) else [])
+
+    EvaluationTracker.save_results_aggregated = noted
+    try:
+        yield stamps
+    finally:
+        EvaluationTracker.save_results_aggregated = save

@@ -18,6 +18,7 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.plain_pickle import read_plain
 
 _MOST_BYTES = 64 * 2**20  # of an answer
+_WAIT = 30.0  # seconds for another process to end its writing
 _COLUMNS = re.compile(
     r"""CREATE\s+TABLE\s+("[^"]*"|\w+)\s*\(\s*key\s+TEXT\s+PRIMARY\s+KEY\s*,\s*value\s+BLOB\s*\)""", re.I
 )
@@ -36,17 +37,28 @@ def guard_response_cache(cache_hook: Any, record: Mapping[str, Any], chat_date: 
     _check_plain(answers.filename, answers.tablename)
     answers.decode = _plain  # what comes into the file later is read no otherwise
     identity = hashlib.sha256(json.dumps(_without_date(record), sort_keys=True).encode()).hexdigest()
+    _claim(answers, identity)
     owner = answers.get(_KEY)
-    if owner is None and len(answers):
+    if owner is None:
         raise ConfigError("--use_cache: this file was filled by another model class; name a new file for this cell")
-    if owner not in {None, identity}:
+    if owner != identity:
         raise ConfigError(
             "--use_cache: this file holds the answers of another cell, or of this cell by an older revision of a "
             "formula; name one file for each cell, and a new file after an update of intactkv-eval"
             + _other_date(answers.get(_DATE), chat_date)
         )
-    answers[_KEY], answers[_DATE] = identity, chat_date
+    answers[_DATE] = chat_date
     answers.commit()
+
+
+def _claim(answers: Any, identity: str) -> None:
+    """Write an owner into an empty file, in one step: of two cells that begin at once one is the owner."""
+    with closing(sqlite3.connect(answers.filename, timeout=_WAIT)) as file, file:
+        file.execute(
+            f'INSERT INTO "{answers.tablename}" (key, value) SELECT ?, ? '
+            f'WHERE NOT EXISTS (SELECT 1 FROM "{answers.tablename}")',
+            (_KEY, answers.encode(identity)),
+        )
 
 
 def _without_date(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import gc
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from intactkv_eval.calibrate.vicuna import is_vicuna
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.files import locked
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.chat_date import date_of, moment_of_run
@@ -117,20 +119,37 @@ def _calibrated(
     check_same_source(cell, full.pivoted_model.pivot, reference)
     check_recompute(full.pivoted_model.model, asked.recompute)
     ranks = Ranks(full.rank, full.world_size)
-    wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
-    conversations = _answered(full, conversations, asked.answer, out, ranks)
-    longest = min(asked.tokens, full.max_length)
-    _check_frequencies(full.pivoted_model, longest)
-    examples = examples_of(
-        conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat
-    )
-    held_out = [examples[place] for place in split(len(examples), settings)[1]]
-    nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
-    targets = _targets(full, examples, cell, asked, folder, ranks)
-    del full
-    gc.collect()
-    lm = IntactKVLM(**arguments, **loading)
-    return _train(lm, conversations, examples, targets, nats, asked, settings, folder, out, ranks)
+    with _alone(out, ranks):
+        wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
+        conversations = _answered(full, conversations, asked.answer, out, ranks)
+        longest = min(asked.tokens, full.max_length)
+        _check_frequencies(full.pivoted_model, longest)
+        examples = examples_of(
+            conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat
+        )
+        held_out = [examples[place] for place in split(len(examples), settings)[1]]
+        nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
+        targets = _targets(full, examples, cell, asked, folder, ranks)
+        del full
+        gc.collect()
+        lm = IntactKVLM(**arguments, **loading)
+        return _train(lm, conversations, examples, targets, nats, asked, settings, folder, out, ranks)
+
+
+@contextmanager
+def _alone(out: Path, ranks: Ranks) -> Iterator[None]:
+    """Raises ConfigError where another process trains rows for the same file: they would share what lies beside it."""
+    if ranks.rank != 0:
+        yield
+        return
+    place = out.with_name(f".{out.name}.lock")
+    with locked(place, wait=False) as ours:
+        if not ours:
+            raise ConfigError(f"{out}: another intactkv calibrate is writing it; wait for it, or name another --out")
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
 
 
 def _check_frequencies(pivoted: PivotedModel, longest: int) -> None:

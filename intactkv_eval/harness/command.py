@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging
+from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, stamps_of_results
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import checked_cell, split_model_args
@@ -43,10 +43,10 @@ def run_lm_eval(arguments: list[str]) -> None:
     _check(parsed)
     out = _output_of(parsed)
     before = results_below(out) if out is not None else {}
-    with cache_explained():
+    with cache_explained(), stamps_of_results() as stamps:
         command.execute(parsed)
     if out is not None and os.environ.get("RANK", "0") == "0":
-        check_written(out, before, bool(getattr(parsed, "log_samples", False)))
+        check_written(out, before, bool(getattr(parsed, "log_samples", False)), stamps)
 
 
 def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Path) -> PivotKV:

@@ -3,7 +3,7 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ def results_below(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in found} if folder.parent.is_dir() else {}
 
 
-def check_written(folder: Path, before: Mapping[Path, int], samples: bool) -> None:
+def check_written(folder: Path, before: Mapping[Path, int], samples: bool, stamps: Iterable[str] = ()) -> None:
     """Raise CheckpointError unless a whole results file came to `before`, and its samples where they were asked for.
 
-    Where lm_eval cannot write, it goes on as if it had.
+    Where lm_eval cannot write, it goes on as if it had. stamps: how the names of this run's files end, where that is
+    known: another process may be writing into the same folder.
     """
     new = [path for path, at in results_below(folder).items() if before.get(path) != at]
+    own = set(stamps)
+    new = [path for path in new if not own or path.stem.rpartition("_")[2] in own]
     for path in new:
         try:
             tasks = list(json.loads(path.read_text(encoding="utf-8"))["configs"]) if samples else ()

@@ -6,7 +6,8 @@ Only runs of this package's model class have a cell; others are left out and cou
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,9 +18,11 @@ from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
+from intactkv_eval.report.settings import SharedSettings
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
@@ -45,6 +48,18 @@ class Identity:
     job: str | None = None
     behind: str | None = None
     formulas: tuple[tuple[str, int], ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once: every figure of a report is looked up by its identity."""
+        return hash(tuple(getattr(self, one.name) for one in fields(self)))
+
+    def without_hash(self) -> "Identity":
+        """Whatever weights it is of."""
+        return replace(self, source_hash=None)
 
     @property
     def stale(self) -> list[str]:
@@ -72,6 +87,7 @@ class Run:
     rows: str | None = None
 
 
+@without_collector()
 def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], int]:
     """All runs below the folders (or files), oldest first, and how many results files were not of this package.
 
@@ -86,7 +102,13 @@ def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], i
         if not found:
             raise ConfigError(f"{folder}: holds no results_*.json; run lm_eval with --output_path {folder}")
         files += found
-    runs = [run for run in (read_run(file, leaves) for file in dict.fromkeys(files)) if run is not None]
+    known: dict[Identity, Identity] = {}
+    shared = SharedSettings()
+    runs = []
+    for file in dict.fromkeys(files):
+        run = read_run(file, leaves, shared)
+        if run is not None:
+            runs.append(replace(run, identity=known.setdefault(run.identity, run.identity)))
     return sorted(runs, key=lambda run: (run.date, str(run.path))), len(set(files)) - len(runs)
 
 
@@ -137,15 +159,18 @@ def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
     return cell.model_copy(update={"kv": cell.kv.model_copy(update={"levels": named})})
 
 
-def read_run(path: Path, leaves: bool = False) -> Run | None:
-    """The run of a results file; None where another model class made it. Raises ConfigError for a damaged file."""
+def read_run(path: Path, leaves: bool = False, shared: SharedSettings | None = None) -> Run | None:
+    """The run of a results file; None where another model class made it. Raises ConfigError for a damaged file.
+
+    shared: the settings of the files that were read before, of which equal ones are not made anew.
+    """
     try:
         content = parse_json(path.read_bytes())
         record = content["config"].get("intactkv")
         if record is None:
             return None
         identity = identity_of(record)
-        scores = {score.task: with_own_error(score) for score in read_scores(path, content, record, leaves)}
+        scores = {score.task: with_own_error(score) for score in read_scores(path, content, record, leaves, shared)}
         date, tokens = float(content["date"]), tuple(int(token) for token in record["pivot_tokens"])
         if not isfinite(date):
             raise ValueError(f"date {date}")

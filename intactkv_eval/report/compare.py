@@ -4,19 +4,18 @@ delta = value - other's value
 share = (baseline - intact) / (baseline - full precision), of log-likelihoods where the figure is a perplexity
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import expm1, hypot, inf, isfinite
 
-from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
-from intactkv_eval.report.collect import Identity, Run
+from intactkv_eval.report.collect import Run
+from intactkv_eval.report.identities import BOS
+from intactkv_eval.report.index import RunIndex
 from intactkv_eval.report.missing import missing_baseline
 from intactkv_eval.report.pairing import is_paired, paired_test, share_between
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.share import Share
 from intactkv_eval.report.significance import Test
-
-_ANY = "bos"  # stands for every source of tokens; which these are is compared by themselves
 
 
 @dataclass(frozen=True)
@@ -69,17 +68,22 @@ def compare(run: Run, task: str, runs: Sequence[Run]) -> Comparison:
     A checkpoint that was calibrated behind the pivot has no honest baseline of its own: without that pivot it does what
     it was never made for. Its baseline is the plainly calibrated checkpoint, which computes the pivot's tokens itself.
     """
+    return compare_within(run, task, RunIndex(runs))
+
+
+def compare_within(run: Run, task: str, runs: RunIndex) -> Comparison:
+    """`compare`, for the figures of many runs: these are indexed once."""
     score, identity = run.scores[task], run.identity
     intact, is_behind = identity.cell.pivot.intact, identity.behind is not None
-    plain = _plain_score(run, task, runs) if is_behind else None
+    plain = runs.newest("plain", run, task) if is_behind else None
     baseline, wanted = None, ""
     if intact and is_behind:
-        baseline = _plain_baseline(run, task, runs)
+        baseline = runs.newest("plain baseline", run, task)
         wanted = "" if baseline else missing_baseline(identity, score, has_checkpoint=plain is not None)
     elif intact:
-        baseline = _score_of(baseline_of(identity), run, task, runs)
-    full = None if identity.is_full_precision else _score_of(full_precision_of(identity), run, task, runs)
-    bos = _bos_score(run, task, runs) if intact and identity.cell.pivot.source != _ANY else None
+        baseline = runs.newest("baseline", run, task)
+    full = None if identity.is_full_precision else runs.newest("full precision", run, task)
+    bos = runs.newest("bos", run, task) if intact and identity.cell.pivot.source != BOS else None
     share = share_between(score, baseline, full) if baseline and full else None
     return Comparison(
         score=score,
@@ -123,58 +127,6 @@ def _unpaired_stderr(one: Score, other: Score) -> float | None:
     return hypot(one.stderr, other.stderr)
 
 
-def _score_of(wanted: Identity, run: Run, task: str, runs: Sequence[Run]) -> Score | None:
-    return _newest(lambda identity: comparable(identity, wanted) == wanted, run, task, runs)
-
-
-def _plain_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
-    """Of another checkpoint, so of other weights, by the same job."""
-    wanted = _by_job(run.identity)
-    return _newest(lambda identity: identity.behind is None and _by_job(identity) == wanted, run, task, runs)
-
-
-def _plain_baseline(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
-    """Of the plainly calibrated checkpoint that computes the same tokens itself."""
-    wanted = _by_job(baseline_of(run.identity))
-
-    def fits(identity: Identity) -> bool:
-        is_plain = identity.behind is None and not identity.cell.pivot.intact
-        return is_plain and _by_job(_by_tokens(identity)) == wanted
-
-    return _newest(fits, run, task, runs)
-
-
-def _bos_score(run: Run, task: str, runs: Sequence[Run]) -> Score | None:
-    """Of the same cell but for its tokens in front."""
-    wanted = baseline_of(run.identity)
-
-    def fits(identity: Identity) -> bool:
-        pivot = identity.cell.pivot
-        return pivot.intact and pivot.source == _ANY and comparable(baseline_of(identity), wanted) == wanted
-
-    return _newest(fits, run, task, runs, same_tokens=False)
-
-
-def _by_job(identity: Identity) -> Identity:
-    model = identity.cell.model.model_copy(update={"pretrained": ""})
-    cell = identity.cell.model_copy(update={"model": model})
-    return replace(identity, cell=cell, source_hash=None, checkpoint=None, behind=None)
-
-
-def _newest(
-    fits: Callable[[Identity], bool], run: Run, task: str, runs: Sequence[Run], same_tokens: bool = True
-) -> Score | None:
-    """The newest score of a model on the same task, behind the same tokens, under the same settings."""
-    for other in reversed(runs):
-        if same_tokens and other.pivot_tokens != run.pivot_tokens:
-            continue
-        if not fits(other.identity) or task not in other.scores:
-            continue
-        if not unlike(run.scores[task], other.scores[task]):
-            return other.scores[task]
-    return None
-
-
 def unlike(one: Score, other: Score) -> list[str]:
     """What makes two scores different measurements, named with both sides; empty where they are the same."""
     found = [
@@ -193,48 +145,3 @@ def unlike(one: Score, other: Score) -> list[str]:
     if not isfinite(one.value - other.value):
         found.append(f"figures, one of which is no number ({one.value}, {other.value})")
     return found
-
-
-def comparable(identity: Identity, wanted: Identity) -> Identity:
-    """An identity as it is compared with `wanted`: named by its tokens, its weights' hash only where that is known."""
-    found = _by_tokens(identity)
-    return replace(found, source_hash=wanted.source_hash and found.source_hash)
-
-
-def _by_tokens(identity: Identity) -> Identity:
-    """Tokens that are computed are the same wherever their ids come from: a name, a list or a file."""
-    pivot = identity.cell.pivot
-    if pivot.intact:
-        return identity
-    pivot = pivot.model_copy(update={"source": _ANY})
-    return replace(identity, cell=identity.cell.model_copy(update={"pivot": pivot}))
-
-
-def baseline_of(identity: Identity) -> Identity:
-    """The same model, the same tokens in front, computed by itself."""
-    cell = identity.cell
-    pivot = cell.pivot.model_copy(update={"intact": False, "source": _ANY, "transfer": False})
-    model = cell.model.model_copy(update={"reference": None})
-    kv = cell.kv.model_copy(update={"exempt": True})  # of intact rows alone
-    formulas = tuple(one for one in identity.formulas if not one[0].startswith("calibration"))  # of the intact rows
-    cell = cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv})
-    return replace(identity, cell=cell, formulas=formulas)
-
-
-def full_precision_of(identity: Identity) -> Identity:
-    """Nothing quantized. A checkpoint quantized elsewhere is compared with its reference, whose weights are others."""
-    baseline = baseline_of(identity).cell
-    reference = identity.cell.model.reference or identity.made_from
-    other = {"pretrained": reference, "revision": "main"} if reference else {}
-    model = baseline.model.model_copy(update=other)
-    cell = baseline.model_copy(
-        update={
-            "weights": WeightSpec(),
-            "kv": KVSpec(),
-            "activations": ActivationSpec(),
-            "backend": "auto",
-            "model": model,
-        }
-    )
-    source = None if reference else identity.source_hash
-    return Identity(cell=cell, hf_arguments=identity.hf_arguments, source_hash=source)

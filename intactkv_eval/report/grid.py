@@ -4,20 +4,24 @@ Renderers (markdown, CSV, LaTeX, JSON, the page) read this and nothing else. Kno
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import PurePath
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import Identity, Run, identity_of
-from intactkv_eval.report.compare import Comparison, compare
+from intactkv_eval.report.compare import Comparison, compare_within
 from intactkv_eval.report.family import Verdict, verdicts
 from intactkv_eval.report.incomplete import JUDGED
+from intactkv_eval.report.index import RunIndex
 from intactkv_eval.report.labels import labels_of
+from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.planned import Absent
-from intactkv_eval.report.refused import why_unpaired
+from intactkv_eval.report.refused import Unpaired
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.seeds import seeds_merged
+from intactkv_eval.report.settings import frozen
 from intactkv_eval.report.share import ShareSet
 
 Column = tuple[str, str, str]
@@ -96,9 +100,14 @@ class Grid:
 
     def gap(self, row: Row, column: Column) -> str:
         """`missing` or `failed` where a sweep planned this figure and has it not; else nothing."""
-        return next((one.word for labels, one in self.absent if (labels, one.task) == (row.labels, column[0])), "")
+        return self._words.get((row.labels, column[0]), "")
+
+    @cached_property
+    def _words(self) -> dict[tuple[tuple[str, str, str, str], str], str]:
+        return {(labels, one.task): one.word for labels, one in reversed(self.absent)}  # of several the first
 
 
+@without_collector()
 def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     """All runs, one row a cell, full precision first; of several runs of one measurement the newest counts.
 
@@ -112,12 +121,16 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     if not runs:
         raise ConfigError("the runs hold no figure to compare; answers of mt_bench get theirs from intactkv judge")
     scores = {score.column: score for run in runs for score in run.scores.values()}
-    titles = {column: _title(score, list(scores.values())) for column, score in scores.items()}
+    titles = _titles(scores)
+    places = {column: place for place, column in enumerate(scores)}
+    index = RunIndex(runs)
+    unpaired = Unpaired(index)
     rows = []
     lacking = [(_planned(one), one) for one in absent]
     named = labels_of([*(run.identity for run in runs), *(identity for identity, _ in lacking)])
     for identity, scored in _by_cell(runs):
-        entries = {column: _entry(scored[column], column[0], runs) for column in scores if column in scored}
+        ordered = sorted(scored, key=places.__getitem__)
+        entries = {column: _entry(scored[column], column[0], index, unpaired) for column in ordered}
         rows.append(Row(identity, named[identity], entries))
     rows = [_marked_stale(row) for row in _pivots_told_apart(rows)]
     gaps = tuple((named[identity], one) for identity, one in lacking)
@@ -173,10 +186,10 @@ _OF_PIVOT: Sequence[Callable[[Row], str]] = (
 )
 
 
-def _entry(run: Run, task: str, runs: Sequence[Run]) -> Entry:
-    found = compare(run, task, runs)
+def _entry(run: Run, task: str, index: RunIndex, unpaired: Unpaired) -> Entry:
+    found = compare_within(run, task, index)
     wanted = run.identity.cell.pivot.intact and found.to_baseline is None
-    return Entry(run, found, unpaired=(found.wanted or why_unpaired(run, task, runs)) if wanted else "")
+    return Entry(run, found, unpaired=(found.wanted or unpaired.why(run, task)) if wanted else "")
 
 
 def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
@@ -231,17 +244,26 @@ def _by_cell(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
     return [(key[0], scored) for key, scored in sorted(found.items(), key=place)]
 
 
-def _title(score: Score, columns: Sequence[Score]) -> str:
-    """Task and metric, the protocol, and what sets this column apart from others of the same task."""
+def _titles(scores: Mapping[Column, Score]) -> dict[Column, str]:
+    """The title of each column, with the settings in which it differs from others of the same task."""
+    values: dict[tuple[str, str], set[Hashable]] = defaultdict(set)
+    for score in scores.values():
+        for key, value in score.settings.items():
+            values[score.task, key].add(frozen(value))
+    several = {place for place, found in values.items() if len(found) > 1}
+    return {column: _title(score, several) for column, score in scores.items()}
+
+
+def _title(score: Score, several: Container[tuple[str, str]]) -> str:
+    """Task and metric, the protocol, and what sets this column apart: the settings of its task that have `several`."""
     arrow = "↑" if score.higher_is_better else "↓"
     notes = [score.settings["protocol"]]
     if score.settings["limit"]:
         notes.append(f"limit {score.settings['limit']:g}")
     if score.settings[JUDGED]:
         notes.append(f"{score.settings[JUDGED]} questions judged whole")
-    others = [other for other in columns if other.task == score.task and other is not score]
     for key, value in score.settings.items():
-        if key not in {"protocol", "limit", JUDGED} and any(other.settings[key] != value for other in others):
+        if key not in {"protocol", "limit", JUDGED} and (score.task, key) in several:
             notes.append(f"{key} {value}")
     named = ", ".join(str(note) for note in notes if note)
     return f"{score.task} {score.metric}{arrow}" + (f" ({named})" if named else "")

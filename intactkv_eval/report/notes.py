@@ -1,6 +1,6 @@
 """What stands below a table: what its columns mean, what was resampled, and how many differences were tested."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from intactkv_eval.report.grid import Column, Entry, Grid
 from intactkv_eval.report.pairing import unit_of
@@ -28,21 +28,24 @@ _KINDS = (("Δ base", "base"), ("Δ fp", "fp"), ("Δ plain", "plain"), ("Δ bos"
 
 def testing(grid: Grid) -> list[str]:
     """Of each column: the units that are resampled, the tests that were made, and how many stand together."""
-    return [line for column in grid.columns if (line := _of_column(grid, column))]
+    columns: dict[Column, list[Entry]] = {column: [] for column in grid.columns}
+    for row in grid.rows:
+        for column, entry in row.entries.items():
+            columns[column].append(entry)
+    return [_of_column(grid.titles[column], entries) for column, entries in columns.items()]
 
 
-def _of_column(grid: Grid, column: Column) -> str:
-    entries = [(row.labels[0], row.entries[column]) for row in grid.rows if column in row.entries]
-    units = _different(unit_of(entry.found.score) for _, entry in entries)
+def _of_column(title: str, entries: Sequence[Entry]) -> str:
+    units = _different(unit_of(entry.found.score) for entry in entries)
     counts = [
         f"{', '.join(map(str, tests))} of {name}"
         for name, kind in _KINDS
-        if (tests := sorted({verdict.tests for _, entry in entries if (verdict := getattr(entry, kind))}))
+        if (tests := sorted({verdict.tests for entry in entries if (verdict := getattr(entry, kind))}))
     ]
-    methods = _different(method for _, entry in entries for method in _methods(entry))
+    methods = _different(method for entry in entries for method in _methods(entry))
     if not units:
-        return f"{grid.titles[column]}: no samples were logged, so nothing is tested (--log_samples)"
-    said = f"{grid.titles[column]}: resampled are {'; '.join(units)}"
+        return f"{title}: no samples were logged, so nothing is tested (--log_samples)"
+    said = f"{title}: resampled are {'; '.join(units)}"
     if counts:
         said += f"; tests that stand together: {', '.join(counts)}; by {' and '.join(methods)}"
     return said

@@ -7,7 +7,7 @@ from typing import Any
 from intactkv_eval.messages import clean, struck_record
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
-from intactkv_eval.report.grid import Entry, Grid
+from intactkv_eval.report.grid import Entry, Grid, Row
 from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.pairing import unit_of
 
@@ -32,26 +32,38 @@ def absent_records(grid: Grid) -> list[dict[str, object]]:
 
 def records(grid: Grid) -> list[dict[str, object]]:
     """Every figure as values that JSON can hold."""
-    return [
-        _storable(
-            {
-                "cell": row.identity.cell.model_dump(mode="json"),
-                "hf_arguments": dict(row.identity.hf_arguments),
-                "checkpoint": row.identity.checkpoint,
-                "formulas": dict(row.identity.formulas),
-                "stale": row.identity.stale,
-                "pivot_tokens": entry.run.pivot_tokens,
-                **dict(zip(HEAD, row.labels, strict=True)),
-                **_figures(grid.titles[column], entry),
-                "higher_is_better": entry.found.score.higher_is_better,
-                "settings": entry.found.score.settings,
-                "unpaired": entry.unpaired,
-                "status": "done",
-            }
-        )
-        for row in grid.rows
-        for column, entry in row.entries.items()
-    ]
+    settings: dict[int, Any] = {}  # of the scores, which share most of them
+    found = []
+    for row in grid.rows:
+        cell = _storable(_of_row(row)) if row.entries else {}
+        for column, entry in row.entries.items():
+            score = entry.found.score
+            if id(score.settings) not in settings:
+                settings[id(score.settings)] = _storable({"settings": score.settings})
+            found.append(
+                {
+                    **cell,
+                    **_storable(_figures(grid.titles[column], entry)),
+                    "higher_is_better": score.higher_is_better,
+                    **settings[id(score.settings)],
+                    **_storable({"unpaired": entry.unpaired}),
+                    "status": "done",
+                }
+            )
+    return found
+
+
+def _of_row(row: Row) -> dict[str, object]:
+    """What all figures of a cell have."""
+    return {
+        "cell": row.identity.cell.model_dump(mode="json"),
+        "hf_arguments": dict(row.identity.hf_arguments),
+        "checkpoint": row.identity.checkpoint,
+        "formulas": dict(row.identity.formulas),
+        "stale": row.identity.stale,
+        "pivot_tokens": row.run.pivot_tokens,
+        **dict(zip(HEAD, row.labels, strict=True)),
+    }
 
 
 def numbers(title: str, entry: Entry) -> dict[str, object]:

@@ -8,6 +8,7 @@ A model is known by the words of its name (`Vicuna-v1.5-7B` is `lmsys/vicuna-7b-
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,17 +80,26 @@ def beside(grid: Grid) -> list[Beside]:
     for row in grid.rows:
         key = _key(row.identity)
         for column, entry in row.entries.items():
-            for one in figures() if isfinite(entry.found.score.value) else ():
-                if (one.key, one.task, one.metric) == (_as_printed(key, one.task), column[0], column[1]):
-                    scale = 100 if one.metric == "acc" else 1
-                    error = entry.found.score.stderr
-                    found.append(
-                        Beside(
-                            row.labels, grid.titles[column], entry.found.score.value * scale,
-                            None if error is None else error * scale, one, _differs(entry, one),
-                        )
-                    )  # fmt: skip
+            printed = (_as_printed(key, column[0]), column[0], column[1])
+            for one in _by_place().get(printed, ()) if isfinite(entry.found.score.value) else ():
+                scale = 100 if one.metric == "acc" else 1
+                error = entry.found.score.stderr
+                found.append(
+                    Beside(
+                        row.labels, grid.titles[column], entry.found.score.value * scale,
+                        None if error is None else error * scale, one, _differs(entry, one),
+                    )
+                )  # fmt: skip
     return found
+
+
+@lru_cache(maxsize=1)
+def _by_place() -> dict[tuple[object, ...], list[Published]]:
+    """The figures of each cell, task and metric."""
+    found: dict[tuple[object, ...], list[Published]] = defaultdict(list)
+    for one in figures():
+        found[one.key, one.task, one.metric].append(one)
+    return dict(found)
 
 
 def _as_printed(key: tuple[object, ...], task: str) -> tuple[object, ...]:

@@ -1,5 +1,6 @@
 """The samples that lm_eval logs beside a results file: a task's figure of every document, and which belong together."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,12 @@ def read_samples(results: Path, task: str, metric: str, name: str | None, cluste
     Raises ValueError for an id that is none, or comes twice (another run's lines behind this one's), and for a cluster
     that documents do not have.
     """
+    if not _is_there(results, task):
+        return Samples({}, clusters_of([], cluster))
     path = samples_of(results, task)
     values: dict[int, float] = {}
     rows = []
-    for row in read_jsonl(path) if path.is_file() else []:
+    for row in read_jsonl(path):
         if not isinstance(row.get(metric), int | float) or (name is not None and row.get("filter") != name):
             continue
         place = row["doc_id"]
@@ -42,3 +45,11 @@ def read_samples(results: Path, task: str, metric: str, name: str | None, cluste
         values[place] = float(row[metric])
         rows.append(row)
     return Samples(values, clusters_of(rows, cluster))
+
+
+def _is_there(results: Path, task: str) -> bool:
+    """Whether samples were logged. Most tasks of a large folder have none, and a path is slow to make."""
+    if os.sep in task:
+        return samples_of(results, task).is_file()  # refuses the name
+    name = results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl"
+    return os.path.isfile(os.path.join(results.parent, name))

@@ -5,14 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import exp, inf, isclose, isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from intactkv_eval.report.clusters import KEY
+from intactkv_eval.report.groups import Groups
 from intactkv_eval.report.incomplete import judge_settings, paired_figures
 from intactkv_eval.report.samples import read_samples
+from intactkv_eval.report.settings import SharedSettings, text_of
 
 _NO_SCORES = {"answer_tokens", "cut_answers", "empty_answers",  # of answers that nobody has judged
               "bypass"}  # lm_eval's, of --predict_only  # fmt: skip
@@ -49,24 +52,30 @@ class Score:
     clusters: Mapping[Document, str] = field(default_factory=dict)
     cluster_field: str = ""
 
-    @property
+    @cached_property
     def column(self) -> tuple[str, str, str]:
         """What of two scores must be equal for them to stand in one column."""
-        return self.task, self.metric, json.dumps(self.settings, sort_keys=True, default=str)
+        return self.task, self.metric, text_of(self.settings)
 
 
-def read_scores(path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool) -> Iterable[Score]:
-    """The main figure of each task and filter, of groups instead of what they hold unless `leaves`."""
+def read_scores(
+    path: Path, content: dict[str, Any], record: dict[str, Any], leaves: bool, shared: SharedSettings | None = None
+) -> Iterable[Score]:
+    """The main figure of each task and filter, of groups instead of what they hold unless `leaves`.
+
+    shared: settings that equal those of other files, as one object.
+    """
     children = content.get("group_subtasks", {})
+    shared, groups = shared or SharedSettings(), Groups(children)
     named = _without_groups(content["results"])
     shown: set[str] = set()
     for task in _in_order(content["results"], children, leaves):
         by_filter = _by_filter(content["results"][task])
         if not by_filter or task in shown:
             continue
-        shown |= _below(task, children)
-        inside = _leaves(task, children)
-        settings = _settings(task, content, record, inside)
+        groups.add_below(task, shown)
+        inside = groups.leaves(task)
+        settings = shared.of(_settings(task, content, record, inside))
         drawn = content["config"].get("fewshot_seed") if settings["num_fewshot"] else None
         for name, (metric, figures) in by_filter.items():
             score = _score(path, content, task, inside, metric, figures, name if len(by_filter) > 1 else None)
@@ -225,18 +234,6 @@ def _in_order(results: Mapping[str, Any], children: Mapping[str, list[str]], lea
     return sorted(results, key=lambda task: (task in inner, not children.get(task)))
 
 
-def _below(task: str, children: Mapping[str, list[str]]) -> set[str]:
-    """What a group holds, and what those hold; a file may name a group inside of itself."""
-    found: set[str] = set()
-    left = list(children.get(task, []))
-    while left:
-        name = left.pop()
-        if name not in found:
-            found.add(name)
-            left += children.get(name, [])
-    return found
-
-
 def _values(parts: Mapping[str, Mapping[int, float]], figure: float) -> tuple[dict[Document, float], dict[str, float]]:
     """The values that make up a figure, and the weights of their tasks: a group's are of documents, or of tasks, alike.
 
@@ -251,10 +248,6 @@ def _values(parts: Mapping[str, Mapping[int, float]], figure: float) -> tuple[di
     if isclose(fmean(fmean(part.values()) for part in parts.values()), figure, rel_tol=_SAME, abs_tol=_SAME):
         return values, {leaf: 1 / len(parts) for leaf in parts}
     return {}, {}
-
-
-def _leaves(task: str, children: Mapping[str, list[str]]) -> list[str]:
-    return sorted(name for name in _below(task, children) if not children.get(name)) or [task]
 
 
 def _documents(content: Mapping[str, Any], leaves: list[str]) -> str | None:

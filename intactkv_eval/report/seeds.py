@@ -27,10 +27,10 @@ def seeds_merged(runs: Sequence[Run]) -> list[Run]:
                 groups[key][str(score.settings["seed"])] = (run, score)  # the newest counts
     several = {key: found for key, found in groups.items() if len(found) > 1}
     merged = [_merged(found) for found in several.values()]
-    kept = [
-        _without(run, {key[3] for key in several if key[:3] == (run.identity, run.pivot_tokens, run.rows)})
-        for run in runs
-    ]
+    gone: dict[tuple[Identity, tuple[int, ...], str | None], set[tuple[str, str, str]]] = defaultdict(set)
+    for identity, tokens, rows, column in several:
+        gone[identity, tokens, rows].add(column)
+    kept = [_without(run, gone.get((run.identity, run.pivot_tokens, run.rows), set())) for run in runs]
     return sorted([*(run for run in kept if run.scores), *merged], key=lambda run: (run.date, str(run.path)))
 
 
@@ -39,6 +39,8 @@ def _without_seed(score: Score) -> Score:
 
 
 def _without(run: Run, columns: set[tuple[str, str, str]]) -> Run:
+    if not columns:
+        return run
     scores = {task: score for task, score in run.scores.items() if _without_seed(score).column not in columns}
     return replace(run, scores=scores)
 

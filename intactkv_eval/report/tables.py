@@ -20,6 +20,7 @@ from intactkv_eval.report.texts import chance, change, figures
 
 _MARKUP = re.compile(r"[\\|<*`]|(?<=\])\(")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the full-width signs too, which spreadsheets take alike
+_PLAIN = re.compile(r"[0-9pe .,+±%*\[\]-]*")  # a figure and its differences, in which no credential can be
 _PARTS = ("Δ base", "Δ fp", "recovered")
 
 
@@ -148,7 +149,7 @@ def markdown_row(values: Sequence[str]) -> str:
 
 def shown(text: str) -> str:
     """A text of a run on one line, without control characters and credentials."""
-    return struck(on_one_line(text))
+    return text if _PLAIN.fullmatch(text) else struck(on_one_line(text))
 
 
 def _marked_down(text: str) -> str:

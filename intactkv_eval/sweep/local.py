@@ -134,12 +134,12 @@ def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> No
 
 
 def _tried(workshop: Workshop, unit: Unit, place: Place, folder: SweepFolder) -> str | None:
-    begun = time.time()
+    begun = time.monotonic()  # a clock may go back
     try:
         workshop.run(unit, place, folder.start(unit.key))
     except IntactKVError as error:
         return str(error)
-    folder.place(unit.key, {"unit": unit.label, "seconds": time.time() - begun, "device": place.device})
+    folder.place(unit.key, {"unit": unit.label, "seconds": time.monotonic() - begun, "device": place.device})
     return None
 
 
