@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Pretrain
 from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, file_of, loads_as
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.trust import names_kernel
 
 _OURS = "intactkv_eval"
@@ -33,7 +34,7 @@ def check_no_adapter(pretrained: str) -> None:
     folder = Path(pretrained)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
-    base = parse_json((folder / "adapter_config.json").read_bytes())
+    base = parse_json(read_bytes(folder / "adapter_config.json"))
     name = base.get("base_model_name_or_path") if isinstance(base, dict) else None
     raise ConfigError(
         f"pretrained={pretrained}: the folder holds an adapter of peft, and no model: name the model that it belongs "

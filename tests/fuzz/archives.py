@@ -7,7 +7,7 @@ import tarfile
 
 import mutate
 
-from intactkv_eval.sweep.on_ray import unpack
+from intactkv_eval.sweep.archive import unpack
 
 
 def packed(folder):
