@@ -31,8 +31,8 @@ HEADER_BYTES = 100 * MIB  # of a safetensors, as safetensors itself has it
 TOKENIZER_BYTES = 512 * MIB  # of each file of a tokenizer; the largest known tokenizer.json has 35 MB
 TOKEN_ID = 10_000_000  # the highest id of a vocabulary; the largest has a quarter of a million
 TOKENIZER_STEPS = 256  # normalizers, decoders, ... of a tokenizer.json, of each kind
-TOKENIZER_GROWTH = 64  # characters that its steps, all together, make of one
-TOKENIZER_TEXT = 4096  # characters that a step puts in
+TOKENIZER_GROWTH = 1024  # characters that its steps, all together, make of one: 36 of a SentencePiece's, twice that
+TOKENIZER_TEXT = 4096  # characters or tokens that a step puts in front of a text
 
 LAYERS = 1_000  # five times what the deepest model has
 SHARDS = 10_000  # that an index names; the most known are a few hundred
