@@ -124,8 +124,13 @@ def check_regular(path: Path, most: int | None = None) -> None:
 @contextmanager
 def opened(path: Path, most: int) -> Iterator[IO[bytes]]:
     """A stranger's file, open for reading. Raises ValueError as `check_regular` does, or OSError."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # a pipe does not wait
-        _check(os.fstat(file.fileno()), most)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe does not wait
+    try:
+        _check(os.fstat(handle), most)
+    except ValueError:
+        os.close(handle)
+        raise
+    with os.fdopen(handle, "rb") as file:
         yield file
 
 

@@ -26,8 +26,8 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
-from intactkv_eval.messages import struck_record
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
+from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers

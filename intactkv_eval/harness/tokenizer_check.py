@@ -107,8 +107,8 @@ def _check_steps(pretrained: str, section: str, value: Mapping[str, Any]) -> Non
             )
     if growth > TOKENIZER_GROWTH:
         raise CheckpointError(
-            f"{pretrained}: the {section} of tokenizer.json makes up to {growth:.3g} characters of one, which fills the "
-            f"memory; expected at most {TOKENIZER_GROWTH:,}"
+            f"{pretrained}: the {section} of tokenizer.json makes up to {growth:.3g} characters of one, which fills "
+            f"the memory; expected at most {TOKENIZER_GROWTH:,}"
         )
 
 

@@ -24,12 +24,11 @@ from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.tables import legend, shown
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
-_BEGINS = {
-    ".png": re.compile(rb"\x89PNG\r\n\x1a\n"),
-    ".svg": re.compile(rb"(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>[]*(\[[^\]]*\]\s*)?>\s*)?(<!--.*?-->\s*)*<(svg:)?svg[\s>]", re.DOTALL),
-    ".jpg": re.compile(rb"\xff\xd8\xff"),
-}  # fmt: skip
-"""How files of these kinds begin."""
+_BEGINS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff"}
+_PROLOG = re.compile(
+    rb"\s*(<\?(?:(?!\?>).)*\?>|<!--(?:(?!-->).)*-->|<!DOCTYPE\s+svg[^>\[]*(?:\[[^\]]*\]\s*)?>)", re.DOTALL
+)
+_SVG = re.compile(rb"\s*<(svg:)?svg[\s>]")
 _HEAD = 2**16  # bytes of a picture in which that is seen
 _MORE = {
     "delta_plain": "Δ plain: to the same calibration without the pivot in front.",
@@ -111,6 +110,16 @@ def _picture(path: Path) -> bytes:
         content = read_bytes(path, PICTURE_BYTES)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be shown: {error}") from None
-    if not _BEGINS[path.suffix].match(content[:_HEAD]):
+    if not _is_picture(path.suffix, content[:_HEAD]):
         raise ConfigError(f"{path}: is no {path.suffix.removeprefix('.').upper()} picture by its first bytes")
     return content
+
+
+def _is_picture(suffix: str, head: bytes) -> bool:
+    """Whether a file begins as those of its kind do: an SVG with its element, behind declarations and comments."""
+    if suffix in _BEGINS:
+        return head.startswith(_BEGINS[suffix])
+    place = len(head) - len(head.removeprefix(b"\xef\xbb\xbf"))
+    while found := _PROLOG.match(head, place):
+        place = found.end()
+    return _SVG.match(head, place) is not None
