@@ -10,7 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import build_model
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from intactkv_eval.compat import transformers_api
 from intactkv_eval.errors import CheckpointError, IntactKVError
@@ -60,12 +67,21 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**SMALL, n_positions=64, n_embd=32, n_layer=2, n_head=2))
 
 
+def gpt_neo():
+    kinds = [[["global", "local"], 1]]
+    return GPTNeoForCausalLM(
+        GPTNeoConfig(
+            **SMALL, hidden_size=64, num_layers=2, num_heads=2, attention_types=kinds, max_position_embeddings=64
+        )
+    )
+
+
 def test_experts_and_positions_that_the_files_lack(saved):
     """They were allocated and filled with random numbers before anybody saw that they were missing."""
     folder = saved(mixtral())
     assert make(folder).model is not None
     said(folder / "config.json", num_local_experts=2**16, num_experts_per_tok=2)
-    refused(folder, r"describes weights of 1\.6 GiB .the largest is .*experts")
+    refused(folder, r"describes weights of 1\.5 GiB .the largest is .*experts")
     folder = saved(gpt2())
     said(folder / "config.json", n_positions=2**24)
     refused(
@@ -74,12 +90,12 @@ def test_experts_and_positions_that_the_files_lack(saved):
 
 
 def test_buffers_of_a_packed_checkpoint(saved, tmp_path):
-    """GPT-2's causal mask has the square of its positions, and packed checkpoints are built with their buffers."""
-    folder = saved(build_model("gpt2"))
+    """GPT-Neo's causal mask has the square of its positions, and packed checkpoints are built with their buffers."""
+    folder = saved(gpt_neo())
     job = job_from({"method": "rtn", "bits": 4, "group_size": 32, "symmetric": True}, [])
     quantize_to_folder(Source(str(folder)), tmp_path / "packed", "intactkv", job)
     assert make(tmp_path / "packed").model is not None
-    said(tmp_path / "packed" / "config.json", n_positions=2**16)
+    said(tmp_path / "packed" / "config.json", max_position_embeddings=2**16)
     refused(tmp_path / "packed", r"describes buffers of \d+\.\d GiB")
 
 
