@@ -249,3 +249,9 @@ def test_a_reference_is_looked_at_as_well(saved_llama, tmp_path):
     os.mkfifo(other / "config.json")
     with pytest.raises(IntactKVError, match="is a pipe"):
         make(saved_llama, pivot="bos", reference=str(other))
+
+
+def test_a_tokenizer_on_which_the_library_fails(saved_llama):
+    """A fault of a library in Rust is no Exception of Python: it ended in a traceback."""
+    said(saved_llama / "tokenizer.json", normalizer=replace({"Regex": "x*"}, "aaaa"))
+    refused(saved_llama, "the tokenizers library fails on its tokenizer.json")
