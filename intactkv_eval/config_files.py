@@ -7,6 +7,7 @@ from typing import Any
 from intactkv_eval.documents import parse_yaml
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import shipped_folder
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.trust import check_no_code
 
 
@@ -20,7 +21,7 @@ def load_config(name: str) -> dict[str, Any]:
             near = get_close_matches(name, known, n=3) or known
             raise ConfigError(f"config={name!r}: no such cell in model_configs/; near names: {', '.join(near)}")
     try:
-        loaded = parse_yaml(path.read_text(encoding="utf-8"))
+        loaded = parse_yaml(read_bytes(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):

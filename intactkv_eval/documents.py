@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-DEEPEST = 100  # levels; what walks through a document later may recurse
+from intactkv_eval.limits import DOCUMENT_DEPTH, DOCUMENT_VALUES, YAML_BYTES, YAML_MERGED_KEYS, human_size
+
 # A pickle is a program: a damaged one fails with whatever it comes to (the pickle module's own documentation says so).
 BROKEN_PICKLE = (pickle.PickleError, EOFError, AttributeError, ImportError, LookupError, ValueError, TypeError,
                  AssertionError, ArithmeticError, RuntimeError, struct.error, OSError)  # fmt: skip
-_MOST = 10_000_000  # values of a YAML once its aliases are written out
-_MOST_MERGED = 100_000  # keys that merges (<<) bring in, all together
+_TEXT = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)  # of JSON; one that does not end goes to the end
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # an escape of half a character outside of the first 65,536
 _MERGE, _VALUE, _FLOAT, _INT = (f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "float", "int"))
 _BROKEN_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, AttributeError, IndexError, TypeError)
@@ -69,8 +69,8 @@ class _Loader(yaml.SafeLoader):
             brought = self._with_merges(part)
             size += brought.size
             self._brought_in += brought.size
-            if self._brought_in > _MOST_MERGED:
-                raise ValueError(f"merges (<<) bring in more than {_MOST_MERGED} keys: write them out")
+            if self._brought_in > YAML_MERGED_KEYS:
+                raise ValueError(f"merges (<<) bring in more than {YAML_MERGED_KEYS} keys: write them out")
             for key, value in brought.values.items():
                 values.setdefault(key, value)
         made = self._merged[node] = _Merged({**values, **own}, size)
@@ -128,15 +128,18 @@ def _line(node: yaml.Node) -> str:
 def parse_json(text: str | bytes) -> Any:
     """The document. Half characters become U+FFFD, so that every text can be written again.
 
-    Raises ValueError for what is no JSON, no UTF-8, nested deeper than 100 levels, or a number that is too long.
+    Raises ValueError for what is no JSON, no UTF-8, nested deeper than 100 levels, of more than ten million values, or
+    a number that is too long.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
+    if _parts(text) > DOCUMENT_VALUES and _parts(_TEXT.sub("", text)) > DOCUMENT_VALUES:
+        raise ValueError(f"holds more than {DOCUMENT_VALUES} values")
     try:
         found = json.loads(text)
     except RecursionError:
         raise ValueError(_too_deep()) from None
-    if text.count("[") + text.count("{") > DEEPEST:
+    if text.count("[") + text.count("{") > DOCUMENT_DEPTH:
         _measured(found, 1, {})
     return _whole(found) if _HALF.search(text) else found
 
@@ -148,6 +151,8 @@ def parse_yaml(text: str) -> Any:
     twice, or holds other values, as dates are; also for numbers of base 60 or of more than 64 bits, and for merges (<<)
     of very many keys.
     """
+    if len(text) > YAML_BYTES:
+        raise ValueError(f"a YAML of {len(text):,} characters; expected at most {human_size(YAML_BYTES)}")
     try:
         found = yaml.load(text, _Loader)
     except _BROKEN_YAML as error:  # PyYAML's own converters let all of these through
@@ -171,7 +176,12 @@ def parse_yaml_of_two(text: str) -> Any:
 
 
 def _too_deep() -> str:
-    return f"nested more than {DEEPEST} levels deep, or refers to itself"
+    return f"nested more than {DOCUMENT_DEPTH} levels deep, or refers to itself"
+
+
+def _parts(text: str) -> int:
+    """How many values a JSON text holds, about, where nothing stands within quotes."""
+    return text.count(",") + text.count("[") + text.count("{")
 
 
 def _measured(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -181,15 +191,15 @@ def _measured(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> tupl
             raise ValueError(f"{value!r:.80} is a {type(value).__name__}: put it in quotes")
         return 1, 0
     size, height = known.get(id(value), (0, 0))
-    if depth + height > DEEPEST:
+    if depth + height > DOCUMENT_DEPTH:
         raise ValueError(_too_deep())
     if size:
         return size, height
     parts = [*value, *value.values()] if isinstance(value, dict) else value
     found = [_measured(part, depth + 1, known) for part in parts]
     made = 1 + sum(size for size, _ in found), 1 + max((height for _, height in found), default=0)
-    if made[0] > _MOST:
-        raise ValueError(f"holds more than {_MOST} values once its aliases are written out")
+    if made[0] > DOCUMENT_VALUES:
+        raise ValueError(f"holds more than {DOCUMENT_VALUES} values once its aliases are written out")
     known[id(value)] = made
     return made
 

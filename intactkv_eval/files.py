@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.limits import DOCUMENT_BYTES, LINES_BYTES, LINES_VALUES, TEXT_BYTES, human_size, opened, read_bytes
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -125,30 +126,52 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises DataError where it is not UTF-8, OSError as the file system does."""
+    """The text of a file. Raises DataError where it is not UTF-8, no regular file, or very large; OSError otherwise."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_bytes(path, TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error})") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file. Raises DataError that names the line where one is damaged.
+    """The objects of a JSONL file. Raises DataError that names the line where one is damaged, or the file too large.
 
     Lines end at newlines alone: a text may hold other characters that `splitlines` takes for ends.
     """
-    rows = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
+    rows: list[dict[str, Any]] = []
+    parts = 0
+    for number, line in enumerate(_lines(path), start=1):
+        parts += line.count(b",") + line.count(b"[") + line.count(b"{")
+        if parts > LINES_VALUES:
+            raise DataError(f"{path}, line {number}: the file holds more than {LINES_VALUES:,} values")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number}: not UTF-8 ({error})") from None
+        if not text.strip():
             continue
         try:
-            row = parse_json(line)
+            row = parse_json(text)
         except ValueError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a stranger's file, one at a time. Raises DataError for one that is too long, or no regular file."""
+    try:
+        with opened(path, LINES_BYTES) as file:
+            while line := file.readline(DOCUMENT_BYTES + 1):
+                if len(line) > DOCUMENT_BYTES:
+                    raise ValueError(f"a line of more than {human_size(DOCUMENT_BYTES)}")
+                yield line
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from intactkv_eval.config_files import load_config
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.limits import HEADER_BYTES
 
 REPLACES = "Let --out replace a file of another kind; never an input, or a file of a model."
 """The help of --overwrite."""
 _HEAD = 2**16  # bytes of a file that tell its kind
-_MOST_HEADER = 100 * 2**20  # of a safetensors, as safetensors itself has it
 _IS_MODEL = ("config.json", "adapter_config.json", "model.safetensors.index.json", "tokenizer.json")
 # What loaders look for in a model's folder; a new file of such a name changes the model, too.
 _OF_MODEL = re.compile(
@@ -40,7 +40,7 @@ def _tensors(prefix: str) -> Callable[[bytes, Path], bool]:
 
     def holds(head: bytes, path: Path) -> bool:
         size = int.from_bytes(head[:8], "little")
-        if len(head) < 8 or size > min(_MOST_HEADER, path.stat().st_size):
+        if len(head) < 8 or size > min(HEADER_BYTES, path.stat().st_size):
             return False
         with path.open("rb") as file:
             file.seek(8)

@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Any
 
-from intactkv_eval.documents import DEEPEST
+from intactkv_eval.limits import DOCUMENT_DEPTH, PICKLE_PARTS, PICKLE_STEPS
 
-MOST_STEPS = 2_000_000  # of a pickle: about three seconds
-MOST_PARTS = 10_000_000  # of a value, each as often as it occurs
 _MOST_BITS = 1024  # of a whole number
 _KEYS = (str, int, float, bytes, type(None))
 # Bytes without which a pickle shares no part and hashes none: DICT, SETITEM(S), DUP, GETs, and those of sets.
@@ -63,8 +61,8 @@ def read_plain(
         return _Quick(BytesIO(data)).load()
     machine = _Machine(calls or {}, persistent)
     for step, (operation, argument, _) in enumerate(pickletools.genops(data)):
-        if step >= MOST_STEPS:
-            raise pickle.UnpicklingError(f"it has more than {MOST_STEPS} steps")
+        if step >= PICKLE_STEPS:
+            raise pickle.UnpicklingError(f"it has more than {PICKLE_STEPS} steps")
         machine.do(operation.name, argument)
     if len(machine.stack) != 1 or machine.marked:
         raise pickle.UnpicklingError("it leaves no value, or several")
@@ -212,13 +210,13 @@ def _check_parts(value: Any, depth: int, known: dict[int, tuple[int, int]]) -> t
     if not isinstance(value, dict | list | tuple):
         return 1, 0
     size, height = known.get(id(value), (0, 0))
-    if depth + height > DEEPEST:
-        raise pickle.UnpicklingError(f"nested more than {DEEPEST} levels deep, or holds itself")
+    if depth + height > DOCUMENT_DEPTH:
+        raise pickle.UnpicklingError(f"nested more than {DOCUMENT_DEPTH} levels deep, or holds itself")
     if size:
         return size, height
     inside = [_check_parts(part, depth + 1, known) for part in (value.values() if isinstance(value, dict) else value)]
     size, height = 1 + sum(one for one, _ in inside), 1 + max((one for _, one in inside), default=0)
-    if size > MOST_PARTS:
-        raise pickle.UnpicklingError(f"holds more than {MOST_PARTS} parts, each as often as it occurs")
+    if size > PICKLE_PARTS:
+        raise pickle.UnpicklingError(f"holds more than {PICKLE_PARTS} parts, each as often as it occurs")
     known[id(value)] = size, height
     return size, height

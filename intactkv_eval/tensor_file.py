@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.limits import check_regular
 from intactkv_eval.messages import struck
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -26,10 +27,11 @@ def read_tensor_file(path: Path, floats: bool = False) -> tuple[dict[str, str], 
     Raises CheckpointError, with the reason alone, where it cannot be read.
     """
     try:
+        check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     for name, tensor in tensors.items():
         if floats and tensor.dtype not in _FLOATS:
@@ -40,9 +42,10 @@ def read_tensor_file(path: Path, floats: bool = False) -> tuple[dict[str, str], 
 def read_metadata(path: Path) -> dict[str, str]:
     """The metadata alone. Raises CheckpointError, with the reason alone, where it cannot be read."""
     try:
+        check_regular(path)
         with safe_open(str(path), framework="pt") as file:
             return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(str(error)) from None
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.limits import PICKLE_BYTES, TENSORS_TIMES, check_regular
 from intactkv_eval.plain_pickle import read_plain
 
 _TYPES = {
@@ -25,8 +26,6 @@ _TYPES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool,
 }  # fmt: skip
-_MOST_PICKLE = 64 * 2**20  # bytes
-_MOST_TIMES = 4  # how much larger than the file its tensors may be, all together: two may share a storage
 _BROKEN = (*BROKEN_PICKLE, zipfile.BadZipFile, zlib.error)
 
 
@@ -42,6 +41,7 @@ def read_torch_file(path: Path) -> Any:
     plain values and tensors: a pickle that names a class or a function is never run.
     """
     try:
+        check_regular(path)
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             return _Reader(archive, size).value()
@@ -53,7 +53,7 @@ def read_torch_file(path: Path) -> Any:
 
 class _Reader:
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
-        self._archive, self._left = archive, _MOST_TIMES * size
+        self._archive, self._left = archive, TENSORS_TIMES * size
         self._parts = {info.filename: info for info in archive.infolist()}
         self._storages: dict[str, _Storage] = {}
         if len(self._parts) != len(archive.infolist()):
@@ -69,8 +69,8 @@ class _Reader:
         self._root = roots[0]
 
     def value(self) -> Any:
-        if self._parts[f"{self._root}data.pkl"].file_size > _MOST_PICKLE:
-            raise pickle.UnpicklingError(f"its data.pkl is larger than {_MOST_PICKLE >> 20} MiB")
+        if self._parts[f"{self._root}data.pkl"].file_size > PICKLE_BYTES:
+            raise pickle.UnpicklingError(f"its data.pkl is larger than {PICKLE_BYTES >> 20} MiB")
         order = f"{self._root}byteorder"
         if order in self._parts and self._parts[order].file_size != len("little"):
             raise pickle.UnpicklingError("its numbers are not little-endian")
@@ -109,7 +109,7 @@ class _Reader:
             raise pickle.UnpicklingError(f"a tensor {tuple(size)!s:.80} of a storage that holds {held} numbers")
         self._left -= count * storage.dtype.itemsize
         if self._left < 0:
-            raise pickle.UnpicklingError(f"its tensors are more than {_MOST_TIMES} times as large as the file")
+            raise pickle.UnpicklingError(f"its tensors are more than {TENSORS_TIMES} times as large as the file")
         return storage.numbers.as_strided(size, stride, offset) if count else storage.numbers.new_empty(size)
 
 

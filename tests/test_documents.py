@@ -6,14 +6,15 @@ from random import Random
 import pytest
 import yaml
 
-from intactkv_eval.documents import DEEPEST, parse_json, parse_yaml, parse_yaml_of_two
+from intactkv_eval.documents import parse_json, parse_yaml, parse_yaml_of_two
+from intactkv_eval.limits import DOCUMENT_DEPTH
 
 
 def test_documents_are_what_they_say():
     assert parse_json('{"a": [1, 2.5, null, true, "\\u00e9"]}') == {"a": [1, 2.5, None, True, "é"]}
     assert parse_json(b"[]") == []
     assert parse_yaml("a: [1, &x {b: c}, *x]\n") == {"a": [1, {"b": "c"}, {"b": "c"}]}
-    assert parse_json("[" * DEEPEST + "]" * DEEPEST) is not None
+    assert parse_json("[" * DOCUMENT_DEPTH + "]" * DOCUMENT_DEPTH) is not None
     assert parse_json("[" + "[]," * 500 + "[]]") == [[]] * 501, "many lists are not deep ones"
 
 

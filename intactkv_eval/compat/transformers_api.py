@@ -9,7 +9,7 @@ model of ours.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from importlib.metadata import version
@@ -38,6 +38,7 @@ __all__ = [
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
     "attention_implementation",
+    "before_loading",
     "cache_argument",
     "cache_layers",
     "cached_file",
@@ -139,6 +140,30 @@ def keeps_given_cache(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del own.prepare_inputs_for_generation
+
+
+@contextmanager
+def before_loading(check: Callable[[nn.Module, Sequence[str], bool], None]) -> Iterator[None]:
+    """While it lasts, `from_pretrained` calls `check` when it has built a model and has not allocated or read a tensor.
+
+    Args:
+        check: A function of the model, whose tensors are on meta; of the weight files; and of whether they are
+            quantized in a way that transformers reads. What it raises ends the loading.
+    """
+    held = vars(PreTrainedModel).get("_load_pretrained_model")  # a static method in newer releases, else a class method
+    if held is None:
+        yield
+        return
+
+    def checked(cls: Any, model: Any, state: Any, files: Any, settings: Any, *rest: Any, **named: Any) -> Any:
+        check(model, files or [], getattr(settings, "hf_quantizer", None) is not None)
+        return held.__get__(None, cls)(model, state, files, settings, *rest, **named)
+
+    PreTrainedModel._load_pretrained_model = classmethod(checked)
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = held
 
 
 def set_output_cache(output: Any, cache: Cache) -> None:

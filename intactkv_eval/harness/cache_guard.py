@@ -15,9 +15,9 @@ from typing import Any
 
 from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.limits import PICKLE_BYTES
 from intactkv_eval.plain_pickle import read_plain
 
-_MOST_BYTES = 64 * 2**20  # of an answer
 _WAIT = 30.0  # seconds for another process to end its writing
 _COLUMNS = re.compile(
     r"""CREATE\s+TABLE\s+("[^"]*"|\w+)\s*\(\s*key\s+TEXT\s+PRIMARY\s+KEY\s*,\s*value\s+BLOB\s*\)""", re.I
@@ -77,8 +77,8 @@ def _other_date(held: str | None, chat_date: str | None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if not isinstance(value, bytes) or len(value) > _MOST_BYTES:
-        raise pickle.UnpicklingError(f"a value that is no answer of at most {_MOST_BYTES >> 20} MiB")
+    if not isinstance(value, bytes) or len(value) > PICKLE_BYTES:
+        raise pickle.UnpicklingError(f"a value that is no answer of at most {PICKLE_BYTES >> 20} MiB")
     return read_plain(value)
 
 

@@ -1,6 +1,5 @@
 """One task of lm_eval in this process, written as `lm_eval --output_path` writes it. Knows no command line."""
 
-import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.compat.lm_eval_api import SEED_NAMES, EvaluationTracker, TaskManager, default_seeds, simple_evaluate
+from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.plugin import NAME, missing
+from intactkv_eval.limits import read_bytes
 
 
 def task_manager(
@@ -60,15 +61,22 @@ def check_written(folder: Path, before: Mapping[Path, int], samples: bool, stamp
     new = [path for path in new if not own or path.stem.rpartition("_")[2] in own]
     for path in new:
         try:
-            tasks = list(json.loads(path.read_text(encoding="utf-8"))["configs"]) if samples else ()
+            tasks = list(parse_json(read_bytes(path))["configs"]) if samples else ()
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path}: written in part ({error}); is the disk full? Run it again") from None
         stamp = path.stem.rpartition("_")[2]
         for file in (path.with_name(f"samples_{task}_{stamp}.jsonl") for task in tasks):
-            if not file.is_file() or not file.read_bytes().endswith(b"\n"):
+            if not file.is_file() or not _is_ended(file):
                 raise CheckpointError(f"{file}: missing or written in part; is the disk full? Run it again")
     if not new:
         raise CheckpointError(f"{folder}: lm_eval could not write its results; is the disk full, or read-only?")
+
+
+def _is_ended(file: Path) -> bool:
+    """Whether its last line is whole."""
+    with file.open("rb") as lines:
+        lines.seek(max(0, file.stat().st_size - 1))
+        return lines.read(1) == b"\n"
 
 
 def evaluate_task(

@@ -17,6 +17,7 @@ from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.generation_options import check_options
 from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.messages import clean_logs, say
 from intactkv_eval.model.devices import automatic_device, check_device
 from intactkv_eval.trust import check_not_secret
@@ -30,7 +31,7 @@ def read_flags_file(parsed: Namespace) -> dict[str, Any]:
     if not path:
         return {}
     try:
-        loaded = parse_yaml_of_two(Path(path).read_text(encoding="utf-8"))
+        loaded = parse_yaml_of_two(read_bytes(Path(path)).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path}: cannot be read ({error})") from None
     if not isinstance(loaded, dict):

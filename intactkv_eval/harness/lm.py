@@ -31,10 +31,10 @@ from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, t
 from intactkv_eval.harness.lm_loading import CellLoading
 from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.loading import (
+    check_folder,
     check_layers,
     check_no_adapter,
     check_settings_file,
-    check_tokens,
     check_words,
     loading,
 )
@@ -47,6 +47,7 @@ from intactkv_eval.harness.scoring import Counts, score
 from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
+from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import automatic_device
@@ -88,10 +89,13 @@ class IntactKVLM(CellLoading, PivotedTalks):
         named = tokens if loaded is not None and isinstance(tokens, str) else None
         with loading(f"pretrained={self.cell.model.pretrained!r}" if named is None else f"tokenizer={named!r}"):
             if loaded is None:
+                check_folder(self.cell.model.pretrained)
                 check_no_adapter(self.cell.model.pretrained)
                 check_layers(self.cell.model.pretrained, self.cell.model.revision)
                 check_settings_file(self.cell.model.pretrained, self.cell.model.revision)
-            check_tokens(tokens if isinstance(tokens, str) else self.cell.model.pretrained, self.cell.model.revision)
+            words = tokens if isinstance(tokens, str) else self.cell.model.pretrained
+            check_folder(words)
+            check_tokenizer(words, self.cell.model.revision)
             super().__init__(loaded if loaded is not None else self.cell.model.pretrained, **chosen, **arguments)
         if loaded is not None:
             reference = self.cell.model.reference

@@ -25,7 +25,7 @@ from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
 from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.harness.handed_over import OF_REFERENCE, HandedOver, check_wrapper
-from intactkv_eval.harness.loading import auto_class_of, check_no_kernel
+from intactkv_eval.harness.loading import auto_class_of, check_folder, check_no_kernel
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.model.declared import without_quantization
@@ -77,6 +77,7 @@ class CellLoading(HFLM):
             return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
 
         def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
+            check_folder(name)
             check_no_kernel(name, revision, own.get("attn_implementation"))
             said = self._idle if name == pretrained else None
             self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain, said)

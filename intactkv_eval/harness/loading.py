@@ -1,6 +1,6 @@
 """What transformers makes of a folder that it cannot load, as one message."""
 
-import re
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -13,19 +13,38 @@ from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
-from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, cached_file, file_of, loads_as
+from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, file_of, loads_as
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
+from intactkv_eval.limits import LAYERS, TOKENIZER_BYTES, check_regular, read_bytes
 from intactkv_eval.trust import names_kernel
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
 
+_PANIC = "PanicException"  # of libraries in Rust: no Exception, and of no module that can be imported
 _SENTENCE = "Hello there, how are you?"
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_MOST_TOKENS = 10_000_000  # of a vocabulary; the largest has a quarter of a million
-_LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no such id
-_MOST = 1_000  # five times what the deepest model has; each is built before a tensor is read
+_READ = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def check_folder(pretrained: str) -> None:
+    """Raise CheckpointError for a model's folder with a pipe, a device or a very large file where loaders read one.
+
+    They would wait, or read without an end. Links to files are followed: the hub's cache is made of them. What is no
+    folder is left to transformers.
+    """
+    if not Path(pretrained).is_dir():
+        return
+    for entry in os.scandir(pretrained):
+        if entry.name.endswith(_READ) and not entry.is_dir():
+            try:
+                check_regular(Path(entry.path), None if entry.name.endswith(_WEIGHTS) else TOKENIZER_BYTES)
+            except FileNotFoundError:
+                continue  # a link that leads nowhere is no file to a loader
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{entry.path}: {error}") from None
 
 
 def check_no_adapter(pretrained: str) -> None:
@@ -33,7 +52,7 @@ def check_no_adapter(pretrained: str) -> None:
     folder = Path(pretrained)
     if not (folder / "adapter_config.json").is_file() or (folder / "config.json").is_file():
         return
-    base = parse_json((folder / "adapter_config.json").read_bytes())
+    base = parse_json(read_bytes(folder / "adapter_config.json"))
     name = base.get("base_model_name_or_path") if isinstance(base, dict) else None
     raise ConfigError(
         f"pretrained={pretrained}: the folder holds an adapter of peft, and no model: name the model that it belongs "
@@ -61,6 +80,10 @@ def loading(what: str) -> Iterator[None]:
         if _innermost(error.__traceback__) == _OURS:
             raise
         raise CheckpointError(f"{what}: its files cannot be loaded ({type(error).__name__}: {error})") from error
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise CheckpointError(f"{what}: the tokenizers library fails on its tokenizer.json ({error})") from None
 
 
 def auto_class_of(pretrained: str, config: PretrainedConfig) -> Any:
@@ -109,9 +132,9 @@ def check_layers(pretrained: str, revision: str) -> None:
         found, _ = PretrainedConfig.get_config_dict(pretrained, revision=revision)
     for part in (found, *found.values()):
         for key in _LAYERS if isinstance(part, dict) else ():
-            if isinstance(part.get(key), int | float) and part[key] > _MOST:
+            if isinstance(part.get(key), int | float) and part[key] > LAYERS:
                 raise CheckpointError(
-                    f"{pretrained}: config.json says {key}={str(part[key])[:20]}; expected at most {_MOST}"
+                    f"{pretrained}: config.json says {key}={str(part[key])[:20]}; expected at most {LAYERS}"
                 )
     if str(found.get("model_type")) in CONFIG_MAPPING:
         _check_window(pretrained, CONFIG_MAPPING[found["model_type"]].from_dict(found))
@@ -125,28 +148,6 @@ def _check_window(pretrained: str, config: PretrainedConfig) -> None:
         raise CheckpointError(
             f"{pretrained}: config.json says sliding_window={str(window)[:20]}, and has layers of sliding_attention; "
             "expected a whole number of 2 or more"
-        )
-
-
-def check_tokens(pretrained: str, revision: str) -> None:
-    """Raise CheckpointError for a tokenizer.json with ids that no vocabulary has.
-
-    The tokenizers library makes a table up to the highest. What is damaged otherwise is left to it.
-    """
-    found: Any = None
-    with suppress(OSError, ValueError):
-        content = Path(cached_file(pretrained, "tokenizer.json", revision=revision) or "").read_bytes()
-        found = parse_json(content) if _LONG_NUMBER.search(content) else None
-    if not isinstance(found, dict):
-        return
-    model, added = found.get("model"), found.get("added_tokens")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
-    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    worst = max((token for token in ids if isinstance(token, int)), default=0)
-    if worst > _MOST_TOKENS:
-        raise CheckpointError(
-            f"{pretrained}: tokenizer.json has the token id {str(worst)[:20]}; expected at most {_MOST_TOKENS}"
         )
 
 

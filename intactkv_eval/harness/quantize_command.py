@@ -21,11 +21,12 @@ from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.chat_date import chat_settings
-from intactkv_eval.harness.loading import auto_class_of, check_layers, check_no_kernel, check_tokens, loading
+from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
+from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
@@ -263,9 +264,10 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         raise ConfigError(f"--dtype {source.dtype}: use auto, float32, bfloat16 or float16")
     options = {"revision": source.revision, "trust_remote_code": source.trust_remote_code}
     with loading(repr(source.pretrained)):
+        check_folder(source.pretrained)
         check_no_kernel(source.pretrained, source.revision)
         check_layers(source.pretrained, source.revision)
-        check_tokens(source.pretrained, source.revision)
+        check_tokenizer(source.pretrained, source.revision)
         config = AutoConfig.from_pretrained(source.pretrained, **options)
         auto_class = auto_class_of(source.pretrained, config) or AutoModelForCausalLM
         if read_quantization(source.pretrained, config, source.revision).summary is not None:

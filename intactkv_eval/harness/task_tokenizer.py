@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from intactkv_eval.config_files import load_config
 from intactkv_eval.errors import DataError
+from intactkv_eval.harness.loading import check_folder
+from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.pivot.tokens import use_chat_template
 
 _KEYS = ("revision", "trust_remote_code", "gguf_file", "subfolder")
@@ -40,6 +42,8 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 @lru_cache(maxsize=2)
 def _load(name: str, chat_template: str | None, options: tuple[tuple[str, Any], ...]) -> PreTrainedTokenizerBase:
+    check_folder(name)
+    check_tokenizer(name, str(dict(options).get("revision") or "main"))
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **dict(options))
     if chat_template:
         use_chat_template(tokenizer, chat_template)

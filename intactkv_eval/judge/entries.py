@@ -14,6 +14,7 @@ from typing import Any
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import DataError
 from intactkv_eval.files import read_jsonl
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
 from intactkv_eval.report.collect import Run, read_run
 from intactkv_eval.report.labels import pivot_label, weights_label
@@ -101,7 +102,7 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     run = read_run(path)
     if run is None:
         return None
-    content = parse_json(path.read_bytes())
+    content = parse_json(read_bytes(path))
     try:
         metadata = content.get("configs", {}).get(bench, {}).get("metadata") or {}
         if bench not in content["results"] or metadata.get("protocol") != bench:

@@ -17,6 +17,7 @@ from intactkv_eval.documents import parse_json
 from intactkv_eval.files import write_atomic, write_jsonl
 from intactkv_eval.judge.entries import Entry, lettered
 from intactkv_eval.judge.scores import ALL, WHOLE, Scores
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.incomplete import JUDGED, PAIRED
 from intactkv_eval.report.samples import samples_of
 
@@ -50,7 +51,7 @@ def write_results(out: Path, entry: Entry, record: JudgeRecord, scores: Scores) 
     if not means:
         samples_of(path, bench).unlink(missing_ok=True)
         return None
-    content = parse_json(source.read_bytes())
+    content = parse_json(read_bytes(source))
     whole = scores.figures[ALL]
     content["configs"][bench]["metadata"] |= {
         "protocol": record.protocol,

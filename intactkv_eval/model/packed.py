@@ -23,6 +23,7 @@ from intactkv_eval.model.activations import InputStage
 from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.load import swap, verify
+from intactkv_eval.model.sizes import bound_modules, check_fits
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats import Format, rotation_of, stage_of
@@ -53,6 +54,7 @@ def packed_model(
     `options` go to the auto class' from_config. Raises CheckpointError for a tensor that is missing, is not what the
     config says, or has no place; ConfigError where the backend cannot run a layer.
     """
+    _check_sizes(checkpoint, config, auto_class, options)
     model = _skeleton(config, auto_class, dtype, options)
     names = _Names(checkpoint, model, layout.tensors)
     places = _devices(model, device_map, max_memory)
@@ -165,6 +167,13 @@ def _skeleton(
     with init_empty_weights(include_buffers=False), no_init_weights():
         model: PreTrainedModel = auto_class.from_config(config, dtype=dtype or config.dtype or torch.float16, **options)
     return model
+
+
+def _check_sizes(checkpoint: Checkpoint, config: PretrainedConfig, auto_class: Any, options: dict[str, Any]) -> None:
+    """Raise CheckpointError where the files cannot fill the model: its buffers are allocated when it is built."""
+    with torch.device("meta"), bound_modules(str(checkpoint.folder)), no_init_weights():
+        model = auto_class.from_config(without_quantization(copy.deepcopy(config)), **options)
+    check_fits(model, str(checkpoint.folder), checkpoint.files, quantized=True)
 
 
 def _devices(model: PreTrainedModel, device_map: Any, max_memory: Mapping[Any, Any] | None) -> _Places:

@@ -3,15 +3,18 @@
 transformers itself fills tensors that are missing with random numbers; here they are an error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
+from intactkv_eval.compat.transformers_api import before_loading
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.model.packed import packed_model
+from intactkv_eval.model.sizes import bound_modules, check_fits
 from intactkv_eval.weights.checkpoint import Checkpoint, check_indexes, checkpoint_folder
 from intactkv_eval.weights.formats import Format
 
@@ -34,8 +37,13 @@ class WholeCheckpoint:
         check_indexes(Path(name) / str(options.get("subfolder") or ""))
         if self._config is not None:
             options["config"] = self._config
+
+        def check(model: nn.Module, files: Sequence[str], quantized: bool) -> None:
+            check_fits(model, name, files, quantized)
+
         try:
-            model, found = self._auto_class.from_pretrained(name, output_loading_info=True, **options)
+            with bound_modules(name), before_loading(check):
+                model, found = self._auto_class.from_pretrained(name, output_loading_info=True, **options)
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.pivot.choose import Choice
 
 FORMAT = "intactkv-pivots-1"
@@ -49,7 +50,7 @@ class ChoiceFile(BaseModel):
         if not path.is_file():
             raise PivotError(f"pivot file {path} does not exist")
         try:
-            found = cls.model_validate(parse_json(path.read_bytes()))
+            found = cls.model_validate(parse_json(read_bytes(path)))
         except ValueError as error:  # pydantic's among them
             raise PivotError(f"{path} is no prefix that `intactkv pivots --out` wrote ({error})") from None
         if found.format != FORMAT or not found.tokens:

@@ -16,6 +16,7 @@ import torch
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
 from intactkv_eval.files import write_atomic
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.pivot.basis import ROTATED
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.tensor_file import write_pickle
@@ -50,7 +51,7 @@ def write_lightllm(pivot: PivotKV, folder: Path, ranks: int = 1) -> None:
     if not file.is_file():
         raise PivotError(f"{folder}: no config.json; name the folder of the checkpoint that LightLLM will serve")
     try:
-        config = parse_json(file.read_bytes())
+        config = parse_json(read_bytes(file))
         _check_fits(pivot, config, folder)
     except (ValueError, AttributeError, TypeError) as error:
         raise PivotError(f"{file}: cannot be read as a model's config ({error})") from None

@@ -17,12 +17,10 @@ from typing import Any
 import jinja2
 
 from intactkv_eval.errors import PivotError
+from intactkv_eval.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECONDS
 from intactkv_eval.pivot.chat import ChatSettings
 
-CPU_SECONDS = 4  # of the child: a busy machine makes no template slow
 _WALL_SECONDS = 60.0  # a child that does not even start
-_BYTES = 2**29  # that the child may take beside what it has
-_CHARACTERS = 100_000  # of one prompt
 
 
 def prompts_of(tokenizer: Any, messages: Sequence[str], chat: ChatSettings) -> list[str]:
@@ -46,7 +44,7 @@ def prompts_of_chats(
     except ValueError:  # nothing, or half of it: the child was ended
         found = {}
     if "prompts" not in found:
-        reason = found.get("error") or f"more than {CPU_SECONDS} s or {_BYTES >> 20} MiB"
+        reason = found.get("error") or f"more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES >> 20} MiB"
         raise PivotError(f"pivot=prompt: the chat template fails on a user message: {reason}")
     return list(found["prompts"])
 
@@ -58,8 +56,8 @@ def _outcome(write: Callable[[], list[str]]) -> dict[str, Any]:
             ValueError) as error:  # fmt: skip
         return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
     longest = max(map(len, prompts))
-    if longest > _CHARACTERS:
-        return {"error": f"it writes {longest} characters, at most {_CHARACTERS} are a prompt"}
+    if longest > TEMPLATE_CHARACTERS:
+        return {"error": f"it writes {longest} characters, at most {TEMPLATE_CHARACTERS} are a prompt"}
     return {"prompts": prompts}
 
 
@@ -88,9 +86,9 @@ def _of_child(work: Callable[[], dict[str, Any]]) -> str:
 
 def _bind() -> None:
     """Limits for this process: of processor time, and of memory where the system tells how much it has."""
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
+    resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     own = Path("/proc/self/statm")
     if own.exists():
         taken = int(own.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + _BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(resource.RLIMIT_AS, (taken + TEMPLATE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -36,8 +36,8 @@ class AWQSearch(NamedTuple):
 def load_search(path: Path) -> AWQSearch:
     """Read a search result; of the pickle only tensors and plain containers. Raises CheckpointError."""
     try:
-        content = path.read_bytes()
         found = read_torch_file(path)
+        content = path.read_bytes()
     except (CheckpointError, OSError) as error:
         raise CheckpointError(f"awq_search={path}: cannot be read as llm-awq's search result ({error})") from None
     try:

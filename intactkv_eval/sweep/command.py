@@ -15,6 +15,7 @@ from intactkv_eval.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.command import check_tasks
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.sweep.estimate import estimate
 from intactkv_eval.sweep.folder import SweepFolder
@@ -53,8 +54,8 @@ class Sweep:
         shipped = shipped_folder("sweeps") / f"{file}.yaml"
         file = shipped if not file.suffix and not file.exists() and shipped.is_file() else file
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(file).decode("utf-8")
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{file}: cannot be read ({error})") from None
         spec = read_sweep(text, str(file))
         check_entries(spec)

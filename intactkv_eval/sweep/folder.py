@@ -20,6 +20,7 @@ from typing import Any
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked, place_folder, write_atomic
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.messages import struck_record
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
 
@@ -72,7 +73,7 @@ class SweepFolder:
         if not path.is_file():
             _write(path, {"begun": now})
         try:
-            found: str = parse_json(path.read_bytes())["begun"]
+            found: str = parse_json(read_bytes(path))["begun"]
             return datetime.fromisoformat(found).isoformat()
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}: is damaged ({error}); expected the date of the sweep's start") from None
@@ -84,7 +85,7 @@ class SweepFolder:
     def seconds(self, key: str) -> float | None:
         """How long the unit took, by what `place` was given; None where it is not done, or its record is damaged."""
         try:
-            found = parse_json((self.cell(key) / RECORD).read_bytes())["seconds"]
+            found = parse_json(read_bytes(self.cell(key) / RECORD))["seconds"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return float(found) if isinstance(found, int | float) and 0 <= found < _MOST_SECONDS else None

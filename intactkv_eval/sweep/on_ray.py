@@ -4,36 +4,29 @@ Nodes need this package, the models (or the hub) and the data; nothing else is s
 levels, trained pivots) lies in a folder of each node, or in one that all of them see (`made`).
 """
 
-import errno
-import gzip
 import io
 import os
 import socket
 import tarfile
 import tempfile
 import time
-import zlib
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from intactkv_eval.compat.lm_eval_api import setup_logging
-from intactkv_eval.errors import CheckpointError, ConfigError, DataError, IntactKVError
+from intactkv_eval.errors import ConfigError, DataError, IntactKVError
 from intactkv_eval.files import cache_folder
-from intactkv_eval.harness.evaluate import check_written
 from intactkv_eval.messages import clean_logs
-from intactkv_eval.sweep.folder import RECORD, SweepFolder
+from intactkv_eval.sweep.archive import unpack
+from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import Ended
 from intactkv_eval.sweep.spec import RunSpec
 from intactkv_eval.sweep.work import Place, Workshop, last_lines, print_into
 
 _SECONDS = 10.0  # for a cluster to answer
-_BROKEN = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError, TypeError, OverflowError,
-           RecursionError, CheckpointError)  # fmt: skip
-# What the names in an archive can bring about; any other error of the file system, as a full disk, is ours.
-_BY_NAMES = {errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _PASSED_ON = ("INTACTKV_", "HF_", "TRANSFORMERS_", "OMP_", "TOKENIZERS_")  # environment of the driver
 
 
@@ -114,32 +107,6 @@ class RayPool:
             return Ended(slot, f"{found.node} sent back no results of a run ({error})", seconds)
         self._folder.place(unit.key, {"unit": unit.label, "seconds": seconds, "device": found.node})
         return Ended(slot, None, seconds)
-
-
-def unpack(results: bytes, folder: Path) -> None:
-    """Fill the empty `folder` with what an actor sent. Raises OSError where we cannot write.
-
-    Raises DataError for an archive that is damaged, leads out of the folder, or holds no whole results of a run.
-    """
-    try:
-        plain = gzip.decompress(results)  # to its end, where its checksum is: tarfile would not read so far
-        with tarfile.open(fileobj=io.BytesIO(plain), mode="r:") as packed:
-            packed.extractall(folder, filter=_file_or_folder)
-        check_written(folder, {}, samples=True)
-        if (folder / RECORD).exists():
-            raise ValueError(f"{RECORD} is among them, which is written here")
-    except _BROKEN as error:
-        raise DataError(str(error)) from None
-    except OSError as error:
-        if error.errno in _BY_NAMES:
-            raise DataError(str(error)) from None
-        raise OSError(error.errno, error.strerror, str(folder)) from None  # a full disk says no name
-
-
-def _file_or_folder(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
-    if not (member.isreg() or member.isdir()):
-        raise tarfile.SpecialFileError(member)
-    return tarfile.data_filter(member, path)
 
 
 class _Actor:

@@ -4,7 +4,7 @@ Nothing is held: a tensor is read when it is asked for and is the caller's. Pick
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 from huggingface_hub import snapshot_download
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.limits import SHARDS, check_regular, read_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -33,6 +34,11 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         """Every tensor's name."""
         return frozenset(self._file_of)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files."""
+        return [self.folder / name for name in sorted(set(self._file_of.values()))]
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of these names, on the CPU, with storage of their own."""
@@ -101,7 +107,7 @@ def checkpoint_folder(pretrained: str, revision: str, **hub: Any) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where the file holds none."""
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_bytes(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(found, dict):
@@ -146,9 +152,37 @@ def _indexed(folder: Path, index: Path) -> dict[str, str]:
 
 
 def check_indexes(folder: Path) -> None:
-    """Raise CheckpointError where an index of shards in `folder`, of whatever format, names a file outside of it."""
-    for index in sorted(folder.glob("*.index*.json")):
+    """Raise CheckpointError where a file in `folder` leads transformers to weights outside of it.
+
+    An index of shards can, of whatever format; and config.json, which may say what the weights' file is called.
+    """
+    named = _named_weights(folder)
+    found = set(folder.glob("*.index*.json")) | ({folder / named} if named and named.endswith(".json") else set())
+    for index in sorted(found):
         _weight_map(index)
+
+
+def _named_weights(folder: Path) -> str | None:
+    """What config.json says the weights' file is called (`transformers_weights`), which is a file of the folder."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return None
+    try:
+        name = read_json(config).get("transformers_weights")
+    except CheckpointError:
+        return None  # transformers says what is wrong with it
+    if name is None:
+        return None
+    if not isinstance(name, str) or PurePath(name).is_absolute() or {"..", "\\"} & {*PurePath(name).parts, *name}:
+        raise CheckpointError(
+            f"{config}: transformers_weights={str(name)[:80]!r} is no file in the folder of the model; remove the key"
+        )
+    return name
+
+
+def _is_plain(name: object) -> bool:
+    """Whether it names a file without any folder."""
+    return isinstance(name, str) and Path(name).name == name and "\\" not in name and len(name) <= _LONGEST_NAME
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -156,14 +190,18 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
         raise CheckpointError(f"{index}: expected weight_map, the file of each tensor")
-    for name in sorted(set(found.values())):
-        if Path(name).name != name or len(name) > _LONGEST_NAME:
+    names = set(found.values())
+    if len(names) > SHARDS:
+        raise CheckpointError(f"{index}: names {len(names):,} files; expected at most {SHARDS:,} shards")
+    for name in sorted(names):
+        if not _is_plain(name):
             raise CheckpointError(f"{index}: names {name[:80]!r}, which is outside the folder or no file's name")
     return found
 
 
 def _opened(path: Path) -> Any:
     try:
+        check_regular(path)
         return safe_open(str(path), framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it anew") from None

@@ -7,7 +7,7 @@ import tarfile
 
 import mutate
 
-from intactkv_eval.sweep.on_ray import unpack
+from intactkv_eval.sweep.archive import unpack
 
 
 def packed(folder):
@@ -25,7 +25,14 @@ def nobodys(member):
 
 
 def damaged(plain, draw):
-    """The tar, compressed; bytes of one of the two are changed."""
+    """The tar, compressed; bytes of one of the two are changed, or one of its members asks for more than it has."""
+    if draw.random() < 0.2:
+        member = tarfile.TarInfo(draw.choice(["x", "x" * 200, "a/" * 99]))
+        member.type = draw.choice([tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_SPARSE, tarfile.REGTYPE])
+        member.size = draw.choice([0, 512, 2**20, 2**32, 2**35 - 1])
+        member.pax_headers = draw.choice([{}, {"size": "99999999999"}, {"GNU.sparse.realsize": "99999999999"}])
+        asking = member.tobuf() + bytes(draw.choice([0, 512, 2**24]))
+        return gzip.compress(draw.choice([asking, asking + plain, plain[:-1024] + asking]), mtime=0)
     if draw.random() < 0.5:
         return mutate.of_bytes(gzip.compress(plain, mtime=0), draw)
     return gzip.compress(mutate.of_bytes(plain, draw), mtime=0)

@@ -14,7 +14,7 @@ TOKENS = [
 VALUES = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "none", "../x",
     "/etc/passwd", "\x00", "é" * 300, "a" * 5000, "<script>alert(1)</script>", "{{7*7}}", [], {}, [[]], [None], {"": None}, [1, "x"],
-    {"re:(?R)": {}}, {"(?:(?:a{1000}){1000}){1000}": {}}, "tokens:²", "sliding_attention", {"bits": 4}, "4", "NaN", "{0.__class__}", "%s%n", "\ud800", "a } b", int("9" * 4000), json.loads("[" * 150 + "]" * 150),
+    {"re:(?R)": {}}, {"(?:(?:a{1000}){1000}){1000}": {}}, "tokens:²", "sliding_attention", {"bits": 4}, "4", "NaN", "{0.__class__}", "%s%n", "\ud800", "a } b", int("9" * 4000), 2**24, 2**20, "../../x", json.loads("[" * 150 + "]" * 150),
 ]  # fmt: skip
 
 
@@ -66,6 +66,21 @@ def of_value(value, draw: random.Random):
         else:
             holder.insert(key, copy.deepcopy(holder[key]))
     return found
+
+
+GROWING = [
+    {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 40},
+    {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "aaaa"},
+    {"type": "Prepend", "prepend": "a" * 9000},
+]  # fmt: skip
+
+
+def of_tokenizer(value, draw: random.Random):
+    """A tokenizer.json whose steps grow a text, or are other than they were."""
+    steps = [copy.deepcopy(draw.choice(GROWING)) for _ in range(draw.choice([1, 2, 12, 300]))]
+    section, inside = draw.choice([("normalizer", "normalizers"), ("decoder", "decoders")])
+    grown = {**value, section: {"type": "Sequence", inside: steps}}
+    return of_value(grown, draw) if draw.random() < 0.5 else grown
 
 
 def of_json(value, draw: random.Random) -> bytes:

@@ -20,7 +20,7 @@ from intactkv_eval.judge.journal import Line, read_lines
 from intactkv_eval.judge.verdict import verdict_of
 from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.report.collect import collect
-from intactkv_eval.report.page import page
+from intactkv_eval.report.page import _figures, page
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.significance import MIN_TEST
 from intactkv_eval.report.tables import FORMATS, as_json, markdown
@@ -78,6 +78,18 @@ def results_targets(folder: Path) -> dict[str, Target]:
             lambda draw: mutate.of_json(plan, draw), file_read(folder / "three", "sweep.json", report), plan
         ),
     }
+
+
+PICTURES = [
+    b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    b"<?xml version='1.0'?>\n<!DOCTYPE svg PUBLIC 'a' 'b'>\n<!-- c -->\n<svg width='1'/>",
+    b"\x89PNG\r\n\x1a\n",
+]
+
+
+def shown(path: Path) -> None:
+    """A picture of a folder, as the page shows it."""
+    _figures([path.parent])
 
 
 def judge_targets(folder: Path) -> dict[str, Target]:

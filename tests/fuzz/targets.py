@@ -13,7 +13,7 @@ import mutate
 import torch
 import yaml
 from kinds import Target, file_read
-from reports import answered_targets, compared_targets, judge_targets, results_targets
+from reports import PICTURES, answered_targets, compared_targets, judge_targets, results_targets, shown
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -47,6 +47,9 @@ def targets(folder: Path) -> dict[str, Target]:
     }
     made |= {**_models(folder), **_calibrations(folder), **compared_targets(folder), **answered_targets(folder)}
     sent = archives.packed(folder / "seeds" / "results")
+    made["pictures"] = Target(
+        lambda draw: mutate.of_bytes(draw.choice(PICTURES), draw), file_read(folder / "pictures", "a.svg", shown)
+    )
     made["archive"] = Target(lambda draw: archives.damaged(sent, draw), partial(archives.read, folder / "archive"))
     return dict(sorted(made.items()))
 
@@ -127,9 +130,12 @@ def _models(folder: Path) -> dict[str, Target]:
         def read(path: Path) -> None:
             IntactKVLM(str(path.parent), device="cpu", pivot="none")
 
-        found[f"model-{name.partition('.')[0]}"] = Target(
-            lambda draw, value=content: mutate.of_json(value, draw), file_read(place, name, read), content
-        )
+        def make(draw: Random, value=content, name=name) -> bytes:
+            if name == "tokenizer.json" and draw.random() < 0.2:
+                return json.dumps(mutate.of_tokenizer(value, draw)).encode("utf-8", "surrogatepass")
+            return mutate.of_json(value, draw)
+
+        found[f"model-{name.partition('.')[0]}"] = Target(make, file_read(place, name, read), content)
     return found
 
 

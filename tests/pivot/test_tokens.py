@@ -66,7 +66,7 @@ def test_which_token_opens_messages(tokenizer):
     ],
 )
 def test_a_strangers_template_is_bound_in_time_and_memory(tokenizer, template, message, monkeypatch):
-    monkeypatch.setattr(prompts, "CPU_SECONDS", 1)
+    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1)
     stranger = copy.deepcopy(tokenizer)
     stranger.chat_template = template
     with pytest.raises(PivotError, match=message):

@@ -1,6 +1,8 @@
 """The page: nothing from a run is taken for markup, nothing is asked of the network; in a real browser it sorts and filters."""
 
+import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -44,13 +46,79 @@ def test_names_are_texts_and_nothing_is_fetched(runs):
 
 def test_pictures_are_in_the_file(runs, tmp_path):
     picture = tmp_path / "loss.png"
-    picture.write_bytes(b"\x89PNG")
-    assert 'src="data:image/png;base64,iVBORw=="' in page(runs, [tmp_path])
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert 'src="data:image/png;base64,iVBORw0KGgo="' in page(runs, [tmp_path])
     with pytest.raises(ConfigError, match="expected a picture"):
         page(runs, [tmp_path / "none.png"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="holds no picture"):
         page(runs, [tmp_path / "empty"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.png", b"root:x:0:0:root", "is no PNG picture by its first bytes"),
+        ("a.jpg", b"\x89PNG\r\n\x1a\n", "is no JPG picture"),
+        ("a.svg", b"-----BEGIN KEY-----<svg>", "is no SVG picture"),
+        ("a.svg", b"<html><svg></svg></html>", "is no SVG picture"),
+        ("a.svg", b"<!---->" * 9000, "is no SVG picture"),
+    ],
+)
+def test_a_picture_is_one_by_its_first_bytes(runs, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        page(runs, [tmp_path / name])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jpg", b"\xff\xd8\xff\xe0"),
+        ("a.svg", b"<svg >"),
+        ("a.svg", b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- a -->\n<svg xmlns='x'>"),
+        ("a.svg", b"""<?xml version="1.0"?>
+<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN"
+  "http://www.w3.org/Graphics/SVG/1.1/DTD/svg11.dtd">
+<!-- of matplotlib -->
+<svg width="1">"""),
+    ],
+)  # fmt: skip
+def test_real_pictures_are_shown(runs, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert base64.b64encode(content).decode() in page(runs, [tmp_path / name])
+
+
+def test_a_folder_shows_its_own_pictures_alone(runs, tmp_path):
+    """A link in a stranger's folder would put another file of the machine into a page that is handed on."""
+    secret, folder = tmp_path / "secret.png", tmp_path / "figures"
+    folder.mkdir()
+    secret.write_bytes(b"\x89PNG\r\n\x1a\nsecret")
+    (folder / "loss.png").symlink_to("../secret.png")
+    with pytest.raises(ConfigError, match="is a link to a file outside of"):
+        page(runs, [folder])
+    shown = base64.b64encode(secret.read_bytes()).decode()
+    assert shown in page(runs, [folder / "loss.png"]), "who names the file himself means it"
+    (folder / "loss.png").unlink()
+    (folder / "own.png").write_bytes(secret.read_bytes())
+    (folder / "same.png").symlink_to("own.png")
+    assert page(runs, [folder]).count(shown) == 2
+
+
+def test_pictures_are_files_of_a_bound_size(runs, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "endless.svg").symlink_to("/dev/zero")
+    for name, kind in (("pipe.png", "pipe"), ("endless.svg", "device")):
+        with pytest.raises(ConfigError, match=f"is a {kind}, or a link to one"):
+            page(runs, [tmp_path / name])
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(2**20))
+    monkeypatch.setattr("intactkv_eval.report.page.PICTURES_BYTES", 2**20 + 100)
+    with pytest.raises(ConfigError, match="the pictures of a page have at most"):
+        page(runs, [tmp_path / "a.png", tmp_path / "b.png"])
+    monkeypatch.setattr("intactkv_eval.report.page.PICTURE_BYTES", 2**20)
+    with pytest.raises(ConfigError, match="expected at most 1 MiB"):
+        page(runs, [tmp_path / "a.png"])
 
 
 DRIVER = """
