@@ -27,7 +27,7 @@ OTHERS = {
     "harness/evaluate.py": 1, "sweep/identity.py": 1,  # its last byte; piece by piece
     "mt_bench/sources.py": 1, "quantize/layerwise.py": 2, "calibrate/teacher.py": 1, "sweep/work.py": 1,  # ours
     "judge/journal.py": 1, "report/published.py": 1, "harness/plugin.py": 1, "pivot/prompts.py": 1,  # ours, shipped, /proc
-    "report/collect.py": 1, "report/figures.py": 1, "report/planned.py": 2,
+    "bench/report.py": 1,  # what it has just made
 }  # fmt: skip
 
 
@@ -116,9 +116,10 @@ def test_lines_are_bound(tmp_path, monkeypatch):
     assert len(read_jsonl(path)) == 4
     for name, most, message in (("DOCUMENT_BYTES", 8, "a line of more than 8 bytes"), ("LINES_VALUES", 15, "line 4: the file holds"),
                                 ("LINES_BYTES", 32, "has 68 bytes; expected at most 32 bytes")):  # fmt: skip
-        with monkeypatch.context() as patched, pytest.raises(DataError, match=message):
+        with monkeypatch.context() as patched:
             patched.setattr(f"intactkv_eval.files.{name}", most)
-            read_jsonl(path)
+            with pytest.raises(DataError, match=message):
+                read_jsonl(path)
 
 
 def test_values_are_bound_and_texts_are_none():
@@ -128,8 +129,8 @@ def test_values_are_bound_and_texts_are_none():
         parse_json(many)
     assert parse_json(json.dumps({"a": many, "b": '\\"['})) == {"a": many, "b": '\\"['}
     begun = time.monotonic()
-    with pytest.raises(ValueError):
+    with pytest.raises(json.JSONDecodeError, match="Unterminated string"):
         parse_json('["' + '\\",' * (DOCUMENT_VALUES + 1))  # a text that never ends, of escaped quotes
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 60
     with pytest.raises(ValueError, match="a YAML of"):
         parse_yaml("a: 1\n" * 10**6)

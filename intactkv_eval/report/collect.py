@@ -18,6 +18,7 @@ from intactkv_eval.config import ActivationSpec, CellSpec
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below
@@ -165,7 +166,7 @@ def read_run(path: Path, leaves: bool = False, shared: SharedSettings | None = N
     shared: the settings of the files that were read before, of which equal ones are not made anew.
     """
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_bytes(path))
         record = content["config"].get("intactkv")
         if record is None:
             return None

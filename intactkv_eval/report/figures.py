@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.limits import read_bytes
 
 Array = NDArray[Any]
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -31,7 +32,7 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     try:
         with np.load(folder / "figures.npz") as held:
             numbers = {name: held[name] for name in held.files}
-        said = parse_json((folder / "figures.json").read_bytes())
+        said = parse_json(read_bytes(folder / "figures.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: holds no numbers of figures ({error}); run intactkv figures") from None
     written = []

@@ -13,6 +13,7 @@ from typing import Any
 
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.limits import read_bytes
 
 PLAN, CELLS, FAILED = "sweep.json", "cells", "failed"
 MISSING = "missing"
@@ -64,7 +65,7 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_bytes(path))
         return [
             {**unit, "key": _key(unit["key"]), "task": str(unit["task"]), "seed": _seed(unit.get("seed"))}
             for unit in found
@@ -91,6 +92,6 @@ def _why(folder: Path, key: str) -> str:
     if not path.is_file():
         return MISSING
     try:
-        return str(parse_json(path.read_bytes())["error"])
+        return str(parse_json(read_bytes(path))["error"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: damaged ({error}); remove it, and run the sweep again") from None

@@ -1,6 +1,7 @@
 """The table: pairing, recovery, uncertainty."""
 
 import json
+import os
 from math import exp
 
 import numpy as np
@@ -293,3 +294,15 @@ def test_kv_cells_find_their_baseline(tmp_path):
     paired = [compare(run, "ppl_x", runs).to_baseline is not None for run in runs]
     assert paired == [False, True, False, False, True]
     assert "| 3 channel_key g32 recent 128 pivot too |" in markdown(runs)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["results_2026-01-01.json", "sweep.json"])
+def test_results_that_never_end(tmp_path, kind, name):
+    """A pipe in a folder of results waited for ever, and a link to /dev/zero filled the memory."""
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match=f"is a {kind}, or a link to one|holds no results"):
+        collect([tmp_path])
