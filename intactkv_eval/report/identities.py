@@ -1,4 +1,4 @@
-"""Which cell another one is measured against, as identities: its baseline, full precision, and what is left out of them.
+"""Which cell another is measured against, as identities: its baseline, full precision, and what is left out of them.
 
 Knows no runs and no figures.
 """
