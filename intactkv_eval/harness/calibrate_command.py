@@ -119,7 +119,7 @@ def _calibrated(
     check_same_source(cell, full.pivoted_model.pivot, reference)
     check_recompute(full.pivoted_model.model, asked.recompute)
     ranks = Ranks(full.rank, full.world_size)
-    with _alone(out, ranks):
+    with writing_alone(out, ranks):
         wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
         conversations = _answered(full, conversations, asked.answer, out, ranks)
         longest = min(asked.tokens, full.max_length)
@@ -137,7 +137,7 @@ def _calibrated(
 
 
 @contextmanager
-def _alone(out: Path, ranks: Ranks) -> Iterator[None]:
+def writing_alone(out: Path, ranks: Ranks) -> Iterator[None]:
     """Raises ConfigError where another process trains rows for the same file: they would share what lies beside it."""
     if ranks.rank != 0:
         yield

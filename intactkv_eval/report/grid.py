@@ -195,7 +195,8 @@ def _entry(run: Run, task: str, index: RunIndex, unpaired: Unpaired) -> Entry:
 def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
     """The rows with their verdicts: a family are the differences of one kind in one column, of one model's cells."""
     entries = {(n, c): e for n, row in enumerate(rows) for c, e in row.entries.items()}
-    family = {(n, c): (c, _base_model(rows[n].identity)) for n, c in entries}
+    models = [_base_model(row.identity) for row in rows]
+    family = {(n, c): (c, models[n]) for n, c in entries}
     controls = {n for n, row in enumerate(rows) if row.identity.is_full_precision}
     base = verdicts({at: None if at[0] in controls else e.found.to_baseline for at, e in entries.items()}, family)
     fp = verdicts({at: e.found.to_full_precision for at, e in entries.items()}, family)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from math import isfinite
 
+from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import Identity, Run
 from intactkv_eval.report.identities import BOS, baseline_of, by_job, by_tokens, full_precision_of
 from intactkv_eval.report.score import Document, Score
@@ -70,6 +71,9 @@ class _Bucket:
 
     def newest(self, score: Score, task: str, number_of: Callable[[Score], int]) -> Score | None:
         """The newest score of the task that is like `score` in all that `unlike` names."""
+        if len(self.runs) == 1:
+            other = self.runs[0].scores.get(task)
+            return None if other is None or unlike(score, other) else other
         if task not in self._tables:
             self._tables[task] = self._table(task, number_of)
         table = self._tables[task]

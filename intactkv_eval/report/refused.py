@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import Identity, Run
-from intactkv_eval.report.compare import unlike
 from intactkv_eval.report.identities import baseline_of, by_tokens, comparable
 from intactkv_eval.report.index import RunIndex
 from intactkv_eval.report.score import Score

@@ -21,8 +21,8 @@ from intactkv_eval.pivot.bos_text import bos_changes_tokens, encoded_as_text
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import prompt_head
+from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import collect
-from intactkv_eval.report.compare import unlike
 
 
 @pytest.fixture(params=[True, False], ids=["legacy", "not legacy"])

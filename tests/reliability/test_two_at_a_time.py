@@ -9,9 +9,11 @@ import pytest
 from sqlitedict import SqliteDict
 
 from intactkv_eval.bench.report import write_results
+from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.files import locked
 from intactkv_eval.harness.cache_guard import guard_response_cache
+from intactkv_eval.harness.calibrate_command import writing_alone
 from intactkv_eval.harness.evaluate import check_written, results_below
 from intactkv_eval.judge.journal import opened
 from intactkv_eval.report.collect import collect
@@ -140,3 +142,18 @@ def test_a_clock_that_goes_back(tmp_path):
     assert len(runs) == 5
     (entry,) = [row.entries for row in grid_of(runs).rows if row.run.path.name == "results_later.json"]
     assert [one.found.score.value for one in entry.values()] == [0.25]
+
+
+def test_one_calibration_at_a_time_writes_a_file(tmp_path):
+    """The second is refused before it touches what the first one keeps beside the file; a stale lock refuses nobody."""
+    out, alone = tmp_path / "c.safetensors", Ranks(0, 1)
+    (tmp_path / ".c.safetensors.lock").write_text("of a killed one")
+    with (
+        writing_alone(out, alone),
+        pytest.raises(ConfigError, match="another intactkv calibrate is writing it"),
+        writing_alone(out, alone),
+    ):
+        pass
+    with writing_alone(out, alone), writing_alone(out, Ranks(1, 2)):  # processes of one calibration
+        pass
+    assert not list(tmp_path.iterdir())

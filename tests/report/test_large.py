@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from intactkv_eval.bench.report import report, write_results
 from intactkv_eval.config import CellSpec
 from intactkv_eval.report import identities, refused
+from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import Identity, Run, collect
-from intactkv_eval.report.compare import compare, unlike
+from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.groups import Groups
 from intactkv_eval.report.index import RunIndex
