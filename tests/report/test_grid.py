@@ -161,11 +161,6 @@ def test_figures_of_other_documents_are_not_compared(folder):
     assert "not the same ones" in markdown(runs)
 
 
-def test_a_run_without_any_baseline_says_so(tmp_path):
-    write(tmp_path, BOS, [3.0, 3.1], 1)
-    assert "no run without an intact pivot on this task" in markdown(collect([tmp_path])[0])
-
-
 def group(folder, cell, correct, date, macro):
     """A group of accuracies over two tasks of different sizes, as lm_eval writes it."""
     tasks = {"small": correct[:20], "large": correct[20:]}

@@ -99,31 +99,6 @@ def test_paired_stderr_of_a_perplexity_is_its_first_order_change(tmp_path):
     assert found.test.stderr == pytest.approx(0.05 / 1000**0.5, rel=0.15)
 
 
-def test_there_is_no_share_where_nothing_was_lost(tmp_path):
-    for date, (cell, level) in enumerate(((FP, 3.1), (NONE, 3.0), (BOS, 2.9))):
-        write(tmp_path, cell, [level + 0.01 * (place % 3) for place in range(24)], date)
-    runs, _ = collect([tmp_path])
-    assert not compare(runs[2], "ppl_x", runs).is_loss
-    table = markdown(runs).split("`pivot` none")[0]
-    assert "%" not in table
-    assert "| no loss |" in table
-
-
-def test_a_loss_within_noise_has_an_open_share(tmp_path):
-    """No gate chooses which shares are shown: what is not known is shown as not known."""
-    rng = np.random.default_rng(0)
-    full = rng.normal(3.0, 0.1, 40)
-    write(tmp_path, FP, list(full), 1)
-    write(tmp_path, NONE, list(full + 0.001 + rng.normal(0, 0.1, 40)), 2)
-    write(tmp_path, BOS, list(full + rng.normal(0, 0.1, 40)), 3)
-    runs, _ = collect([tmp_path])
-    share = compare(runs[2], "ppl_x", runs).share
-    assert not share.within().is_bounded
-    table = markdown(runs).split("`pivot` none")[0]
-    assert "% [any] |" in table or "or from" in table or "| no loss |" in table
-    assert "\\*" not in table
-
-
 @pytest.mark.parametrize(
     "change", [{"bits": 3}, {"group_size": 32}, {"kv_bits": 4}, {"pretrained": "other"}, {"symmetric": True}]
 )

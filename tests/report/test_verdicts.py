@@ -7,6 +7,7 @@ import pytest
 from test_report import BOS, FP, NONE, write
 
 from intactkv_eval.report.collect import collect
+from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.tables import as_json, comma_separated, markdown
 
@@ -96,3 +97,33 @@ def test_tables_of_nothing_are_rarely_starred(tmp_path):
         found = [entry for entry in entries(folder).values() if entry.base]
         starred += any(entry.is_significant or not entry.share.holds(0.0) for entry in found)
     assert starred <= 8, "3 are expected; 9 or more have a probability of 0.4%"
+
+
+def test_there_is_no_share_where_nothing_was_lost(tmp_path):
+    for date, (cell, level) in enumerate(((FP, 3.1), (NONE, 3.0), (BOS, 2.9))):
+        write(tmp_path, cell, [level + 0.01 * (place % 3) for place in range(24)], date)
+    runs, _ = collect([tmp_path])
+    assert not compare(runs[2], "ppl_x", runs).is_loss
+    table = markdown(runs).split("`pivot` none")[0]
+    assert "%" not in table
+    assert "| no loss |" in table
+
+
+def test_a_loss_within_noise_has_an_open_share(tmp_path):
+    """No gate chooses which shares are shown: what is not known is shown as not known."""
+    rng = np.random.default_rng(0)
+    full = rng.normal(3.0, 0.1, 40)
+    write(tmp_path, FP, list(full), 1)
+    write(tmp_path, NONE, list(full + 0.001 + rng.normal(0, 0.1, 40)), 2)
+    write(tmp_path, BOS, list(full + rng.normal(0, 0.1, 40)), 3)
+    runs, _ = collect([tmp_path])
+    share = compare(runs[2], "ppl_x", runs).share
+    assert not share.within().is_bounded
+    table = markdown(runs).split("`pivot` none")[0]
+    assert "% [any] |" in table or "or from" in table or "| no loss |" in table
+    assert "\\*" not in table
+
+
+def test_a_run_without_any_baseline_says_so(tmp_path):
+    write(tmp_path, BOS, [3.0, 3.1], 1)
+    assert "no run without an intact pivot on this task" in markdown(collect([tmp_path])[0])
