@@ -142,7 +142,7 @@ def writing_alone(out: Path, ranks: Ranks) -> Iterator[None]:
     if ranks.rank != 0:
         yield
         return
-    place = out.with_name(f".{out.name}.lock")
+    place = out.with_name(f".{out.name}.writing")  # a sweep holds `.lock` around all that it makes
     with locked(place, wait=False) as ours:
         if not ours:
             raise ConfigError(f"{out}: another intactkv calibrate is writing it; wait for it, or name another --out")

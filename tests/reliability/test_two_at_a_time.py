@@ -147,7 +147,7 @@ def test_a_clock_that_goes_back(tmp_path):
 def test_one_calibration_at_a_time_writes_a_file(tmp_path):
     """The second is refused before it touches what the first one keeps beside the file; a stale lock refuses nobody."""
     out, alone = tmp_path / "c.safetensors", Ranks(0, 1)
-    (tmp_path / ".c.safetensors.lock").write_text("of a killed one")
+    (tmp_path / ".c.safetensors.writing").write_text("of a killed one")
     with (
         writing_alone(out, alone),
         pytest.raises(ConfigError, match="another intactkv calibrate is writing it"),
@@ -156,4 +156,8 @@ def test_one_calibration_at_a_time_writes_a_file(tmp_path):
         pass
     with writing_alone(out, alone), writing_alone(out, Ranks(1, 2)):  # processes of one calibration
         pass
+    with locked(tmp_path / "held" / ".c.safetensors.lock"), writing_alone(tmp_path / "held" / out.name, alone):
+        pass  # a sweep's own lock around what it makes
+    (tmp_path / "held" / ".c.safetensors.lock").unlink()
+    (tmp_path / "held").rmdir()
     assert not list(tmp_path.iterdir())
