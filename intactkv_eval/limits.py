@@ -37,10 +37,8 @@ TOKENIZER_TEXT = 4096  # characters or tokens that a step puts in front of a tex
 LAYERS = 1_000  # five times what the deepest model has
 SHARDS = 10_000  # that an index names; the most known are a few hundred
 SPARE_BYTES = 256 * MIB  # that a model may have beside what its files can fill
-WEIGHTS_TIMES, CODES_TIMES = (
-    4,
-    32,
-)  # bytes for each of the weight files: fp8 to fp32, codes of one bit
+WEIGHTS_TIMES = 4  # bytes for each byte of the weight files: fp8 to fp32
+CODES_TIMES = 32  # the same of quantized weight files: codes of one bit
 MODULES = 300_000  # of a model; the most known are 120,000, of 384 experts in 60 layers that are not fused
 
 ARCHIVE_BYTES = 4 * GIB  # of a cluster's results, unpacked

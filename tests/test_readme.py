@@ -65,7 +65,7 @@ def test_the_commands_in_their_order(smollm2, tmp_path, small_wikitext):
     for command in [line for line in COMMANDS if shlex.split(line)[0] in {"lm_eval", "intactkv"}]:
         words = shlex.split(command.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(smollm2)))
         if words[0] == "lm_eval" or words[1] == "eval":
-            words += ["--limit", "4", "--device", "cpu", "--metadata", "ppl_window=256"]
+            words += ["--limit", "8", "--device", "cpu", "--metadata", "ppl_window=128"]
         words = [f"pretrained={smollm2},{word}" if word.startswith("config=") else word for word in words]
         words = [str(ROOT / "tasks") if word == "tasks" and words[0] == "lm_eval" else word for word in words]
         words = [str(ROOT / word) if word.startswith("tasks/") else word for word in words]
@@ -76,7 +76,7 @@ def test_the_commands_in_their_order(smollm2, tmp_path, small_wikitext):
         if "report" in words:
             rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| SmolLM2")]
             assert [row[3] for row in rows] == ["none", "bos"]
-            assert re.fullmatch(r"[+-]\d+\.\d+", rows[1][5]), "a difference, of too few windows for an error"
+            assert "±" in rows[1][5]
 
 
 def test_links():

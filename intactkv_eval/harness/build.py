@@ -25,7 +25,6 @@ from intactkv_eval.harness.cell_checks import (
     check_belongs,
     check_cache,
     check_calibrated,
-    check_conversations,
     check_kept_rows,
     check_levels,
     check_origin,
@@ -117,8 +116,7 @@ def build(
     if pivot is not None and cell.pivot.source == "prompt":
         pivot = replace(pivot, head=head_record(tokenizer, chat or ChatSettings()))
     if from_file is not None and cell.pivot.intact:
-        check_calibrated(from_file, model, cell)
-        check_conversations(from_file, cell.pivot.source, tokenizer)
+        check_calibrated(from_file, model, cell, tokenizer)
     front = pivot if cell.pivot.intact else None
     own = PivotedModel(model, token_ids, None) if front and _computes_itself(front, cell, quantization) else None
     pivoted = PivotedModel(model, token_ids, front, cell.kv, levels, own)

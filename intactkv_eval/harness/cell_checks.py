@@ -128,10 +128,11 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return float(torch.stack(shares).square().mean().sqrt())
 
 
-def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> None:
+def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec, tokenizer: Any) -> None:
     """Rows that were trained for one quantized model do not go in front of another, unless the cell says so.
 
-    Rows in a basis of their own never do: there they would be numbers without a meaning.
+    Rows in a basis of their own never do: there they would be numbers without a meaning. Raises PivotError, also for
+    rows that were trained on conversations in other tokens, and ConfigError for an argument that does nothing.
     """
     trained = pivot.fingerprint.calibrated
     if trained is None:
@@ -143,6 +144,7 @@ def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> 
             f"{cell.pivot.source} was made by the formula calibration.vicuna of revision 1, now "
             f"{REVISIONS['calibration.vicuna']}: Vicuna's targets are the released ones now, so train it anew"
         )
+    _check_conversations(pivot, cell.pivot.source, tokenizer)
     same = trained.quantized == quantized_digest(model)
     if same and cell.pivot.transfer:
         raise ConfigError(f"pivot_transfer: does nothing, {cell.pivot.source} was calibrated for this model; drop it")
@@ -155,7 +157,7 @@ def check_calibrated(pivot: PivotKV, model: PreTrainedModel, cell: CellSpec) -> 
     )
 
 
-def check_conversations(pivot: PivotKV, source: str, tokenizer: Any) -> None:
+def _check_conversations(pivot: PivotKV, source: str, tokenizer: Any) -> None:
     """Raise PivotError for a PivotKV that was trained on conversations in other tokens than today's."""
     trained = pivot.fingerprint.calibrated
     if trained is not None and "bos" not in trained.settings and bos_changes_tokens(tokenizer):

@@ -47,12 +47,15 @@ class Verdict:
 
 def verdicts(deltas: Mapping[Place, Delta | None], family: Mapping[Place, Hashable]) -> dict[Place, Verdict]:
     """Of every difference that was tested. family: of each place."""
-    tested = {place: delta for place, delta in deltas.items() if delta and delta.test and delta.test.p is not None}
-    counts = Counter(family[place] for place in tested)
+    tested = [
+        (place, delta, delta.test.p)
+        for place, delta in deltas.items()
+        if delta is not None and delta.test is not None and delta.test.p is not None
+    ]
+    counts = Counter(family[place] for place, _, _ in tested)
     found = {}
-    for place, delta in tested.items():
+    for place, delta, p in tested:
         tests = counts[family[place]]
         low, high = delta.interval(LEVEL / tests) or (None, None)
-        p = delta.test.p if delta.test and delta.test.p is not None else 1.0
         found[place] = Verdict(min(1.0, tests * p), tests, low, high)
     return found

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from judge_bench import answers_of, lines, write_bench
 from judging import command, judged, rows
@@ -13,6 +14,7 @@ from server import GOOD, completion
 from tiny import build_model
 
 from intactkv_eval.harness.command import run_lm_eval
+from intactkv_eval.judge.scores import figure_of
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page
 from intactkv_eval.report.tables import as_json, markdown
@@ -144,6 +146,26 @@ def test_the_results_hold_fastchats_average_and_what_is_missing(server, runs, la
     means = [mean(row["score"] for row in found if row["question_id"] == i) for i in range(3, 11)]
     assert score.value == pytest.approx(mean(means))
     assert list(score.values.values()) == pytest.approx(means)
+    assert score.stderr == pytest.approx(stdev(means) / 8**0.5)
+
+
+@pytest.mark.parametrize("size", [7, 8, 20])
+def test_the_error_of_a_mean_over_rows_is_over_questions(size):
+    """Of questions with two rows each it is that of their means; of cut ones that of a ratio, by the textbook."""
+    draw = np.random.default_rng(size)
+    means = draw.uniform(1, 10, size)
+    whole = figure_of([(q, m + s) for q, m in enumerate(means) for s in (0.5, -0.5)], dict.fromkeys(range(size), 2))
+    cut = [(q, m + s) for q, m in enumerate(means) for s in (0.5, -0.5) if q > 2 or s > 0]
+    part = figure_of(cut, dict.fromkeys(range(size), 2))
+    assert (whole.questions, part.questions, part.of) == (size, size - 3, size)
+    if size < 8:
+        assert (whole.stderr, part.stderr) == (None, None)
+        return
+    assert whole.stderr == pytest.approx(np.std(means, ddof=1) / size**0.5)
+    values = np.array([value for _, value in cut])
+    of = np.array([question for question, _ in cut])
+    rest = [(values[of == question] - values.mean()).sum() for question in range(size)]
+    assert part.stderr == pytest.approx((size / (size - 1) * np.square(rest).sum()) ** 0.5 / len(cut))
 
 
 def test_sets_with_other_questions_missing_are_not_paired(server, runs, large, tmp_path):

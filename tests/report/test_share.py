@@ -45,7 +45,8 @@ def test_the_set_is_fiellers_where_students_quantiles_are_right(lost):
         assert found == ShareSet(-inf, inf)
     else:
         assert found.is_outside == (a < 0)
-        assert (found.low, found.high) == pytest.approx(tuple(roots), rel=0.25, abs=0.02)
+        exact = 0.05 if a > 0 else 0.15  # the ends of an open set lie where the curves are nearly parallel
+        assert (found.low, found.high) == pytest.approx(tuple(roots), rel=exact, abs=0.005)
     assert found.is_bounded == (a > 0)
 
 

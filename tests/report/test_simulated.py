@@ -1,28 +1,13 @@
 """The simulation of the statistics itself: it passes, and each planted wrong formula fails it."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from scores import simulation
 
 from intactkv_eval.report import pairing, resampling, share, significance
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "simulate_statistics.py"
 
-
-@pytest.fixture(scope="module")
-def simulation():
-    spec = importlib.util.spec_from_file_location("simulate_statistics", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def is_right(simulation, name, trials):
+def is_right(name, trials):
     [cell] = [cell for cell in simulation.cells() if cell.name == name]
     low, high = cell.bounds(trials)
     return low <= cell.rate(trials) <= high
@@ -35,8 +20,8 @@ FEW = "documents, n = 8, lognormal"
 
 
 @pytest.mark.parametrize("name", [WINDOWS, CLUSTERS, SHARE, FEW])
-def test_the_formulas_pass(simulation, name):
-    assert is_right(simulation, name, 150)
+def test_the_formulas_pass(name):
+    assert is_right(name, 150)
 
 
 def of_single_windows(patch):
@@ -71,6 +56,6 @@ def of_few(patch):
         (FEW, of_few, 150),
     ],
 )
-def test_a_wrong_formula_fails(simulation, name, plant, trials, monkeypatch):
+def test_a_wrong_formula_fails(name, plant, trials, monkeypatch):
     plant(monkeypatch)
-    assert not is_right(simulation, name, trials)
+    assert not is_right(name, trials)

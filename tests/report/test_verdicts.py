@@ -120,7 +120,8 @@ def test_a_loss_within_noise_has_an_open_share(tmp_path):
     share = compare(runs[2], "ppl_x", runs).share
     assert not share.within().is_bounded
     table = markdown(runs).split("`pivot` none")[0]
-    assert "% [any] |" in table or "or from" in table or "| no loss |" in table
+    assert compare(runs[2], "ppl_x", runs).is_loss
+    assert f"{100 * share.value:.1f}% [any] |" in table
     assert "\\*" not in table
 
 
