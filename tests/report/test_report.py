@@ -244,6 +244,14 @@ def test_nothing_to_report(tmp_path):
         markdown(collect([tmp_path])[0])
 
 
+@pytest.mark.parametrize(("windows", "has_error"), [(7, False), (8, True)])
+def test_few_windows_have_no_error(tmp_path, windows, has_error):
+    """lm_eval writes one of two windows too."""
+    values = list(np.random.default_rng(0).normal(3.0, 0.3, windows))
+    assert (read_run(write(tmp_path, FP, values, 1)).scores["ppl_x"].stderr is not None) == has_error
+    assert ("±" in markdown(collect([tmp_path])[0]).splitlines()[2]) == has_error
+
+
 def test_stderr_of_a_perplexity_comes_from_its_nll(tmp_path):
     values = np.random.default_rng(0).normal(3.0, 0.3, 1000)
     score = read_run(write(tmp_path, FP, list(values), 1)).scores["ppl_x"]

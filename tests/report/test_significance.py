@@ -8,7 +8,7 @@ from scipy import stats
 from scores import score
 
 from intactkv_eval.report.pairing import paired_test, standard_error
-from intactkv_eval.report.significance import MIN_ERROR, MIN_TEST, Tail, sign_test
+from intactkv_eval.report.significance import MIN_ERROR, MIN_TEST, Tail, accuracy_test, sign_test
 
 LEVELS = (0.5, 0.1, 0.05, 0.01, 0.002, 1e-4, 1e-7)
 
@@ -61,6 +61,20 @@ def test_p_and_interval_never_contradict_each_other(number):
     near = found.p * 0.999, min(1.0, found.p * 1.001)
     said = [low > 0 or high < 0 for low, high in map(found.interval, near)]
     assert said == [False, True], "the interval reaches 0 at p itself"
+
+
+@pytest.mark.parametrize("n", [20, 60, 400])
+def test_answers_have_one_verdict_whatever_they_are(n):
+    """McNemar's exact test and Bonett-Price's interval differ near the border: what is said of both is one thing."""
+    for won in range(0, 20):
+        for lost in range(0, min(20, n - won + 1)):
+            one, other = np.zeros(n), np.zeros(n)
+            one[:won] = 1
+            other[won : won + lost] = 1
+            found = accuracy_test(one, other)
+            for level in (0.05, 0.03, 0.0571, found.p * 0.999, min(1.0, found.p * 1.001)):
+                low, high = found.interval(level)
+                assert (found.p < level) == (low > 0 or high < 0), (won, lost, level)
 
 
 def test_quantiles_and_p_are_one_function_across_the_joint():
@@ -172,6 +186,11 @@ def test_a_group_is_a_weighted_sum_over_its_tasks():
     known = sum((weights[task] * stats.sem(change[task])) ** 2 for task in sizes)
     assert found.stderr == pytest.approx(known**0.5, rel=0.02), "a task of five documents leaves the error paired"
     assert found.method == "bootstrap-t over documents, by task"
+    one_document = ["large"] * 400 + ["small"]
+    weights_of_two = {"large": 0.5, "small": 0.5}
+    lone = paired_test(*(score(part[:401], weights=weights_of_two, tasks=one_document) for part in (one, other)))
+    assert lone.value == pytest.approx(0.5 * (one - other)[:400].mean() + 0.5 * (one - other)[400])
+    assert lone.stderr > 0, "a task of one document has no spread of its own"
     small = [task for task in sizes if task != "large" for _ in range(4)]
     assert paired_test(score(one[:8], weights=weights, tasks=small), score(other[:8], weights=weights, tasks=small))
 
