@@ -173,7 +173,7 @@ def table(draw: Random, cells: int, n: int) -> bool:
 
 @dataclass(frozen=True)
 class Cell:
-    """One rate. of: what is measured. low, high: its bounds. every: of so many trials one is made, of what is slow."""
+    """One rate. of: what is measured. low, high: its bounds. every: the trials are divided by it where a cell is slow."""
 
     name: str
     of: str

@@ -45,9 +45,9 @@ def _of_column(title: str, entries: Sequence[Entry]) -> str:
     methods = _different(method for entry in entries for method in _methods(entry))
     if not units:
         return f"{title}: no samples were logged, so nothing is tested (--log_samples)"
-    said = f"{title}: resampled are {'; '.join(units)}"
+    said = f"{title}: resampled units: {'; '.join(units)}"
     if counts:
-        said += f"; tests that stand together: {', '.join(counts)}; by {' and '.join(methods)}"
+        said += f"; differences tested together: {', '.join(counts)}; by {' and '.join(methods)}"
     return said
 
 

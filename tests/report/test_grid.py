@@ -50,7 +50,7 @@ def test_a_real_difference_is_marked_and_noise_is_not(folder):
     assert "\\*" not in next(line for line in text.splitlines() if "| fp | 16 | bos |" in line)
     assert "Not compared" not in text
     assert (
-        "resampled are blocks of 6 neighbouring windows, of 40; tests that stand together: 1 of Δ base, 2 of Δ fp"
+        "resampled units: blocks of 6 neighbouring windows, of 40; differences tested together: 1 of Δ base, 2 of Δ fp"
         in text
     )
 
@@ -250,7 +250,7 @@ def test_every_format_has_the_same_figures(folder):
     assert text.count("\\\\\n") == 5
     legend = [row for row in csv.DictReader(io.StringIO(comma_separated(runs))) if row["status"] == "legend"]
     assert "recovered: the share" in legend[0]["note"]
-    assert "resampled are blocks of 6 neighbouring windows, of 40" in legend[1]["note"]
+    assert "resampled units: blocks of 6 neighbouring windows, of 40" in legend[1]["note"]
     assert "recovered: the share" in text.partition("\\footnotesize")[2]
     assert "ppl\\_x perplexity$\\downarrow$" in text
     assert all(make(runs) == make(collect([folder])[0]) for make in FORMATS.values())

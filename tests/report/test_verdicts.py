@@ -54,7 +54,7 @@ def test_star_bracket_and_share_say_the_same(tmp_path, effect):
 def test_the_family_is_said_and_stands_in_every_format(tmp_path):
     cells(tmp_path, 0.02, 1)
     runs, _ = collect([tmp_path])
-    assert "tests that stand together: 10 of Δ base, 20 of Δ fp" in markdown(runs)
+    assert "differences tested together: 10 of Δ base, 20 of Δ fp" in markdown(runs)
     assert "10 of Δ base, 20 of Δ fp" in comma_separated(runs)
     records = json.loads(as_json(runs))
     assert {one["delta_base_tests"] for one in records} == {None, 10}
