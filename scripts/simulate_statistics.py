@@ -173,7 +173,7 @@ def table(draw: Random, cells: int, n: int) -> bool:
 
 @dataclass(frozen=True)
 class Cell:
-    """One rate. of: what is measured. low, high: its bounds. every: the trials are divided by it where a cell is slow."""
+    """One rate. of: what is measured. low, high: its bounds. every: the trials are divided by it, in slow cells."""
 
     name: str
     of: str

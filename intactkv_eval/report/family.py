@@ -1,8 +1,8 @@
 """The tests of one family, and what they say together: a star and a bracket that never contradict each other.
 
-A family is the set of differences of one kind (to a baseline, to full precision, ...) in one column, among the cells of
-one model. With m of them each is tested at LEVEL / m (Bonferroni), and its interval has confidence 1 - LEVEL / m, so that
-all intervals of a family hold together with 95%:
+A family is the set of differences of one kind (to a baseline, to full precision, ...) in one column, among the cells
+of one model. With m of them each is tested at LEVEL / m (Bonferroni), and its interval has confidence 1 - LEVEL / m, so
+that all intervals of a family hold together with 95%:
 
     star    exactly where the interval leaves out 0, that is where m p < LEVEL
 

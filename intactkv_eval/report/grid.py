@@ -193,7 +193,7 @@ def _entry(run: Run, task: str, index: RunIndex, unpaired: Unpaired) -> Entry:
 
 
 def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """The rows with their verdicts, each among its family: one kind of difference, one column, the cells of one model."""
+    """The rows with their verdicts; a family is one kind of difference in one column, among the cells of one model."""
     entries = {(n, c): e for n, row in enumerate(rows) for c, e in row.entries.items()}
     models = [_base_model(row.identity) for row in rows]
     family = {(n, c): (c, models[n]) for n, c in entries}
