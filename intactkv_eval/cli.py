@@ -14,14 +14,14 @@ import typer
 
 from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
-from intactkv_eval.messages import clean_logs, say
 from intactkv_eval.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.incomplete import incomplete_sets
 from intactkv_eval.report.page import page
 from intactkv_eval.report.planned import absent_of, files_below
 from intactkv_eval.report.tables import FORMATS
+from intactkv_eval.sanitize import clean_logs, say
+from intactkv_eval.storage.files import cache_folder, shipped_folder, write_atomic
 
 app = typer.Typer(
     name="intactkv",

@@ -14,7 +14,7 @@ import datasets
 from numpy.typing import NDArray
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import cache_folder
+from intactkv_eval.storage.files import cache_folder
 
 ENV = "INTACTKV_DATA"
 

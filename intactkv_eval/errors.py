@@ -2,7 +2,7 @@
 
 from difflib import get_close_matches
 
-from intactkv_eval.messages import clean
+from intactkv_eval.sanitize import clean
 
 
 class IntactKVError(Exception):

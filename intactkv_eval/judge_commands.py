@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.messages import say
 from intactkv_eval.outputs import ANSWERS, REPLACES, REPLIES, check_output
+from intactkv_eval.sanitize import say
 
 Sources = Annotated[list[Path], typer.Argument(help="Runs of lm_eval with --log_samples, or FastChat answer files.")]
 BenchName = Annotated[str, typer.Option(help="Whose questions: mt_bench or vicuna_bench.")]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from intactkv_eval.config_files import load_config
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.limits import HEADER_BYTES
+from intactkv_eval.storage.limits import HEADER_BYTES
 
 REPLACES = "Let --out replace a file of another kind; never an input, or a file of a model."
 """The help of --overwrite."""

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.messages import say
 from intactkv_eval.outputs import (
     CONVERSATIONS,
     LOG,
@@ -18,6 +17,7 @@ from intactkv_eval.outputs import (
     check_output,
     inputs_of,
 )
+from intactkv_eval.sanitize import say
 
 
 def pivots(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.messages import say
 from intactkv_eval.outputs import PLAN, check_output
+from intactkv_eval.sanitize import say
 
 
 class Executor(str, Enum):

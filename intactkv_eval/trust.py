@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.messages import is_secret_key
+from intactkv_eval.sanitize import is_secret_key
 
 TRUST = "trust_remote_code"
 _RUNS = {

@@ -2,13 +2,13 @@
 
     python scripts/limits_table.py [--write docs/reliability.md]
 
-The limits are those of intactkv_eval/limits.py; tests/test_limits.py fails where the page has others.
+The limits are those of intactkv_eval/storage/limits.py; tests/test_limits.py fails where the page has others.
 """
 
 import argparse
 from pathlib import Path
 
-from intactkv_eval.limits import table
+from intactkv_eval.storage.limits import table
 
 MARK = "<!-- limits -->"
 

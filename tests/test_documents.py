@@ -6,8 +6,8 @@ from random import Random
 import pytest
 import yaml
 
-from intactkv_eval.documents import parse_json, parse_yaml, parse_yaml_of_two
-from intactkv_eval.limits import DOCUMENT_DEPTH
+from intactkv_eval.storage.documents import parse_json, parse_yaml, parse_yaml_of_two
+from intactkv_eval.storage.limits import DOCUMENT_DEPTH
 
 
 def test_documents_are_what_they_say():

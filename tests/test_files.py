@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from intactkv_eval.files import place_folder, shipped_folder, write_atomic
 from intactkv_eval.quantize.export import export
-from intactkv_eval.tensor_file import save_tensors
+from intactkv_eval.storage.files import place_folder, shipped_folder, write_atomic
+from intactkv_eval.storage.tensor_file import save_tensors
 from intactkv_eval.weights.formats.scheme import Scheme
 
 
@@ -69,7 +69,7 @@ def test_a_folder_goes_with_its_lock_while_others_wait(tmp_path):
     """Each waits for the lock inside of it, and takes all away at the end."""
     script = (
         "import sys, pathlib\n"
-        "from intactkv_eval.files import locked, remove_folder\n"
+        "from intactkv_eval.storage.files import locked, remove_folder\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "for turn in range(60):\n"
         "    with locked(folder / 'lock'):\n"

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from intactkv_eval.config_files import load_config
-from intactkv_eval.documents import parse_json, parse_yaml
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError, PivotError
-from intactkv_eval.files import read_jsonl, read_text
-from intactkv_eval.limits import DOCUMENT_VALUES, READERS, read_bytes, table
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.quantize.awq_search import load_search
-from intactkv_eval.tensor_file import read_metadata, read_tensor_file
+from intactkv_eval.storage.documents import parse_json, parse_yaml
+from intactkv_eval.storage.files import read_jsonl, read_text
+from intactkv_eval.storage.limits import DOCUMENT_VALUES, READERS, read_bytes, table
+from intactkv_eval.storage.tensor_file import read_metadata, read_tensor_file
 from intactkv_eval.weights.checkpoint import Checkpoint, read_json
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def test_the_page_has_the_limits_of_the_code():
     for reader in READERS:
         for module in reader.module.split(", "):
             assert (PACKAGE / module).is_file()
-            assert "intactkv_eval.limits import" in (PACKAGE / module).read_text()
+            assert "intactkv_eval.storage.limits import" in (PACKAGE / module).read_text()
 
 
 def test_every_other_reader_is_known():
@@ -117,7 +117,7 @@ def test_lines_are_bound(tmp_path, monkeypatch):
     for name, most, message in (("DOCUMENT_BYTES", 8, "a line of more than 8 bytes"), ("LINES_VALUES", 15, "line 4: the file holds"),
                                 ("LINES_BYTES", 32, "has 68 bytes; expected at most 32 bytes")):  # fmt: skip
         with monkeypatch.context() as patched:
-            patched.setattr(f"intactkv_eval.files.{name}", most)
+            patched.setattr(f"intactkv_eval.storage.files.{name}", most)
             with pytest.raises(DataError, match=message):
                 read_jsonl(path)
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.messages import STRUCK, clean, clean_logs, is_secret_key, on_one_line, say, struck, struck_record
+from intactkv_eval.sanitize import STRUCK, clean, clean_logs, is_secret_key, on_one_line, say, struck, struck_record
 
 HF, SK = "hf_" + "aB3" * 11, "sk-proj-" + "a1B2c3D4" * 3
 SECRETS = {

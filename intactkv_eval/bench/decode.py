@@ -14,9 +14,9 @@ from transformers import AutoConfig
 
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.demo import prepare_model
-from intactkv_eval.files import cache_folder
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.storage.files import cache_folder
 
 PROMPT = "The lighthouse keeper wrote in his log every evening, and this is what he wrote on the last day of the year:"
 NEW_TOKENS = 64

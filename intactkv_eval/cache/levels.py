@@ -15,11 +15,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.formulas import current, recorded, stale
 from intactkv_eval.pivot.identity import Fingerprint
-from intactkv_eval.tensor_file import read_tensor_file, write_tensor_file
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.tensor_file import read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-kv-levels-1"
 _FORMULA = "codebook"

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from intactkv_eval.calibrate.messages import ROLES, Conversation, Message, message_of, waits
 from intactkv_eval.calibrate.sharegpt import is_sharegpt, of_sharegpt
 from intactkv_eval.data import digest_of_text, load_dataset
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import read_jsonl, read_text
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import read_jsonl, read_text
 
 _FILES = {".json", ".jsonl", ".txt"}
 _HUB = re.compile(r"[\w.-]+/[\w.-]+(:\w+)?")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.data import digest_of, load_dataset, mirror, origin
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import read_jsonl, read_text
+from intactkv_eval.storage.files import read_jsonl, read_text
 
 SOURCES = ("wikitext2", "c4", "pile")
 _C4_FILE = "en/c4-train.00000-of-01024.json.gz"

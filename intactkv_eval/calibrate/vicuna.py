@@ -13,8 +13,8 @@ from typing import Any
 
 from intactkv_eval.calibrate.messages import Conversation, Message
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import read_text, shipped_folder
 from intactkv_eval.pivot.bos_text import encoded_prompt
+from intactkv_eval.storage.files import read_text, shipped_folder
 
 Render = Callable[[Conversation], str]
 """A conversation -> its text by the chat template, with the words that invite an answer."""

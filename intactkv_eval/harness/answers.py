@@ -9,9 +9,9 @@ from pathlib import Path
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.messages import Conversation, filled, waits
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.files import write_jsonl
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.storage.files import write_jsonl
 
 
 def answered(lm: IntactKVLM, found: Conversations, tokens: int, out: Path) -> Conversations:

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
-from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.limits import PICKLE_BYTES
-from intactkv_eval.plain_pickle import read_plain
+from intactkv_eval.storage.documents import BROKEN_PICKLE
+from intactkv_eval.storage.limits import PICKLE_BYTES
+from intactkv_eval.storage.plain_pickle import read_plain
 
 _WAIT = 30.0  # seconds for another process to end its writing
 _COLUMNS = re.compile(

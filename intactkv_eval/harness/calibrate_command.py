@@ -29,7 +29,6 @@ from intactkv_eval.calibrate.vicuna import is_vicuna
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import locked
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.chat_date import date_of, moment_of_run
@@ -47,6 +46,7 @@ from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.storage.files import locked
 
 
 class Asked(NamedTuple):

@@ -10,7 +10,6 @@ import numpy as np
 from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import write_atomic
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
@@ -30,7 +29,8 @@ from intactkv_eval.harness.full_cell import (
     without_reference,
 )
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.messages import struck_record
+from intactkv_eval.sanitize import struck_record
+from intactkv_eval.storage.files import write_atomic
 
 
 class Shown(NamedTuple):

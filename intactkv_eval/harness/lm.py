@@ -49,11 +49,11 @@ from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
-from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.pivot.tokens import use_chat_template
+from intactkv_eval.sanitize import struck_record
 from intactkv_eval.weights.formats import rotation_of
 from intactkv_kernels.native import library
 

@@ -14,7 +14,6 @@ from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.files import cache_folder
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
@@ -22,6 +21,7 @@ from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
 from intactkv_eval.pivot.choose import Evidence, choose
 from intactkv_eval.pivot.tokens import resolve_tokens
+from intactkv_eval.storage.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

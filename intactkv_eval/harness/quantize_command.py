@@ -18,7 +18,6 @@ from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.config import ActivationSpec, PivotSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.files import locked, remove_folder
 from intactkv_eval.formulas import current, names_of_job
 from intactkv_eval.harness.chat_date import chat_settings
 from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading
@@ -27,7 +26,6 @@ from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
-from intactkv_eval.messages import struck_record
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers
@@ -42,6 +40,8 @@ from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
 from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
+from intactkv_eval.sanitize import struck_record
+from intactkv_eval.storage.files import locked, remove_folder
 from intactkv_eval.weights.checkpoint import read_json
 from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.intactkv import range_tensors

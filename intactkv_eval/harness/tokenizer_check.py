@@ -15,7 +15,7 @@ from typing import Any
 
 from intactkv_eval.compat.transformers_api import file_of
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.limits import (
+from intactkv_eval.storage.limits import (
     TOKEN_ID,
     TOKENIZER_BYTES,
     TOKENIZER_GROWTH,

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import read_jsonl
-from intactkv_eval.limits import read_bytes
 from intactkv_eval.mt_bench.answers import Answer, Choice, answer_id, read_answers, write_answers
 from intactkv_eval.report.collect import Run, read_run
 from intactkv_eval.report.labels import pivot_label, weights_label
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.samples import samples_of
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import read_jsonl
+from intactkv_eval.storage.limits import read_bytes
 
 _LONGEST = 200  # letters of a name; a file's may have 255
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.files import read_jsonl, write_jsonl
 from intactkv_eval.judge.journal import Line
 from intactkv_eval.judge.matches import Match
+from intactkv_eval.storage.files import read_jsonl, write_jsonl
 
 Judged = Sequence[tuple[Match, Line | None]]
 _NO_SCORE, _NO_WINNER = -1, "error"

@@ -20,11 +20,11 @@ from typing import IO, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.matches import MatchKey
 from intactkv_eval.judge.verdict import WINNERS, is_rating, verdict_of
+from intactkv_eval.storage.documents import parse_json
 
 NAME = "replies.jsonl"
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.documents import parse_json
-from intactkv_eval.files import write_atomic, write_jsonl
 from intactkv_eval.judge.entries import Entry, lettered
 from intactkv_eval.judge.scores import ALL, WHOLE, Scores
-from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.incomplete import JUDGED, PAIRED
 from intactkv_eval.report.samples import samples_of
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import write_atomic, write_jsonl
+from intactkv_eval.storage.limits import read_bytes
 
 
 @dataclass(frozen=True)

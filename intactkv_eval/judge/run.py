@@ -17,7 +17,7 @@ from intactkv_eval.judge.journal import Journal, Line
 from intactkv_eval.judge.matches import Match, MatchKey
 from intactkv_eval.judge.verdict import verdict_of
 from intactkv_eval.judge.wire import Reply
-from intactkv_eval.messages import struck
+from intactkv_eval.sanitize import struck
 
 _HOPELESS = 10  # requests, before any reply has come
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds between two tries of a request, doubled from the first on

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.limits import CODES_TIMES, MODULES, SPARE_BYTES, WEIGHTS_TIMES
+from intactkv_eval.storage.limits import CODES_TIMES, MODULES, SPARE_BYTES, WEIGHTS_TIMES
 
 
 def check_fits(model: nn.Module, name: str, files: Iterable[str | Path], quantized: bool) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import write_jsonl
 from intactkv_eval.mt_bench.questions import read_rows
+from intactkv_eval.storage.files import write_jsonl
 
 
 class Choice(BaseModel):

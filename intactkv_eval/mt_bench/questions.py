@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import read_jsonl
 from intactkv_eval.mt_bench.sources import PROMPTS, QUESTIONS, bench_file
+from intactkv_eval.storage.files import read_jsonl
 
 TEMPERATURES = {
     "writing": 0.7,

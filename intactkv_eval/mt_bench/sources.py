@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from intactkv_eval.data import ENV, mirror
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import cache_folder, write_atomic
+from intactkv_eval.storage.files import cache_folder, write_atomic
 
 PROMPTS = "judge_prompts.jsonl"
 QUESTIONS = "question.jsonl"

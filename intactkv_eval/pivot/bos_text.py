@@ -9,7 +9,7 @@ what stands behind it, with the id in front, wherever the tokenizer would add th
 from functools import cache
 from typing import Any
 
-from intactkv_eval.files import read_text, shipped_folder
+from intactkv_eval.storage.files import read_text, shipped_folder
 
 _PROBES = ("A chat", "[INST] x", "<|user|>", "hello")
 

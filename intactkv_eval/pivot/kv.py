@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.formulas import calibration_name, current, recorded, stale
 from intactkv_eval.pivot.identity import ChatHead, Fingerprint
-from intactkv_eval.tensor_file import read_metadata, read_tensor_file, write_tensor_file
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
 FORMAT = "intactkv-pivot-1"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other

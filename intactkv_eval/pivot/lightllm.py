@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import PivotError
-from intactkv_eval.files import write_atomic
-from intactkv_eval.limits import read_bytes
 from intactkv_eval.pivot.basis import ROTATED
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.tensor_file import write_pickle
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import write_atomic
+from intactkv_eval.storage.limits import read_bytes
+from intactkv_eval.storage.tensor_file import write_pickle
 
 
 def _check_fits(pivot: PivotKV, config: dict[str, Any], folder: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from intactkv_eval.compat.transformers_api import cached_file
 from intactkv_eval.errors import PivotError
-from intactkv_eval.files import cache_folder
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.storage.files import cache_folder
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ from typing import Any
 
 from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.files import read_text, shipped_folder
 from intactkv_eval.pivot.bos_text import encoded_prompt
 from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.prompts import prompts_of
+from intactkv_eval.storage.files import read_text, shipped_folder
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.
 _PROBES = ("Hello there", "What is 7 times 8?", "12 apples cost", "(a parenthesis)", "über", "the end", "I am")

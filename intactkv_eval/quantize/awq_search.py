@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
 from intactkv_eval.quantize.fold_trial import Fold, changed_by
 from intactkv_eval.quantize.scale_groups import check_front, divide_outputs
-from intactkv_eval.torch_pickle import read_torch_file
+from intactkv_eval.storage.torch_pickle import read_torch_file
 
 _ROUNDED = 2**-4  # of a norm's outputs in 16 bits
 

@@ -13,8 +13,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.files import place_folder
-from intactkv_eval.tensor_file import save_tensors
+from intactkv_eval.storage.files import place_folder
+from intactkv_eval.storage.tensor_file import save_tensors
 from intactkv_eval.weights.checkpoint import INDEX
 from intactkv_eval.weights.formats import FORMATS, intactkv
 from intactkv_eval.weights.formats.scheme import Scheme

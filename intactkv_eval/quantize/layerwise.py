@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.files import write_atomic
 from intactkv_eval.quantize.method import Block, Method, install
-from intactkv_eval.tensor_file import read_tensor_file, save_tensors
+from intactkv_eval.storage.files import write_atomic
+from intactkv_eval.storage.tensor_file import read_tensor_file, save_tensors
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 _PARTS = ("codes", "scales", "zeros", "order")

@@ -15,15 +15,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from intactkv_eval.config import ActivationSpec, CellSpec
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
-from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below
 from intactkv_eval.report.score import Score, read_scores
 from intactkv_eval.report.settings import SharedSettings
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.limits import read_bytes
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.limits import read_bytes
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.limits import read_bytes
 
 Array = NDArray[Any]
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
-from intactkv_eval.messages import clean, struck_record
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
 from intactkv_eval.report.grid import Entry, Grid, Row
 from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.pairing import unit_of
+from intactkv_eval.sanitize import clean, struck_record
 
 HEAD = ("model", "weights", "kv", "pivot")
 

@@ -14,7 +14,6 @@ import jinja2
 from markupsafe import Markup
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.limits import PICTURE_BYTES, PICTURES_BYTES, human_size, read_bytes
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.notes import STALE
@@ -22,6 +21,7 @@ from intactkv_eval.report.numbers import records
 from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.tables import legend, shown
+from intactkv_eval.storage.limits import PICTURE_BYTES, PICTURES_BYTES, human_size, read_bytes
 
 _KINDS = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg"}
 _BEGINS = {".png": b"\x89PNG\r\n\x1a\n", ".jpg": b"\xff\xd8\xff"}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.limits import read_bytes
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.limits import read_bytes
 
 PLAN, CELLS, FAILED = "sweep.json", "cells", "failed"
 MISSING = "missing"

@@ -15,9 +15,9 @@ from functools import lru_cache
 from math import isfinite
 from pathlib import PurePath
 
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.report.collect import Identity
 from intactkv_eval.report.grid import Entry, Grid
+from intactkv_eval.storage.files import shipped_folder
 
 _NO_WORDS = {"hf", "meta"}
 _KEY = ("method", "bits", "group_size", "act_bits", "kv_bits", "pivot")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.files import read_jsonl
 from intactkv_eval.report.clusters import Clusters, clusters_of
+from intactkv_eval.storage.files import read_jsonl
 
 
 @dataclass(frozen=True)

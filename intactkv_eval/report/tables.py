@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from intactkv_eval.messages import on_one_line, struck
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
@@ -17,6 +16,7 @@ from intactkv_eval.report.planned import Absent
 from intactkv_eval.report.published import beside, published_rows
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.texts import chance, change, figures
+from intactkv_eval.sanitize import on_one_line, struck
 
 _MARKUP = re.compile(r"[\\|<*`]|(?<=\])\(")
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the full-width signs too, which spreadsheets take alike

@@ -17,7 +17,7 @@ from typing import IO
 
 from intactkv_eval.errors import CheckpointError, DataError
 from intactkv_eval.harness.evaluate import check_written
-from intactkv_eval.limits import ARCHIVE_BYTES, ARCHIVE_FILES, ARCHIVE_HEADER, MIB, human_size
+from intactkv_eval.storage.limits import ARCHIVE_BYTES, ARCHIVE_FILES, ARCHIVE_HEADER, MIB, human_size
 from intactkv_eval.sweep.folder import RECORD
 
 _BROKEN = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, LookupError, ValueError, TypeError, OverflowError,

@@ -10,13 +10,13 @@ import torch
 
 from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.command import check_tasks
-from intactkv_eval.limits import read_bytes
 from intactkv_eval.report.collect import read_run
+from intactkv_eval.storage.files import shipped_folder
+from intactkv_eval.storage.limits import read_bytes
 from intactkv_eval.sweep.estimate import estimate
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit, check_entries, expand

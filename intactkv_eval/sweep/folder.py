@@ -17,12 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import locked, place_folder, write_atomic
-from intactkv_eval.limits import read_bytes
-from intactkv_eval.messages import struck_record
 from intactkv_eval.report.planned import CELLS, FAILED, PLAN
+from intactkv_eval.sanitize import struck_record
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import locked, place_folder, write_atomic
+from intactkv_eval.storage.limits import read_bytes
 
 RECORD, BEGUN = "record.json", "begun.json"
 _MOST_SECONDS = 1e9  # thirty years: no unit took longer

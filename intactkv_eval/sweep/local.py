@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from intactkv_eval.compat.lm_eval_api import setup_logging, without_processes
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.messages import clean_logs
 from intactkv_eval.model.devices import check_device
+from intactkv_eval.sanitize import clean_logs
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import Ended

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from intactkv_eval.compat.lm_eval_api import setup_logging
 from intactkv_eval.errors import ConfigError, DataError, IntactKVError
-from intactkv_eval.files import cache_folder
-from intactkv_eval.messages import clean_logs
+from intactkv_eval.sanitize import clean_logs
+from intactkv_eval.storage.files import cache_folder
 from intactkv_eval.sweep.archive import unpack
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from intactkv_eval.messages import clean, on_one_line
+from intactkv_eval.sanitize import clean, on_one_line
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.schedule import Happened, State
 

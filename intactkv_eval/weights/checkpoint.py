@@ -12,9 +12,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.limits import SHARDS, check_regular, read_bytes
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.limits import SHARDS, check_regular, read_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

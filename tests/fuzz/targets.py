@@ -22,11 +22,11 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.calibrate.conversations import load_conversations
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.config_files import load_config
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import load_search
+from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep.grid import expand
 from intactkv_eval.sweep.spec import read_sweep
 from intactkv_eval.weights.checkpoint import Checkpoint, quantization_beside, read_json

@@ -23,8 +23,8 @@ from intactkv_eval.compat import transformers_api
 from intactkv_eval.errors import CheckpointError, IntactKVError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
-from intactkv_eval.limits import TOKENIZER_GROWTH
 from intactkv_eval.quantize.job import job_from
+from intactkv_eval.storage.limits import TOKENIZER_GROWTH
 
 SMALL = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257}
 

@@ -11,10 +11,10 @@ import yaml
 
 from intactkv_eval.cell_arguments import cell_from_args
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import KNOWN
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
+from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep.command import Sweep, check_files_of_tasks, given_arguments
 from intactkv_eval.sweep.spec import read_sweep
 from intactkv_eval.trust import check_no_code

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from intactkv_eval.compat.lm_eval_api import ConfigurableTask, task_base
 from intactkv_eval.data import load_dataset
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import cut_windows
+from intactkv_eval.storage.files import shipped_folder
 
 TASKS = shipped_folder("tasks")
 TEXT = [f"line {i} of a small text.\n" if i % 3 else "" for i in range(60)]

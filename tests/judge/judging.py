@@ -2,10 +2,10 @@
 
 import sys
 
-from intactkv_eval.files import read_jsonl
 from intactkv_eval.judge.client import Settings
 from intactkv_eval.judge.command import judge_command
 from intactkv_eval.judge.options import JudgeOptions
+from intactkv_eval.storage.files import read_jsonl
 
 SECRET = "sk-very-secret-0123456789"
 

@@ -7,9 +7,9 @@ from judge_bench import answers_of, lines, write_bench
 from judging import judged, rows
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.files import read_jsonl
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.mt_bench.sources import PUBLISHED, bench_file, reference_sets
+from intactkv_eval.storage.files import read_jsonl
 
 
 def test_they_follow_the_judges_name_and_are_recorded(server, answer_file, bench, tmp_path):

@@ -8,10 +8,10 @@ from judging import judged, rows
 from server import GOOD, honest, rating_of
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import read_jsonl
 from intactkv_eval.judge.client import ANTHROPIC_KEY, KEY, Judge, Settings
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.wire import Spelling, anthropic_base, speaks_anthropic
+from intactkv_eval.storage.files import read_jsonl
 
 SECRET = "sk-ant-very-secret-0123456789"
 NO_LIMIT = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."

@@ -18,9 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from intactkv_eval.calibrate.conversations import load_conversations
 from intactkv_eval.calibrate.examples import examples_of
-from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
+from intactkv_eval.storage.files import shipped_folder
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 MMLU = json.loads((RELEASED / "mmlu.json").read_text(encoding="utf-8"))

@@ -11,13 +11,13 @@ from sqlitedict import SqliteDict
 from intactkv_eval.bench.report import write_results
 from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import locked
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.calibrate_command import writing_alone
 from intactkv_eval.harness.evaluate import check_written, results_below
 from intactkv_eval.judge.journal import opened
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import grid_of
+from intactkv_eval.storage.files import locked
 from intactkv_eval.sweep.folder import SweepFolder
 
 

@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 from running import command, figures, processes_of, ray_cluster, ray_workers, wait_for
 
 from intactkv_eval.demo import prepare_model
-from intactkv_eval.files import cache_folder
+from intactkv_eval.storage.files import cache_folder
 
 HOURS = 3 * 3600
 

@@ -10,7 +10,7 @@ import pytest
 from test_on_ray import WHOLE, packed
 
 from intactkv_eval.errors import DataError
-from intactkv_eval.limits import ARCHIVE_BYTES
+from intactkv_eval.storage.limits import ARCHIVE_BYTES
 from intactkv_eval.sweep.archive import unpack
 
 

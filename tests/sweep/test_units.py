@@ -10,7 +10,7 @@ from grids import RTN, TASK, grid, units
 
 from intactkv_eval import formulas
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.files import shipped_folder
+from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.identity import digest_at

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from intactkv_eval.documents import BROKEN_PICKLE
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.limits import PICKLE_BYTES, TENSORS_TIMES, check_regular
-from intactkv_eval.plain_pickle import read_plain
+from intactkv_eval.storage.documents import BROKEN_PICKLE
+from intactkv_eval.storage.limits import PICKLE_BYTES, TENSORS_TIMES, check_regular
+from intactkv_eval.storage.plain_pickle import read_plain
 
 _TYPES = {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,

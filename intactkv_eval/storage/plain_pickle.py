@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Any
 
-from intactkv_eval.limits import DOCUMENT_DEPTH, PICKLE_PARTS, PICKLE_STEPS
+from intactkv_eval.storage.limits import DOCUMENT_DEPTH, PICKLE_PARTS, PICKLE_STEPS
 
 _MOST_BITS = 1024  # of a whole number
 _KEYS = (str, int, float, bytes, type(None))

@@ -13,9 +13,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.files import write_atomic
-from intactkv_eval.limits import check_regular
-from intactkv_eval.messages import struck
+from intactkv_eval.sanitize import struck
+from intactkv_eval.storage.files import write_atomic
+from intactkv_eval.storage.limits import check_regular
 
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _OS_ERROR = re.compile(r"os error (\d+)")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from intactkv_eval.limits import DOCUMENT_DEPTH, DOCUMENT_VALUES, YAML_BYTES, YAML_MERGED_KEYS, human_size
+from intactkv_eval.storage.limits import DOCUMENT_DEPTH, DOCUMENT_VALUES, YAML_BYTES, YAML_MERGED_KEYS, human_size
 
 # A pickle is a program: a damaged one fails with whatever it comes to (the pickle module's own documentation says so).
 BROKEN_PICKLE = (pickle.PickleError, EOFError, AttributeError, ImportError, LookupError, ValueError, TypeError,

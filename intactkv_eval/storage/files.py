@@ -14,11 +14,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.limits import DOCUMENT_BYTES, LINES_BYTES, LINES_VALUES, TEXT_BYTES, human_size, opened, read_bytes
+from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.limits import (
+    DOCUMENT_BYTES,
+    LINES_BYTES,
+    LINES_VALUES,
+    TEXT_BYTES,
+    human_size,
+    opened,
+    read_bytes,
+)
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(name: str) -> Path:
