@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from intactkv_eval.config_files import load_config
+from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.storage.limits import HEADER_BYTES
 

@@ -3,7 +3,7 @@
 import torch
 
 from intactkv_eval.cache.calibrate_levels import calibrate_levels
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 

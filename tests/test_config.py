@@ -2,9 +2,9 @@
 
 import pytest
 
-from intactkv_eval.cell_arguments import cell_from_args
-from intactkv_eval.config import CellSpec
-from intactkv_eval.config_files import config_names, load_config
+from intactkv_eval.cell.arguments import cell_from_args
+from intactkv_eval.cell.config_files import config_names, load_config
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.errors import ConfigError
 
 RTN = {"pretrained": "m", "weights": "rtn", "bits": 4}

@@ -2,9 +2,9 @@
 
 import pytest
 
-from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.cell.arguments import cell_from_args
+from intactkv_eval.cell.formulas import REVISIONS, current, formulas_of, names_of_cell, names_of_job, recorded, stale
 from intactkv_eval.compat.lm_eval_api import simple_parse_args_string
-from intactkv_eval.formulas import REVISIONS, current, formulas_of, names_of_cell, names_of_job, recorded, stale
 
 CELLS = {
     "": [],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from intactkv_eval.config_files import load_config
+from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError, PivotError
 from intactkv_eval.pivot.choice_file import ChoiceFile
 from intactkv_eval.quantize.awq_search import load_search

@@ -57,7 +57,7 @@ def test_it_works_installed_apart_from_the_checkout(wheel, tmp_path):
         "import site, sys; site.addsitedir(sys.argv[1]); sys.path.insert(0, sys.argv[1])\n"
         "for name in [m for m in sys.modules if m.startswith('intactkv')]: del sys.modules[name]\n"
         "import intactkv_eval; assert intactkv_eval.__file__.startswith(sys.argv[1]), intactkv_eval.__file__\n"
-        "from intactkv_eval.config_files import config_names\n"
+        "from intactkv_eval.cell.config_files import config_names\n"
         "from intactkv_eval.storage.files import shipped_folder\n"
         "assert str(shipped_folder('tasks')).startswith(sys.argv[1])\nassert len(config_names()) > 15\n"
         "import lm_eval.models; from lm_eval.api.registry import get_model\n"

@@ -11,8 +11,8 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.config import ActivationSpec, WeightSpec
 from intactkv_eval.demo import run_demo
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM

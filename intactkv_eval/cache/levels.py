@@ -15,8 +15,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from intactkv_eval.cell.formulas import current, recorded, stale
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.formulas import current, recorded, stale
 from intactkv_eval.pivot.identity import Fingerprint
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.tensor_file import read_tensor_file, write_tensor_file

@@ -13,7 +13,7 @@ from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pre_rope import PreRope
 from intactkv_eval.cache.scheme import Scheme
 from intactkv_eval.cache.token_head import TokenHead
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import ConfigError
 
 LayerKV = tuple[Tensor, Tensor]

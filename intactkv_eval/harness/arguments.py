@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args, flat_arguments, unknown_argument
+from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args, flat_arguments, unknown_argument
+from intactkv_eval.cell.spec import CellSpec
+from intactkv_eval.cell.trust import check_not_secret
 from intactkv_eval.compat.lm_eval_api import HFLM, simple_parse_args_string
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.model.devices import check_device
-from intactkv_eval.trust import check_not_secret
 
 # What hf hands on to transformers' from_pretrained.
 _LOADING_KEYS = """

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
+from intactkv_eval.cell.spec import CellSpec, WeightSpec
 from intactkv_eval.compat.tensor_parts import weight_hash
-from intactkv_eval.config import CellSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.causality import check_causal

@@ -26,8 +26,8 @@ from intactkv_eval.calibrate.student import Quality, Student, check_recompute
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.calibrate.vicuna import is_vicuna
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.tensor_parts import weight_hash
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.config import CellSpec
+from intactkv_eval.cell.formulas import REVISIONS, VICUNA
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.formulas import REVISIONS, VICUNA
 from intactkv_eval.harness.group_trial import check_groups
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.reference_check import Compared, check_reference

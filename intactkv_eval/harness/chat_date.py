@@ -13,8 +13,8 @@ from typing import Any
 
 import torch.distributed
 
+from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.compat.transformers_api import template_now
-from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.pivot.bos_text import bos_changes_tokens, encoded_as_text
 from intactkv_eval.pivot.chat import ChatSettings, may_be_random, may_read_clock, template_hash

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from intactkv_eval.cell.trust import check_not_secret
 from intactkv_eval.compat.lm_eval_api import EvaluatorConfig, HarnessCLI, simple_parse_args_string
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.harness.arguments import check_names, split_model_args
@@ -20,7 +21,6 @@ from intactkv_eval.model.devices import automatic_device, check_device
 from intactkv_eval.sanitize import clean_logs, say
 from intactkv_eval.storage.documents import parse_yaml_of_two
 from intactkv_eval.storage.limits import read_bytes
-from intactkv_eval.trust import check_not_secret
 
 _ON_A_DEVICE = {NAME, "hf", "hf-auto", "huggingface"}  # model classes that take the CPU for a device that is not here
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
-from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.cell.spec import ActivationSpec, CellSpec
 from intactkv_eval.harness.pivot_source import pivot_of_file
 from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.stages import apply_stages

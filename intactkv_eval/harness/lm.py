@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.latent import holds_latent
-from intactkv_eval.cell_arguments import CELL_KEYS
+from intactkv_eval.cell.arguments import CELL_KEYS
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
 from intactkv_eval.compat.transformers_api import template_clock
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.chat_date import check_captured_head
 from intactkv_eval.harness.framing import Framing

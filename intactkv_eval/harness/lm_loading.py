@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.lm_eval_api import HFLM, with_cpu_memory
 from intactkv_eval.compat.peft_api import (
     adapters_of,
@@ -20,7 +21,6 @@ from intactkv_eval.compat.peft_api import (
 )
 from intactkv_eval.compat.transformers_api import attention_implementation
 from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
 from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY

@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForImageTextToText, GenerationConfig, PretrainedConfig
 
+from intactkv_eval.cell.trust import names_kernel
 from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, file_of, loads_as
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.limits import LAYERS, TOKENIZER_BYTES, check_regular, read_bytes
-from intactkv_eval.trust import names_kernel
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.rope_length import rope_by_length
-from intactkv_eval.config import CellSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import quantization_in_memory

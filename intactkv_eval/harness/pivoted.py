@@ -19,6 +19,7 @@ from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import (
     as_in_text_of,
@@ -26,7 +27,6 @@ from intactkv_eval.compat.rope_length import (
     forget_long_texts,
     rope_by_length,
 )
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
 from intactkv_eval.model.structure import cache_devices, text_config

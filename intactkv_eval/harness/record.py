@@ -6,8 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 from intactkv_eval import __version__
-from intactkv_eval.config import CellSpec
-from intactkv_eval.formulas import current, formulas_of
+from intactkv_eval.cell.formulas import current, formulas_of
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.harness.build import Built
 from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.chat import template_hash

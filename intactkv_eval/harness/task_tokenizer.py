@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from intactkv_eval.config_files import load_config
+from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.loading import check_folder
 from intactkv_eval.harness.tokenizer_check import check_tokenizer

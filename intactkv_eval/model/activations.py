@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.compat.transformers_api import Conv1D
-from intactkv_eval.config import ActivationSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.hadamard import hadamard_rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
 from intactkv_eval.model.activations import InputStage, StagedLinear, activations_off
 from intactkv_eval.model.linear import QuantizedLinear, quantized_layers

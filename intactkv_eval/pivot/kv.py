@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from intactkv_eval.cell.formulas import calibration_name, current, recorded, stale
 from intactkv_eval.errors import CheckpointError, PivotError
-from intactkv_eval.formulas import calibration_name, current, recorded, stale
 from intactkv_eval.pivot.identity import ChatHead, Fingerprint
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.tensor_file import read_metadata, read_tensor_file, write_tensor_file

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.config import PivotSpec
+from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.pivot.bos_text import encoded_prompt
 from intactkv_eval.pivot.chat import ChatSettings

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from intactkv_eval.config import SymmetricFormula
+from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.awq_search import clipped
 from intactkv_eval.quantize.method import Block, check_settings, install

@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from intactkv_eval.config import SymmetricFormula
+from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block, check_settings

@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from intactkv_eval.config import ActivationSpec, PivotSpec, Spec, SymmetricFormula, formula_of
+from intactkv_eval.cell.spec import ActivationSpec, PivotSpec, Spec, SymmetricFormula, formula_of
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.gptq import GPTQ

@@ -21,7 +21,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from intactkv_eval.config import SymmetricFormula
+from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_in_range

@@ -8,7 +8,7 @@ Source: QuaRot, weight clipping of its GPTQ (grid 100, shrunk by up to 0.8, norm
 import torch
 from torch import Tensor
 
-from intactkv_eval.config import SymmetricFormula
+from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.quantize.rtn import fake_quantize, group_range
 
 _GRID, _MOST, _NORM = 100, 0.8, 2.4

@@ -14,9 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from intactkv_eval.config import ActivationSpec, CellSpec
+from intactkv_eval.cell.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.cell.spec import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
 from intactkv_eval.report.memory import without_collector
 from intactkv_eval.report.pairing import with_own_error
 from intactkv_eval.report.planned import files_below

@@ -5,7 +5,7 @@ Knows no runs and no figures.
 
 from dataclasses import replace
 
-from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
+from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.report.collect import Identity
 
 BOS = "bos"  # stands for every source of tokens; which these are is compared by themselves

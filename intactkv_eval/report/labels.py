@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from intactkv_eval.config import CellSpec, KVSpec
+from intactkv_eval.cell.spec import CellSpec, KVSpec
 from intactkv_eval.report.collect import Identity, activations_label, symmetric_label
 
 

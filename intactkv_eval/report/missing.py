@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from intactkv_eval.cell_arguments import arguments_of
+from intactkv_eval.cell.arguments import arguments_of
 from intactkv_eval.report.collect import Identity
 from intactkv_eval.report.score import Score
 

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.cell.formulas import current, names_of_cell, names_of_job
+from intactkv_eval.cell.trust import TRUST
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.harness.arguments import check_names, split_model_args
 from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.command import check_tasks
@@ -27,7 +28,6 @@ from intactkv_eval.sweep.preparation import Quantize, placed
 from intactkv_eval.sweep.progress import Progress
 from intactkv_eval.sweep.schedule import Happened, run_units
 from intactkv_eval.sweep.spec import GridSpec, RunSpec, SweepSpec, read_sweep
-from intactkv_eval.trust import TRUST
 
 
 class Where(NamedTuple):

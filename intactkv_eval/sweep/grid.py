@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from intactkv_eval.cell_arguments import CELL_KEYS, cell_from_args
-from intactkv_eval.config import CellSpec, Spec
+from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
+from intactkv_eval.cell.formulas import current, names_of_cell, names_of_prompts
+from intactkv_eval.cell.spec import CellSpec, Spec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
-from intactkv_eval.formulas import current, names_of_cell, names_of_prompts
 from intactkv_eval.harness import record
 from intactkv_eval.harness.arguments import KNOWN, check_names, checked_cell, split_model_args
 from intactkv_eval.mt_bench.sources import PUBLISHED

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.calibrate.train import Settings
-from intactkv_eval.formulas import current, names_of_job
+from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.harness.arguments import split_model_args
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
 from intactkv_eval.harness.kv_levels_command import levels_of_text

@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from intactkv_eval.config import Spec
+from intactkv_eval.cell.spec import Spec
+from intactkv_eval.cell.trust import check_no_code
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.storage.documents import parse_yaml
-from intactkv_eval.trust import check_no_code
 
 Entry = dict[str, Any]
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.cell.spec import ActivationSpec
 
 Range = tuple[float, float]
 """The lowest and the highest number of a layer's input, as calibration saw it."""

@@ -9,8 +9,8 @@ from tiny import BOS, FAMILIES, PAD, build_model
 from transformers import BloomConfig, BloomForCausalLM
 
 from intactkv_eval.cache.group_cache import Groups
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness import pivoted as pivoted_model
 from intactkv_eval.harness.generation import generate

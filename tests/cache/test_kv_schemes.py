@@ -11,8 +11,8 @@ from intactkv_eval.cache.pre_rope import PreRope
 from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.token_head import TokenHead
 from intactkv_eval.cache.writer import Writer, writer_of
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import ConfigError
 
 SMALL = {

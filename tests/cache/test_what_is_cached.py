@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.writer import writer_of
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.kv_levels_command import levels_to_file
 from intactkv_eval.harness.lm import IntactKVLM

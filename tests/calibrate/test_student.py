@@ -8,7 +8,7 @@ from intactkv_eval.calibrate.examples import Example
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.student import Student
 from intactkv_eval.calibrate.teacher import KeptTargets, full_nats, layer_outputs
-from intactkv_eval.config import WeightSpec
+from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices

@@ -8,7 +8,7 @@ from tiny import _SHAPE, BOS, FAMILIES, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from intactkv_eval.calibrate.walk import BlockWalk
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of

@@ -14,7 +14,7 @@ from typing import Any
 import mutate
 from kinds import Target, file_read
 
-from intactkv_eval.config import WeightSpec
+from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.judge.entries import export_answers, load_entries
 from intactkv_eval.judge.journal import Line, read_lines
 from intactkv_eval.judge.verdict import verdict_of

@@ -11,7 +11,7 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
-from intactkv_eval import formulas
+from intactkv_eval.cell import formulas
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness import lm_generation

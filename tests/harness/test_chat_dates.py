@@ -12,8 +12,8 @@ from transformers.utils import chat_template_utils
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.calibrate.messages import Message
+from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.compat.lm_eval_api import hash_args, make_request
-from intactkv_eval.config import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness import chat_date
 from intactkv_eval.harness.chat_date import chat_settings, moment_of_run

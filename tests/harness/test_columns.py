@@ -6,7 +6,7 @@ from kv_cells import pivoted, spec
 from tiny import BOS, EOS, PAD, VOCAB, build_model, uneven
 from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig, PhiConfig
 
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.columns import Columns
 from intactkv_eval.harness.generation import generate

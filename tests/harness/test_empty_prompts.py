@@ -6,7 +6,7 @@ from kv_cells import pivoted as cell_on
 from kv_cells import spec
 from tiny import BOS, EOS, PAD, build_model
 
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import NumericsError
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel

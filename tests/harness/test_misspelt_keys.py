@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file

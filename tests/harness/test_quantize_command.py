@@ -10,8 +10,8 @@ from tiny import build_model
 from typer.testing import CliRunner
 
 from intactkv_eval.calibrate.data import load_samples
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.cli import app
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel

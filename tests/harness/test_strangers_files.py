@@ -12,7 +12,7 @@ from lm_eval.api.model import CachingLM, hash_args
 from safetensors.torch import load_file, save_file
 from sqlitedict import SqliteDict
 
-from intactkv_eval import formulas
+from intactkv_eval.cell import formulas
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
 from intactkv_eval.harness.lm import IntactKVLM

@@ -6,9 +6,9 @@ from tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.writer import writer_of
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import Cache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.harness import pivoted as pivoted_module
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel

@@ -5,7 +5,7 @@ import torch
 from kv_cells import spec
 from tiny import BOS, PAD
 
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request

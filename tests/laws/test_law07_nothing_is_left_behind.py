@@ -3,7 +3,7 @@
 import torch
 from tiny import BOS
 
-from intactkv_eval.config import KVSpec, WeightSpec
+from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.pivoted import PivotedModel

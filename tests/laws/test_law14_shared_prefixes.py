@@ -11,7 +11,7 @@ from tiny import BOS, FAMILIES, VOCAB, build_model
 
 import intactkv_eval.harness.head as head_module
 import intactkv_eval.harness.shared as shared_module
-from intactkv_eval.config import KVSpec
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.harness import scoring
 from intactkv_eval.harness.columns import TESTED
 from intactkv_eval.harness.head import Head

@@ -6,10 +6,10 @@ from tiny import BOS, build_model
 from transformers import LlamaForCausalLM
 
 from intactkv_eval.calibrate.walk import BlockWalk
+from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat import transformers_api
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
 from intactkv_eval.compat.transformers_api import Cache
-from intactkv_eval.config import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness import pivoted as pivoted_module
 from intactkv_eval.harness.generation import generate

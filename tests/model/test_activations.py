@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from intactkv_eval.config import ActivationSpec, WeightSpec
+from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.activations import InputStage, StagedLinear, activations_off, quantize_activations

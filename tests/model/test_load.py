@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 
 from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.config import WeightSpec
+from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, FalconConfig, GPTNe
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.falcon.modeling_falcon import FalconLinear
 
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.model.load import quantized_model
 from intactkv_eval.model.plain import is_plain_linear, scales_elementwise

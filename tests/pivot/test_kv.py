@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import BOS, build_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from intactkv_eval import formulas
+from intactkv_eval.cell import formulas
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import capture, computed, fingerprint_of, weight_hash

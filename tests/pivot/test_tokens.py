@@ -5,7 +5,7 @@ import copy
 import pytest
 from tiny import BOS, VOCAB
 
-from intactkv_eval.config import PivotSpec
+from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.pivot import prompts
 from intactkv_eval.pivot.chat import ChatSettings

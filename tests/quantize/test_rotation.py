@@ -13,7 +13,7 @@ from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.cache.token_head import TokenHead
 from intactkv_eval.cache.writer import writer_of
-from intactkv_eval.config import ActivationSpec, KVSpec, WeightSpec
+from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_report import FP, write
 
-from intactkv_eval.cell_arguments import cell_from_args
-from intactkv_eval.formulas import current, names_of_job
+from intactkv_eval.cell.arguments import cell_from_args
+from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.quantize.job import job_from
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.compare import compare

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_report import BOS, NONE, write
 
-from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.report.collect import collect, identity_of
 from intactkv_eval.report.compare import compare
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_report import BOS, FP, NONE, write
 
-from intactkv_eval.formulas import current, names_of_job
+from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of

@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from intactkv_eval.bench.report import report, write_results
-from intactkv_eval.config import CellSpec
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.report import identities, refused
 from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import Identity, Run, collect

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_report import write
 
-from intactkv_eval.config_files import config_names, load_config
+from intactkv_eval.cell.config_files import config_names, load_config
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.report.published import beside, figures

@@ -7,9 +7,9 @@ from math import exp
 import numpy as np
 import pytest
 
-from intactkv_eval.cell_arguments import cell_from_args
+from intactkv_eval.cell.arguments import cell_from_args
+from intactkv_eval.cell.formulas import formulas_of
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.formulas import formulas_of
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.tables import markdown

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_report import BOS, FP, NONE, write
 
-from intactkv_eval import formulas
+from intactkv_eval.cell import formulas
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.compare import compare

@@ -8,7 +8,7 @@ import pytest
 import spm
 from grids import RTN, TASK, grid, units
 
-from intactkv_eval import formulas
+from intactkv_eval.cell import formulas
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module

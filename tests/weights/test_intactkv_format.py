@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantization import read_quantization

@@ -18,7 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from intactkv_eval.config import ActivationSpec
+from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.formats.layer import LayerTensors

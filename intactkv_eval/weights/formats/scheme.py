@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from intactkv_eval.config import ActivationSpec, SymmetricFormula
+from intactkv_eval.cell.spec import ActivationSpec, SymmetricFormula
 from intactkv_eval.weights.stages import Rotation
 
 

@@ -4,11 +4,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from intactkv_eval.cell.trust import check_no_code
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.storage.documents import parse_yaml
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.storage.limits import read_bytes
-from intactkv_eval.trust import check_no_code
 
 
 def load_config(name: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from intactkv_eval.config import CellSpec
-from intactkv_eval.config_files import load_config
+from intactkv_eval.cell.config_files import load_config
+from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.errors import ConfigError, unknown_key
 
 # flat key -> (part of the cell, field); what is not here is the cell's own

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from intactkv_eval.config import CellSpec, formula_of
+from intactkv_eval.cell.spec import CellSpec, formula_of
 
 REVISIONS: Mapping[str, int] = MappingProxyType(
     {
