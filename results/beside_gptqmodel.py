@@ -26,7 +26,7 @@ def main(model: str, out: Path, python: str) -> None:
     """Write the samples, let GPTQModel quantize, evaluate."""
     from transformers import AutoTokenizer
 
-    from intactkv_eval.calibrate.data import load_samples
+    from intactkv_eval.data.calibration_text import load_samples
 
     samples = load_samples("wikitext2", AutoTokenizer.from_pretrained(model), SAMPLES, LENGTH)
     (out / "made").mkdir(parents=True, exist_ok=True)

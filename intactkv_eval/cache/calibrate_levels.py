@@ -21,7 +21,7 @@ from intactkv_eval.cache.rotary import find_rotary
 from intactkv_eval.cache.scheme import working
 from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
-from intactkv_eval.data import digest_of
+from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.identity import Fingerprint

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from intactkv_eval.calibrate.messages import ROLES, Conversation, Message, message_of, waits
 from intactkv_eval.calibrate.sharegpt import is_sharegpt, of_sharegpt
-from intactkv_eval.data import digest_of_text, load_dataset
+from intactkv_eval.data.hub import digest_of_text, load_dataset
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import read_jsonl, read_text

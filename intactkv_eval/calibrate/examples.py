@@ -16,7 +16,7 @@ from torch import Tensor
 from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.messages import Conversation, is_plain
 from intactkv_eval.calibrate.vicuna import is_vicuna, released_tokens
-from intactkv_eval.data import digest_of
+from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import DataError
 from intactkv_eval.pivot.bos_text import encoded_with_places
 from intactkv_eval.pivot.chat import ChatSettings

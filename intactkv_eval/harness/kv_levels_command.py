@@ -8,7 +8,7 @@ from torch import Tensor
 
 from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.calibrate.data import load_samples
+from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
@@ -62,7 +62,7 @@ def levels_of_text(
     keep: int,
     exempt: bool,
 ) -> KVLevels:
-    """`levels_to_file` on calibration samples (calibrate/data.py)."""
+    """`levels_to_file` on calibration samples (data/calibration_text.py)."""
     origin = f"{Path(data).name}: {count} samples of {length} tokens, seed {seed}"
 
     def samples(tokenizer: Any) -> Sequence[Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.data import Samples, load_samples
+from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.compat.tensor_parts import weight_hash
+from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intactkv_eval import __version__
-from intactkv_eval.calibrate.data import Samples, load_samples
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.cell.spec import ActivationSpec, PivotSpec
+from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.chat_date import chat_settings
 from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading

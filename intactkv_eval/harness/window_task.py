@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.data import origin
+from intactkv_eval.data.hub import origin
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of

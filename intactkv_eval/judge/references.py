@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from intactkv_eval.data import mirror
+from intactkv_eval.data.hub import mirror
 from intactkv_eval.errors import DataError
 from intactkv_eval.mt_bench.answers import Answer, read_answers
 from intactkv_eval.mt_bench.questions import NEEDS_REFERENCE, Question

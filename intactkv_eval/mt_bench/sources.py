@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from intactkv_eval.data import ENV, mirror
+from intactkv_eval.data.hub import ENV, mirror
 from intactkv_eval.errors import DataError
 from intactkv_eval.storage.files import cache_folder, write_atomic
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from intactkv_eval.data import load_dataset, mirror
+from intactkv_eval.data.hub import load_dataset, mirror
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of

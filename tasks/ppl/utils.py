@@ -4,7 +4,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from intactkv_eval.data import load_dataset, mirror
+from intactkv_eval.data.hub import load_dataset, mirror
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from intactkv_eval.data import load_dataset
+from intactkv_eval.data.hub import load_dataset
 
 
 def load(hub_path: str, hub_name: str | None = None, **_: Any) -> Any:

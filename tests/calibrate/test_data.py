@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import BOS
 
-from intactkv_eval.calibrate import data
-from intactkv_eval.calibrate.data import load_samples
+from intactkv_eval.data.calibration_text import load_samples
+from intactkv_eval.data.hub import calibration_text
 from intactkv_eval.errors import ConfigError, DataError
 
 
@@ -48,7 +48,7 @@ def test_lines_of_a_jsonl_file_are_joined(tmp_path):
 
 def test_c4_takes_long_documents_once_each(monkeypatch):
     documents = [TEXT[:30], TEXT[100:250], TEXT[300:320], TEXT[400:600], TEXT[700:890]]
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **options: {"text": documents})
+    monkeypatch.setattr(calibration_text, "load_dataset", lambda *args, **options: {"text": documents})
     found = [bytes(window.tolist()).decode() for window in load_samples("c4", Bytes(), 3, 100).tokens]
     owners = [next(place for place, text in enumerate(documents) if window in text) for window in found]
     assert sorted(owners) == [1, 3, 4]
@@ -62,7 +62,7 @@ def test_pile_joins_short_documents(monkeypatch):
             return Rows(text=sorted(self["text"], key=len, reverse=bool(seed)))
 
     rows = Rows(text=[" abc ", "d" * 513, "efghij"])
-    monkeypatch.setattr(data, "load_dataset", lambda *args, **options: rows)
+    monkeypatch.setattr(calibration_text, "load_dataset", lambda *args, **options: rows)
     windows = load_samples("pile", Bytes(), 3, 3).tokens
     assert [bytes(window.tolist()).decode() for window in windows] == ["abc", "efg", "hij"]
     with pytest.raises(DataError, match="9 tokens in documents"):

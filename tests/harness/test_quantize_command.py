@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from tiny import build_model
 from typer.testing import CliRunner
 
-from intactkv_eval.calibrate.data import load_samples
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.cli import app
+from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel

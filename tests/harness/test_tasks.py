@@ -14,7 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from intactkv_eval.compat.lm_eval_api import ConfigurableTask, task_base
-from intactkv_eval.data import load_dataset
+from intactkv_eval.data.hub import load_dataset
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.harness.window_task import cut_windows

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intactkv_eval.data import digest_of, load_dataset, mirror, origin
+from intactkv_eval.data.hub import digest_of, load_dataset, mirror, origin
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.storage.files import read_jsonl, read_text
 
