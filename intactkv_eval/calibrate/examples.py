@@ -13,13 +13,13 @@ import jinja2
 import torch
 from torch import Tensor
 
-from intactkv_eval.calibrate.conversations import Conversations
-from intactkv_eval.calibrate.messages import Conversation, is_plain
-from intactkv_eval.calibrate.vicuna import is_vicuna, released_tokens
+from intactkv_eval.chat.bos_text import encoded_with_places
+from intactkv_eval.chat.conversations import Conversations
+from intactkv_eval.chat.messages import Conversation, is_plain
+from intactkv_eval.chat.templates import ChatSettings
+from intactkv_eval.chat.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import DataError
-from intactkv_eval.pivot.bos_text import encoded_with_places
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choose import nats_of
 
 Body = Callable[[Sequence[int]], list[int]]

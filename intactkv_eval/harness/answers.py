@@ -6,8 +6,8 @@ messages (JSONL), so that the next run, or another cell, can take them as they a
 
 from pathlib import Path
 
-from intactkv_eval.calibrate.conversations import Conversations
-from intactkv_eval.calibrate.messages import Conversation, filled, waits
+from intactkv_eval.chat.conversations import Conversations
+from intactkv_eval.chat.messages import Conversation, filled, waits
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cell.spec import CellSpec, WeightSpec
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
@@ -42,7 +43,6 @@ from intactkv_eval.model.stages import apply_stages, stage_specs
 from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import check_supported
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_clips, clipped, load_search
 from intactkv_eval.quantize.rotation import check_rotatable, rotate

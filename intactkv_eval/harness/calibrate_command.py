@@ -16,17 +16,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from intactkv_eval.calibrate.conversations import Conversations, load_conversations
 from intactkv_eval.calibrate.examples import Example, digest_of_examples, examples_of
-from intactkv_eval.calibrate.messages import waits
 from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.calibrate.rows import TrainedRows
 from intactkv_eval.calibrate.run_state import RunState
 from intactkv_eval.calibrate.student import Quality, Student, check_recompute
 from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
 from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
-from intactkv_eval.calibrate.vicuna import is_vicuna
 from intactkv_eval.cell.spec import CellSpec
+from intactkv_eval.chat.bos_text import bos_changes_tokens
+from intactkv_eval.chat.conversations import Conversations, load_conversations
+from intactkv_eval.chat.messages import waits
+from intactkv_eval.chat.vicuna import is_vicuna
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
@@ -43,7 +44,6 @@ from intactkv_eval.harness.full_cell import (
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
-from intactkv_eval.pivot.bos_text import bos_changes_tokens
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.storage.files import locked

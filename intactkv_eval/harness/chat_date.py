@@ -14,13 +14,13 @@ from typing import Any
 import torch.distributed
 
 from intactkv_eval.cell.spec import PivotSpec
+from intactkv_eval.chat.bos_text import bos_changes_tokens, encoded_as_text
+from intactkv_eval.chat.sandbox import prompts_of_chats
+from intactkv_eval.chat.templates import ChatSettings, may_be_random, may_read_clock, template_hash
 from intactkv_eval.compat.transformers_api import template_now
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.pivot.bos_text import bos_changes_tokens, encoded_as_text
-from intactkv_eval.pivot.chat import ChatSettings, may_be_random, may_read_clock, template_hash
 from intactkv_eval.pivot.identity import ChatHead
 from intactkv_eval.pivot.kv import head_of_file
-from intactkv_eval.pivot.prompts import prompts_of_chats
 from intactkv_eval.pivot.tokens import prompt_head
 
 logger = logging.getLogger(__name__)

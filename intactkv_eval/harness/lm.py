@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.cell.arguments import CELL_KEYS
+from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
@@ -51,7 +52,6 @@ from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
-from intactkv_eval.pivot.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.sanitize import struck_record
 from intactkv_eval.weights.formats import rotation_of
@@ -207,7 +207,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """The tokens of a text, as lm_eval's `hf` makes them; a context that several continuations share only once.
 
-        A BOS that a chat template has written is the one that the tokenizer adds (pivot/bos_text.py).
+        A BOS that a chat template has written is the one that the tokenizer adds (chat/bos_text.py).
         """
         if args or kwargs:
             encoded: list[int] = super().tok_encode(string, *args, **kwargs)

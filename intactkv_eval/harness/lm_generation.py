@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.cell.spec import CellSpec
+from intactkv_eval.chat.bos_text import bos_changes_tokens
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
 from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.errors import ConfigError, PivotError
@@ -21,8 +23,6 @@ from intactkv_eval.harness.generation_settings import own_lengths, say_length, s
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_stops import filling_token, row_stops
 from intactkv_eval.harness.shared_start import SharedStart
-from intactkv_eval.pivot.bos_text import bos_changes_tokens
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.tokens import opens_messages
 
 logger = logging.getLogger(__name__)

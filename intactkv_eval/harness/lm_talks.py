@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from intactkv_eval.calibrate.examples import rendered
-from intactkv_eval.calibrate.messages import Conversation, Message, filled, open_question, waits
+from intactkv_eval.chat.messages import Conversation, Message, filled, open_question, waits
 from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.harness.batching import kv_bytes_per_token

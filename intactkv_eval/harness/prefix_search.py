@@ -11,13 +11,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from intactkv_eval.cell.spec import PivotSpec
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
 from intactkv_eval.pivot.choose import Evidence, choose
 from intactkv_eval.pivot.tokens import resolve_tokens

@@ -17,6 +17,7 @@ from intactkv_eval import __version__
 from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.cell.spec import ActivationSpec, PivotSpec
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.chat_date import chat_settings
@@ -32,7 +33,6 @@ from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of

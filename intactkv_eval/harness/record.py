@@ -8,9 +8,9 @@ from typing import Any
 from intactkv_eval import __version__
 from intactkv_eval.cell.formulas import current, formulas_of
 from intactkv_eval.cell.spec import CellSpec
+from intactkv_eval.chat.bos_text import bos_changes_tokens
+from intactkv_eval.chat.templates import template_hash
 from intactkv_eval.harness.build import Built
-from intactkv_eval.pivot.bos_text import bos_changes_tokens
-from intactkv_eval.pivot.chat import template_hash
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 

@@ -93,7 +93,7 @@ READERS = (
     Reader("a tokenizer", "harness/tokenizer_check.py", f"{human_size(TOKENIZER_BYTES)} a file",
            f"ids to {TOKEN_ID:,}; {TOKENIZER_STEPS} steps of a kind, which make at most {TOKENIZER_GROWTH} characters "
            f"of one and put in at most {TOKENIZER_TEXT:,}", _BY_SIZE),
-    Reader("a chat template, for `pivot=prompt`", "pivot/prompts.py", human_size(TEMPLATE_BYTES),
+    Reader("a chat template, for `pivot=prompt`", "chat/sandbox.py", human_size(TEMPLATE_BYTES),
            f"{TEMPLATE_CHARACTERS:,} characters of a prompt", f"{TEMPLATE_SECONDS} s of processor time"),
     Reader("an archive of a cluster's results", "sweep/archive.py", f"{human_size(ARCHIVE_BYTES)}, unpacked",
            f"{ARCHIVE_FILES:,} files, {human_size(ARCHIVE_HEADER)} of attributes each", _BY_SIZE),

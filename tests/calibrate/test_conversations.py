@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from intactkv_eval.calibrate.conversations import Conversations, load_conversations
 from intactkv_eval.calibrate.examples import digest_of_examples, examples_of
-from intactkv_eval.calibrate.messages import Message, waits
+from intactkv_eval.chat.conversations import Conversations, load_conversations
+from intactkv_eval.chat.messages import Message, waits
 from intactkv_eval.errors import ConfigError, DataError
 
 TWO_TURNS = (

@@ -9,10 +9,10 @@ from lm_eval.api.model import CacheHook, CachingLM
 from tiny import BOS, build_model
 from transformers.utils import chat_template_utils
 
-from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.examples import examples_of
-from intactkv_eval.calibrate.messages import Message
 from intactkv_eval.cell.spec import PivotSpec
+from intactkv_eval.chat.conversations import Conversations
+from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import hash_args, make_request
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness import chat_date

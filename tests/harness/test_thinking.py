@@ -6,9 +6,9 @@ import pytest
 from lm_eval.models.utils import postprocess_generated_text
 from tiny import build_model
 
-from intactkv_eval.calibrate.conversations import Conversations
 from intactkv_eval.calibrate.examples import examples_of
-from intactkv_eval.calibrate.messages import Message
+from intactkv_eval.chat.conversations import Conversations
+from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness import talks
 from intactkv_eval.harness.lm import IntactKVLM

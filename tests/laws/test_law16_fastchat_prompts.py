@@ -13,8 +13,8 @@ import pytest
 import spm
 
 from intactkv_eval.calibrate.examples import rendered
-from intactkv_eval.calibrate.messages import Message
-from intactkv_eval.pivot.bos_text import encoded_prompt
+from intactkv_eval.chat.bos_text import encoded_prompt
+from intactkv_eval.chat.messages import Message
 from intactkv_eval.pivot.tokens import use_chat_template
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"

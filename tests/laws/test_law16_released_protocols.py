@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from intactkv_eval.calibrate.conversations import load_conversations
 from intactkv_eval.calibrate.examples import examples_of
+from intactkv_eval.chat.conversations import load_conversations
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.storage.files import shipped_folder

@@ -6,9 +6,9 @@ import pytest
 from tiny import BOS, VOCAB
 
 from intactkv_eval.cell.spec import PivotSpec
+from intactkv_eval.chat import sandbox
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.pivot import prompts
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.pivot.tokens import opens_messages, prompt_head, resolve_tokens, use_chat_template
 
 VICUNA_HEAD = (
@@ -66,7 +66,7 @@ def test_which_token_opens_messages(tokenizer):
     ],
 )
 def test_a_strangers_template_is_bound_in_time_and_memory(tokenizer, template, message, monkeypatch):
-    monkeypatch.setattr(prompts, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(sandbox, "TEMPLATE_SECONDS", 1)
     stranger = copy.deepcopy(tokenizer)
     stranger.chat_template = template
     with pytest.raises(PivotError, match=message):

@@ -16,8 +16,8 @@ from typing import Any
 
 import jinja2
 
+from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.errors import PivotError
-from intactkv_eval.pivot.chat import ChatSettings
 from intactkv_eval.storage.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECONDS
 
 _WALL_SECONDS = 60.0  # a child that does not even start

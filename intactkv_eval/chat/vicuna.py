@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from intactkv_eval.calibrate.messages import Conversation, Message
+from intactkv_eval.chat.bos_text import encoded_prompt
+from intactkv_eval.chat.messages import Conversation, Message
 from intactkv_eval.errors import DataError
-from intactkv_eval.pivot.bos_text import encoded_prompt
 from intactkv_eval.storage.files import read_text, shipped_folder
 
 Render = Callable[[Conversation], str]

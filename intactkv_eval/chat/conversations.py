@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from intactkv_eval.calibrate.messages import ROLES, Conversation, Message, message_of, waits
-from intactkv_eval.calibrate.sharegpt import is_sharegpt, of_sharegpt
+from intactkv_eval.chat.messages import ROLES, Conversation, Message, message_of, waits
+from intactkv_eval.chat.sharegpt import is_sharegpt, of_sharegpt
 from intactkv_eval.data.hub import digest_of_text, load_dataset
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.storage.documents import parse_json

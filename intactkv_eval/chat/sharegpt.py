@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from intactkv_eval.calibrate.messages import Conversation, message_of, waits
+from intactkv_eval.chat.messages import Conversation, message_of, waits
 from intactkv_eval.errors import DataError
 
 logger = logging.getLogger(__name__)
