@@ -17,7 +17,7 @@ from intactkv_eval.demo import run_demo
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.model.stages import apply_stages
+from intactkv_eval.model.input_transforms import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.rotation import rotate

@@ -13,7 +13,7 @@ import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantization import read_quantization
-from intactkv_eval.model.whole import PackedCheckpoint
+from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint
 
 def peak():
     with open("/proc/self/status") as file:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intactkv_eval.calibrate.layer_calls import LayerCall
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.pivot.watch import hidden_of, watched
+from intactkv_eval.model.hooks import hidden_of, watched
+from intactkv_eval.model.layer_calls import LayerCall
 
 _TOKENS = 32  # of a sample: what differs from sample to sample shows in a few
 _NOISE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of what a layer adds, relative RMS; with 16 bits:

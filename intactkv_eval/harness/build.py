@@ -37,9 +37,9 @@ from intactkv_eval.harness.quantization import as_held
 from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.linear import backends_of, quantized_layers
-from intactkv_eval.model.load import quantized_model
-from intactkv_eval.model.stages import apply_stages, stage_specs
+from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import check_resident, linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import check_supported
@@ -48,8 +48,8 @@ from intactkv_eval.quantize.awq_search import AWQSearch, apply_scales, check_cli
 from intactkv_eval.quantize.rotation import check_rotatable, rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.checkpoint import HeldTensors, TensorSource, files_of
+from intactkv_eval.weights.input_transform import Rotation, StageSpec
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_eval.weights.stages import Rotation, StageSpec
 
 
 class Built(NamedTuple):

@@ -23,7 +23,7 @@ from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, Computed, PivotKV
 from intactkv_eval.pivot.tokens import check_vocabulary
-from intactkv_eval.weights.stages import Rotation
+from intactkv_eval.weights.input_transform import Rotation
 
 # Of SmolLM2 eager and sdpa attention differ by 0.025 in bf16 and 1e-6 in fp32; another activation by 0.4 to 0.6, and
 # a tenth of the RoPE base by 0.09 behind seven tokens (python tests/pivot/config_noise.py MODEL).

@@ -23,11 +23,11 @@ from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.choose import nats_of
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.pivot.watch import attention_watched, hidden_of, watched
 
 Array = NDArray[Any]
 SHOWN = 48  # tokens in pictures of single tokens

@@ -29,7 +29,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
-from intactkv_eval.pivot.watch import where_not_finite
+from intactkv_eval.model.hooks import where_not_finite
 
 
 def generate(

@@ -28,8 +28,8 @@ from intactkv_eval.harness.handed_over import OF_REFERENCE, HandedOver, check_wr
 from intactkv_eval.harness.loading import auto_class_of, check_folder, check_no_kernel
 from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
 from intactkv_eval.harness.shelf import current_shelf
+from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.model.declared import without_quantization
-from intactkv_eval.model.whole import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.weights.formats import Format
 
 

@@ -27,17 +27,17 @@ from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
+from intactkv_eval.model.checkpoint_loaders import WholeCheckpoint
 from intactkv_eval.model.devices import check_device
-from intactkv_eval.model.stages import apply_stages, calibrate_ranges
+from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
+from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.structure import linear_layers
-from intactkv_eval.model.whole import WholeCheckpoint
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of
 from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks
-from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.sanitize import struck_record
@@ -46,8 +46,8 @@ from intactkv_eval.weights.checkpoint import read_json
 from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.intactkv import range_tensors
 from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.input_transform import Rotation
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_eval.weights.stages import Rotation
 
 
 class Source(NamedTuple):

@@ -30,7 +30,7 @@ from intactkv_eval.quantize.rotation import (
 )
 from intactkv_eval.weights.checkpoint import TensorSource, files_of
 from intactkv_eval.weights.hadamard import hadamard_rows
-from intactkv_eval.weights.stages import Rotation
+from intactkv_eval.weights.input_transform import Rotation
 
 _ROWS = 16
 

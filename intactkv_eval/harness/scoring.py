@@ -21,7 +21,7 @@ from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, 
 from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
 from intactkv_eval.harness.tree_rows import Row, flatten
-from intactkv_eval.pivot.watch import where_not_finite
+from intactkv_eval.model.hooks import where_not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
-from intactkv_eval.model.activations import activations_off
+from intactkv_eval.model.activation_quant import activations_off
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from intactkv_eval.compat.tensor_parts import is_wrapper, weight_hash
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.model.activations import InputStage
+from intactkv_eval.model.activation_quant import InputStage
 from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.packing import unpack
 from intactkv_eval.weights.quantized import QuantizedWeight

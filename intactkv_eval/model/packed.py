@@ -19,10 +19,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.compat.transformers_api import Conv1D, ignored_tensors, no_init_weights, tied_tensors
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.model.activations import InputStage
+from intactkv_eval.model.activation_quant import InputStage
 from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.model.linear import QuantizedLinear
-from intactkv_eval.model.load import swap, verify
+from intactkv_eval.model.loading import swap, verify
 from intactkv_eval.model.sizes import bound_modules, check_fits
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.weights.checkpoint import Checkpoint

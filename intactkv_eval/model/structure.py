@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.compat.transformers_api import Conv1D, cache_layers
 from intactkv_eval.errors import CheckpointError, UnsupportedModelError
-from intactkv_eval.model.activations import StagedLinear
+from intactkv_eval.model.activation_quant import StagedLinear
 from intactkv_eval.model.plain import is_plain_linear, scales_elementwise
 
 

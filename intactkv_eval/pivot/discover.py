@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import PivotError
-from intactkv_eval.pivot.watch import attention_watched, hidden_of, watched
+from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.quantize.matrices import finite_matrix, set_matrix
+from intactkv_eval.model.matrices import finite_matrix, set_matrix
 from intactkv_eval.quantize.method import Block, check_settings
 from intactkv_eval.quantize.rtn import group_range, quantize_in_range
 from intactkv_eval.quantize.shrink import shrunk_range

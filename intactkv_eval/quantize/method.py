@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor, nn
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.quantize.matrices import set_matrix
+from intactkv_eval.model.matrices import set_matrix
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits
 
 

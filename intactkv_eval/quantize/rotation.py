@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.weights.hadamard import block_digest, hadamard_rows, has_hadamard
-from intactkv_eval.weights.stages import Rotation
+from intactkv_eval.weights.input_transform import Rotation
 
 _CHUNK = 4096  # rows in fp64 at once
 

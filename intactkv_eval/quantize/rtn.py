@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.cell.spec import SymmetricFormula
-from intactkv_eval.quantize.matrices import finite_matrix
+from intactkv_eval.model.matrices import finite_matrix
 from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.weights.gradient import clamp_with_ends, straight_through
 from intactkv_eval.weights.quantized import QuantizedWeight, check_bits, check_group_size

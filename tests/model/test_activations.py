@@ -11,13 +11,13 @@ from transformers.pytorch_utils import Conv1D
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.build import quantize
-from intactkv_eval.model.activations import InputStage, StagedLinear, activations_off, quantize_activations
+from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activations_off, quantize_activations
+from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges, stage_specs, staged_layers
 from intactkv_eval.model.linear import QuantizedLinear
-from intactkv_eval.model.load import quantized_model
-from intactkv_eval.model.stages import apply_stages, calibrate_ranges, stage_specs, staged_layers
+from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.weights.stages import Rotation, StageSpec
+from intactkv_eval.weights.input_transform import Rotation, StageSpec
 
 IDS = torch.arange(2, 40)[None]
 A4 = ActivationSpec(bits=4, clip=0.9)

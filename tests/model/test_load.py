@@ -11,9 +11,9 @@ from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.quantize.matrices import matrix_of
 
 SPEC = WeightSpec(method="rtn", bits=4, group_size=32)
 

@@ -13,9 +13,9 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.model.load import quantized_model
+from intactkv_eval.model.input_transforms import apply_stages
+from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.plain import is_plain_linear, scales_elementwise
-from intactkv_eval.model.stages import apply_stages
 from intactkv_eval.model.structure import decoder_layers, linear_layers
 from intactkv_eval.quantize.rtn import quantize_rtn
 

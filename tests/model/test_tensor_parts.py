@@ -13,9 +13,9 @@ from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.compat.tensor_parts import plain_numbers, tensor_parts, weight_hash
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.model.hooks import where_not_finite
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample
-from intactkv_eval.pivot.watch import where_not_finite
 from intactkv_eval.pivot.weight_sample import weight_sample
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from tiny import build_model
 from torch import nn
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.model.load import quantized_model
+from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.same_weights import Groups, Rules, check_same, difference
 from intactkv_eval.pivot.weight_sample import Sampled, weight_sample

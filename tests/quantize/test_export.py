@@ -17,9 +17,9 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.linear import quantized_layers
+from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.packed import packed_model
 from intactkv_eval.model.structure import linear_layers
-from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.checkpoint import Checkpoint
 

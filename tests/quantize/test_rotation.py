@@ -17,7 +17,7 @@ from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.model.stages import apply_stages, stage_specs
+from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of

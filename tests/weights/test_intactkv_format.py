@@ -13,13 +13,13 @@ from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
 from intactkv_eval.model.linear import quantized_layers
-from intactkv_eval.model.load import quantized_model
+from intactkv_eval.model.loading import quantized_model
+from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.packed import packed_model
-from intactkv_eval.model.stages import apply_stages, calibrate_ranges
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.quantize.export import export
-from intactkv_eval.quantize.matrices import matrix_of
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.checkpoint import Checkpoint

@@ -8,8 +8,8 @@ from torch import Tensor
 from intactkv_eval.weights.formats import awq, compressed_tensors, gptq, intactkv
 from intactkv_eval.weights.formats.layer import LayerTensors
 from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.input_transform import Rotation, StageSpec
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_eval.weights.stages import Rotation, StageSpec
 
 
 class Format(Protocol):

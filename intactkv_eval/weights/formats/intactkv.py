@@ -24,8 +24,8 @@ from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.formats.layer import LayerTensors
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.hadamard import block_digest, has_hadamard
+from intactkv_eval.weights.input_transform import Range, Rotation, StageSpec
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_eval.weights.stages import Range, Rotation, StageSpec
 
 NAME = "intactkv"
 RANGE = "input_range"

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from intactkv_eval.cell.spec import ActivationSpec, SymmetricFormula
-from intactkv_eval.weights.stages import Rotation
+from intactkv_eval.weights.input_transform import Rotation
 
 
 class Scheme(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from intactkv_eval.compat.cache_use import CountingCache, check_layer_call
 from intactkv_eval.compat.transformers_api import Cache
-from intactkv_eval.pivot.watch import hidden_of
+from intactkv_eval.model.hooks import hidden_of
 
 
 class LayerCall(NamedTuple):

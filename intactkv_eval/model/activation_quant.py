@@ -23,7 +23,7 @@ from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.hadamard import hadamard_rows
-from intactkv_eval.weights.stages import StageSpec
+from intactkv_eval.weights.input_transform import StageSpec
 
 
 def quantize_activations(

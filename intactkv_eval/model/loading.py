@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.model.activations import InputStage, StagedLinear
+from intactkv_eval.model.activation_quant import InputStage, StagedLinear
 from intactkv_eval.model.linear import QuantizedLinear
+from intactkv_eval.model.matrices import finite_matrix
 from intactkv_eval.model.structure import check_resident, linear_layers
-from intactkv_eval.quantize.matrices import finite_matrix
+from intactkv_eval.weights.input_transform import StageSpec
 from intactkv_eval.weights.quantized import QuantizedWeight
-from intactkv_eval.weights.stages import StageSpec
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]
 """A matrix [O, I] and the layer's name -> the quantized matrix."""

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
-from intactkv_eval.model.activations import InputStage, StagedLinear, activations_off
+from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activations_off
 from intactkv_eval.model.linear import QuantizedLinear, quantized_layers
-from intactkv_eval.model.load import swap
+from intactkv_eval.model.loading import swap
 from intactkv_eval.model.structure import decoder_layers, linear_layers, matrices_of
-from intactkv_eval.weights.stages import Range, Rotation, StageSpec
+from intactkv_eval.weights.input_transform import Range, Rotation, StageSpec
 
 
 def stage_specs(
