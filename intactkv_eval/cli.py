@@ -94,7 +94,7 @@ def capture(
     check_output(out, PIVOT, [model, chat_template], overwrite)
     kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
-        _late("pivot.lightllm", "write_lightllm")(kept, lightllm, ranks)
+        _late("pivot.exports.lightllm", "write_lightllm")(kept, lightllm, ranks)
     say(f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}")
 
 

@@ -44,9 +44,7 @@ def pivots(
         check_output(out, PREFIX, [model, text], overwrite)
     elif overwrite:
         raise ConfigError("--overwrite: does nothing without --out")
-    search = import_module("intactkv_eval.harness.prefix_search").Search(
-        text, samples, length, seed, threshold, most, least
-    )
+    search = import_module("intactkv_eval.pivot.auto").Search(text, samples, length, seed, threshold, most, least)
     arguments = {"pretrained": model, "dtype": dtype, "revision": revision}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     command = import_module("intactkv_eval.harness.pivots_command")

@@ -16,8 +16,8 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.mt_bench.answers import Answer, Choice, write_answers
 from intactkv_eval.outputs import check_output
-from intactkv_eval.pivot.choice_file import FORMAT as PREFIX_FORMAT
 from intactkv_eval.pivot.kv import FORMAT as PIVOT_FORMAT
+from intactkv_eval.pivot.prefix_file import FORMAT as PREFIX_FORMAT
 
 REFERENCE = Path(__file__).parents[1] / "results" / "reference"
 

@@ -20,7 +20,7 @@ from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.chat.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import DataError
-from intactkv_eval.pivot.choose import nats_of
+from intactkv_eval.pivot.prefix_choice import nats_of
 
 Body = Callable[[Sequence[int]], list[int]]
 """The tokens of a row -> those behind the pivot."""

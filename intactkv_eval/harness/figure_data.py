@@ -25,9 +25,9 @@ from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers
-from intactkv_eval.pivot.choose import nats_of
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.pivot.prefix_choice import nats_of
 
 Array = NDArray[Any]
 SHOWN = 48  # tokens in pictures of single tokens

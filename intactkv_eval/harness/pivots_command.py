@@ -14,8 +14,8 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.prefix_search import Search, control, search_prefix
 from intactkv_eval.model.structure import decoder_layers
+from intactkv_eval.pivot.auto import Search, control, search_prefix
 from intactkv_eval.pivot.discover import Found, find, observe
 
 

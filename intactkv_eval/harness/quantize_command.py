@@ -23,7 +23,6 @@ from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.chat_date import chat_settings
 from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading
 from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.prefix_search import tokens_of
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
@@ -32,6 +31,7 @@ from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
 from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.structure import linear_layers
+from intactkv_eval.pivot.auto import tokens_of
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV

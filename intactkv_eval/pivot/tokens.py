@@ -9,7 +9,7 @@ from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.sandbox import prompts_of
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.pivot.choice_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import ChoiceFile
 from intactkv_eval.storage.files import read_text, shipped_folder
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.

@@ -10,8 +10,8 @@ from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.harness.evaluate import evaluate_task
 from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
-from intactkv_eval.pivot.choose import Choice, Evidence
+from intactkv_eval.pivot.prefix_choice import Choice, Evidence
+from intactkv_eval.pivot.prefix_file import ChoiceFile, Searched
 from intactkv_eval.quantize.job import job_from
 
 _MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")

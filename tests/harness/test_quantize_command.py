@@ -69,13 +69,13 @@ def test_gptq_is_calibrated_and_says_on_what(saved_llama, text, tmp_path):
 def test_the_pivot_of_a_calibration_is_the_one_that_was_asked(saved_llama, text, tmp_path, monkeypatch):
     """`auto` is searched as a cell's is; a file is refused, since the KV in front is this model's own."""
     monkeypatch.setattr(
-        "intactkv_eval.harness.prefix_search.automatic_tokens", lambda *given: (*given[1], 7) if given[3]() else ()
+        "intactkv_eval.pivot.auto.automatic_tokens", lambda *given: (*given[1], 7) if given[3]() else ()
     )
     made = quantize(saved_llama, tmp_path / "auto", text, "--method", "gptq", "--pivot", "auto")
     assert record(tmp_path / "auto")["pivot_tokens"] == [256, 7]
     other = quantize(saved_llama, tmp_path / "ids", text, "--method", "gptq", "--pivot", "tokens:256+7")
     assert all(torch.equal(part, other[key]) for key, part in made.items())
-    monkeypatch.setattr("intactkv_eval.harness.prefix_search.automatic_tokens", lambda *given: ())
+    monkeypatch.setattr("intactkv_eval.pivot.auto.automatic_tokens", lambda *given: ())
     with pytest.raises(PivotError, match="pivot=auto: this model has no BOS and shows no pivot tokens"):
         raise run(saved_llama, "--out", tmp_path / "no", "--method", "gptq", "--data", text, "--pivot", "auto",
                   "--samples", 2, "--length", 16, "--group-size", 32).exception  # fmt: skip

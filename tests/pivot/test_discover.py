@@ -13,9 +13,9 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
-from intactkv_eval.pivot.choice_file import ChoiceFile
-from intactkv_eval.pivot.choose import choose, mean_nats
 from intactkv_eval.pivot.discover import find, observe, received
+from intactkv_eval.pivot.prefix_choice import choose, mean_nats
+from intactkv_eval.pivot.prefix_file import ChoiceFile
 
 WORDS = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 PLANTED = 251
@@ -206,10 +206,8 @@ def test_auto_is_searched_once_and_its_baseline_has_the_same_tokens(saved_llama,
         count.append(1)
         return real(*arguments)
 
-    monkeypatch.setattr("intactkv_eval.harness.prefix_search.choose", counting)
-    monkeypatch.setattr(
-        "intactkv_eval.harness.prefix_search.Search.__new__.__defaults__", (str(prose), 4, 40, 0, 2.0, 3, 0.1)
-    )
+    monkeypatch.setattr("intactkv_eval.pivot.auto.choose", counting)
+    monkeypatch.setattr("intactkv_eval.pivot.auto.Search.__new__.__defaults__", (str(prose), 4, 40, 0, 2.0, 3, 0.1))
     own = {"dtype": "float32", "weights": "rtn", "bits": 3, "group_size": 32, "device": "cpu"}
     lm = IntactKVLM(str(saved_llama), pivot="auto", **own)
     tokens = lm.pivoted_model.token_ids

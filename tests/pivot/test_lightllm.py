@@ -7,7 +7,7 @@ import torch
 
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.pivot.lightllm import write_lightllm
+from intactkv_eval.pivot.exports.lightllm import write_lightllm
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -18,8 +18,8 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
-from intactkv_eval.pivot.choice_file import ChoiceFile, Searched
-from intactkv_eval.pivot.choose import Evidence, choose
+from intactkv_eval.pivot.prefix_choice import Evidence, choose
+from intactkv_eval.pivot.prefix_file import ChoiceFile, Searched
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.storage.files import cache_folder
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Search(NamedTuple):
-    """Where pivots are looked for, and what counts as one. See pivot/discover.py and pivot/choose.py."""
+    """Where pivots are looked for, and what counts as one. See pivot/discover.py and pivot/prefix_choice.py."""
 
     text: str = "wikitext2"
     samples: int = 16

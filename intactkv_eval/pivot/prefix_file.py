@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.pivot.choose import Choice
+from intactkv_eval.pivot.prefix_choice import Choice
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.limits import read_bytes

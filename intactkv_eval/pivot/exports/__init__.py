@@ -1,0 +1,1 @@
+"""PivotKV in the formats of servers: one server, one file."""
