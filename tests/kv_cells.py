@@ -2,9 +2,9 @@
 
 import torch
 
-from intactkv_eval.cache.calibrate_levels import calibrate_levels
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 PRE_ROPE = {"scheme": "pre_rope", "levels": "file.safetensors"}

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.scheme import Scheme
-from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.compat.transformers_api import DynamicLayer
+from intactkv_eval.kv_quant.quantizer import LayerKV
+from intactkv_eval.kv_quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from intactkv_eval.cache.writer import LayerKV, Writer
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.errors import PivotError
+from intactkv_eval.kv_quant.quantizer import LayerKV, Writer
 
 
 class FrontRows(Protocol):

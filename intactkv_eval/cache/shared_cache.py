@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.writer import LayerKV, Writer
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.compat.transformers_api import DynamicLayer
+from intactkv_eval.kv_quant.quantizer import LayerKV, Writer
 
 
 class SharedCache(CountingCache):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cell.spec import CellSpec, WeightSpec
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.tensor_parts import weight_hash
@@ -37,6 +36,7 @@ from intactkv_eval.harness.quantization import as_held
 from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.loading import quantized_model

@@ -17,12 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.writer import Writer
 from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.kv_quant.quantizer import Writer
 from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.discover import observe

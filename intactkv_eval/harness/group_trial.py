@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.writer import Writer
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.columns import disagreement
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.shared import KNOWN_LAYERS
+from intactkv_eval.kv_quant.quantizer import Writer
 
 _TOKENS = 24
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.latent import holds_latent
 from intactkv_eval.cell.arguments import CELL_KEYS
 from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
@@ -50,6 +49,7 @@ from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.tokens import use_chat_template

@@ -16,9 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
-from intactkv_eval.cache.levels import KVLevels
 from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
-from intactkv_eval.cache.writer import LayerKV, Writer, writer_of
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import (
@@ -29,6 +27,8 @@ from intactkv_eval.compat.rope_length import (
 )
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
+from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.quantizer import LayerKV, Writer, writer_of
 from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 

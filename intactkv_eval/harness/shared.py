@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.cache.shared_cache import SharedCache
-from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import (
     DynamicLayer,
@@ -34,6 +33,7 @@ from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
+from intactkv_eval.kv_quant.quantizer import LayerKV
 from intactkv_eval.model.activation_quant import activations_off
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,14 @@ from kv_cells import levels_of
 from tiny import BOS, FAMILIES, build_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from intactkv_eval.cache.channel_key import ChannelKey
-from intactkv_eval.cache.pre_rope import PreRope
-from intactkv_eval.cache.rotary import find_rotary
-from intactkv_eval.cache.token_head import TokenHead
-from intactkv_eval.cache.writer import Writer, writer_of
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.kv_quant.channel_key import ChannelKey
+from intactkv_eval.kv_quant.pre_rope import PreRope
+from intactkv_eval.kv_quant.quantizer import Writer, writer_of
+from intactkv_eval.kv_quant.rotary import find_rotary
+from intactkv_eval.kv_quant.token_head import TokenHead
 
 SMALL = {
     "vocab_size": 259,

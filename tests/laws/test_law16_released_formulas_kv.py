@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from intactkv_eval.cache.channel_key import ChannelKey
 from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
-from intactkv_eval.cache.token_head import TokenHead, quarot_rows
+from intactkv_eval.kv_quant.channel_key import ChannelKey
+from intactkv_eval.kv_quant.token_head import TokenHead, quarot_rows
 from intactkv_eval.weights.hadamard import hadamard_rows
 
 ROOT = Path(__file__).parents[2]

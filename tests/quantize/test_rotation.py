@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cache.shared_cache import SharedCache
-from intactkv_eval.cache.token_head import TokenHead
-from intactkv_eval.cache.writer import writer_of
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.kv_quant.quantizer import writer_of
+from intactkv_eval.kv_quant.token_head import TokenHead
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.cache.rotary import Rotary, find_rotary
-from intactkv_eval.cache.scheme import working
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.rotary import Rotary, find_rotary
+from intactkv_eval.kv_quant.scheme import working
 from intactkv_eval.model.structure import cache_devices
 
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.channel_key import ChannelKey
-from intactkv_eval.cache.latent import check_keys_are_cached
-from intactkv_eval.cache.levels import KVLevels
-from intactkv_eval.cache.pre_rope import PreRope
-from intactkv_eval.cache.scheme import Scheme
-from intactkv_eval.cache.token_head import TokenHead
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.kv_quant.channel_key import ChannelKey
+from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.latent import check_keys_are_cached
+from intactkv_eval.kv_quant.pre_rope import PreRope
+from intactkv_eval.kv_quant.scheme import Scheme
+from intactkv_eval.kv_quant.token_head import TokenHead
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys and values [B, H, T, D] of one layer."""

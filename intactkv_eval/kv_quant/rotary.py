@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.latent import change_over_positions, check_keys_are_cached, rows_of_one_token
-from intactkv_eval.cache.scheme import working
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.kv_quant.latent import change_over_positions, check_keys_are_cached, rows_of_one_token
+from intactkv_eval.kv_quant.scheme import working
 from intactkv_eval.model.structure import decoder_layers, text_config
 
 _UNDONE = 0.3  # of what the rotation made: rounding in 16 bits leaves less, a wrong rotation about all of it

@@ -16,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.levels import Calibration, KVLevels
-from intactkv_eval.cache.rotary import find_rotary
-from intactkv_eval.cache.scheme import working
-from intactkv_eval.cache.writer import LayerKV
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.kv_quant.codebook import Calibration, KVLevels
+from intactkv_eval.kv_quant.quantizer import LayerKV
+from intactkv_eval.kv_quant.rotary import find_rotary
+from intactkv_eval.kv_quant.scheme import working
 from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.identity import Fingerprint
 

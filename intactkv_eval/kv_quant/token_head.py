@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.scheme import working
+from intactkv_eval.kv_quant.scheme import working
 from intactkv_eval.weights.hadamard import hadamard_rows
 
 _MIN_STEP, _MAX_STEP, _MAX_ZERO = 1e-5, 1e4, 1e4

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.scheme import working
+from intactkv_eval.kv_quant.scheme import working
 
 
 @dataclass(frozen=True)
