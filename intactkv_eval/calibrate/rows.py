@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.once_cache import OnceCache
 from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.kv_cache.single_use import OnceCache
 from intactkv_eval.kv_quant.quantizer import Writer
 from intactkv_eval.pivot.kv import PivotKV
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from intactkv_eval.cache.group_cache import StreamCache
-from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, generate_with_cache
 from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
@@ -29,6 +27,8 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.turns import Front
+from intactkv_eval.kv_cache.grouped import StreamCache
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.model.hooks import where_not_finite
 
 

@@ -3,7 +3,7 @@
     intact:      a fresh cache that starts with the captured rows, then the body
     not intact:  the pivot's tokens and the body, all computed (and KV-quantized) by the model itself
 
-Whole rows, whose KV is quantized in groups, have both their copies side by side in one forward (cache/group_cache.py).
+Whole rows, whose KV is quantized in groups, have both their copies side by side in one forward (kv_cache/grouped.py).
 Knows tokens and tensors; no text, no lm_eval.
 """
 
@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
-from intactkv_eval.cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import (
@@ -27,6 +25,8 @@ from intactkv_eval.compat.rope_length import (
 )
 from intactkv_eval.errors import PivotError
 from intactkv_eval.harness.columns import Columns
+from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
+from intactkv_eval.kv_cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.kv_quant.quantizer import LayerKV, Writer, writer_of
 from intactkv_eval.model.structure import cache_devices, text_config

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import (
     DynamicLayer,
@@ -33,6 +32,7 @@ from intactkv_eval.harness.head import Head
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.prefix_tree import Node, build_tree
 from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
+from intactkv_eval.kv_cache.prefix_cache import SharedCache
 from intactkv_eval.kv_quant.quantizer import LayerKV
 from intactkv_eval.model.activation_quant import activations_off
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
 
 BUDGET = 2**30  # bytes of KV
 

@@ -25,7 +25,7 @@ class Scheme(Protocol):
     def recent(self) -> int:
         """KIVI's residual length, a multiple of `group`: so many keys are quantized at a time, so many values are not.
 
-        0 where rows are quantized as they are written. See cache/group_cache.py.
+        0 where rows are quantized as they are written. See kv_cache/grouped.py.
         """
         ...
 

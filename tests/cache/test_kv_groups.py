@@ -8,7 +8,6 @@ from kv_cells import CHANNEL_KEY, pivoted
 from tiny import BOS, FAMILIES, PAD, build_model
 from transformers import BloomConfig, BloomForCausalLM
 
-from intactkv_eval.cache.group_cache import Groups
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
@@ -20,6 +19,7 @@ from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import Counts, score
 from intactkv_eval.harness.shared import SharedModel, Sharing
 from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.kv_cache.grouped import Groups
 
 TOKENS = (BOS, 7, 30)
 GROUP = 4

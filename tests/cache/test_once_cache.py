@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, build_model
 
-from intactkv_eval.cache.once_cache import OnceCache
-from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.compat.cache_use import run_with_cache
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
+from intactkv_eval.kv_cache.single_use import OnceCache
 from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, WINDOW, build_model
 
-from intactkv_eval.cache.pivot_cache import PivotCache
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import Cache
@@ -14,6 +13,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.score_table import Request
 from intactkv_eval.harness.scoring import score
 from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_quant.quantizer import writer_of
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 

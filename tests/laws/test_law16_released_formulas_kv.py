@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from intactkv_eval.cache.group_cache import Groups, SideBySideCache, StreamCache
+from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
 from intactkv_eval.kv_quant.channel_key import ChannelKey
 from intactkv_eval.kv_quant.token_head import TokenHead, quarot_rows
 from intactkv_eval.weights.hadamard import hadamard_rows

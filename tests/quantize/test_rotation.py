@@ -9,12 +9,12 @@ from tiny import BOS, FAMILIES, VOCAB, build_model, uneven
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from intactkv_eval.cache.pivot_cache import PivotCache
-from intactkv_eval.cache.shared_cache import SharedCache
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
+from intactkv_eval.kv_cache.prefix_cache import SharedCache
 from intactkv_eval.kv_quant.quantizer import writer_of
 from intactkv_eval.kv_quant.token_head import TokenHead
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs

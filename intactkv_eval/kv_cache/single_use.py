@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from intactkv_eval.cache.pivot_cache import PivotCache
+from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_quant.quantizer import LayerKV
 
 
