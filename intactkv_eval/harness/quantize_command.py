@@ -14,7 +14,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intactkv_eval import __version__
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.cell.spec import ActivationSpec, PivotSpec
 from intactkv_eval.chat.templates import ChatSettings
@@ -35,6 +34,7 @@ from intactkv_eval.pivot.auto import tokens_of
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.block_walk import BlockWalk
 from intactkv_eval.quantize.export import check_new, export
 from intactkv_eval.quantize.job import CalibrationSpec, Job, layout_of
 from intactkv_eval.quantize.layerwise import BlockStore, quantize_blocks

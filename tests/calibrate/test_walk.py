@@ -7,12 +7,12 @@ import torch
 from tiny import _SHAPE, BOS, FAMILIES, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.awq import AWQ
+from intactkv_eval.quantize.block_walk import BlockWalk
 from intactkv_eval.quantize.gptq import GPTQ
 from intactkv_eval.quantize.layerwise import BlockStore, Finished, quantize_blocks
 from intactkv_eval.quantize.omniquant import OmniQuant

@@ -7,9 +7,9 @@ from tiny import _SHAPE, FAMILIES, build_model, uneven
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cli import app
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.quantize.block_walk import BlockWalk
 
 SAMPLES = [torch.arange(3, 40), torch.arange(100, 137), torch.arange(200, 211)]
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
@@ -35,7 +35,7 @@ def per_layer(family):
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_a_model_whose_layers_get_something_of_each_sample_is_refused(family, dtype, monkeypatch):
     model = per_layer(family).to(dtype)
-    monkeypatch.setattr("intactkv_eval.calibrate.walk.linear_layers", lambda model: {})
+    monkeypatch.setattr("intactkv_eval.quantize.block_walk.linear_layers", lambda model: {})
     for samples in (SAMPLES, SAMPLES[:1], [torch.full((9,), 7)]):
         with pytest.raises(UnsupportedModelError, match=r"Gemma.*decoder layer \d .*per_layer_input.*--method rtn"):
             BlockWalk(model, samples)
@@ -46,7 +46,7 @@ def test_a_model_whose_layers_get_something_of_each_sample_is_refused(family, dt
 def test_what_layers_hand_on_beside_hidden_states_is_seen(monkeypatch):
     """Embeddings per layer that do nothing: what is left are keys and values that the last layers borrow."""
     model = per_layer("gemma4")
-    monkeypatch.setattr("intactkv_eval.calibrate.walk.linear_layers", lambda model: {})
+    monkeypatch.setattr("intactkv_eval.quantize.block_walk.linear_layers", lambda model: {})
     with torch.no_grad():
         for layer in model.model.layers:
             layer.per_layer_projection.weight.zero_()

@@ -25,7 +25,6 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli import app
 from intactkv_eval.compat.cache_use import run_with_cache
@@ -40,6 +39,7 @@ from intactkv_eval.harness.scoring import score
 from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.block_walk import BlockWalk
 
 
 @pytest.mark.parametrize("pivot", ["none", "bos"])

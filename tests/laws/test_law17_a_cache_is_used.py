@@ -5,7 +5,6 @@ import torch
 from tiny import BOS, build_model
 from transformers import LlamaForCausalLM
 
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat import transformers_api
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
@@ -17,6 +16,7 @@ from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.scoring import Request, score
 from intactkv_eval.harness.shared import SharedModel
 from intactkv_eval.pivot.capture import capture, check_supported, computed, fingerprint_of
+from intactkv_eval.quantize.block_walk import BlockWalk
 
 TOKENS = (BOS, 10, 20)
 BODY = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))

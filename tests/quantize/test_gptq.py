@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny import FAMILIES, build_model
 
-from intactkv_eval.calibrate.walk import BlockWalk
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.matrices import matrix_of
+from intactkv_eval.quantize.block_walk import BlockWalk
 from intactkv_eval.quantize.gptq import GPTQ, gptq, hessians, input_groups, inverse_root
 from intactkv_eval.quantize.rtn import group_range, quantize_in_range, quantize_rtn
 from intactkv_eval.quantize.shrink import shrunk_range

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.walk_check import check_walk
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.kv_cache.single_use import OnceCache
 from intactkv_eval.model.layer_calls import LayerCall
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
+from intactkv_eval.quantize.block_walk_check import check_walk
 from intactkv_eval.quantize.method import Block
 
 
