@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from intactkv_eval.calibrate.run_state import RunState
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.quantize.awq_search import load_search
 from intactkv_eval.storage.plain_pickle import read_plain
 from intactkv_eval.storage.torch_pickle import read_torch_file
+from intactkv_eval.training.run_state import RunState
 
 PLAIN = [
     (-1.5, True), "text", "é" * 300, None, 7, -(2**40), 2**200, b"bytes", [1, [2, (3,)]], {"a": {"b": 1.0, 3: None}},

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.messages import Conversation, Message, filled, open_question
 from intactkv_eval.compat.lm_eval_api import make_request
@@ -21,6 +20,7 @@ from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.mt_bench.questions import load_questions
 from intactkv_eval.storage.files import cache_folder
+from intactkv_eval.training.examples import rendered
 
 CELL = {"weights": "rtn", "bits": 4, "group_size": 64, "pivot": "prompt", "intact": False}
 BATCHES = (1, 8)

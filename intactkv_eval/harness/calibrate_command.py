@@ -16,13 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from intactkv_eval.calibrate.examples import Example, digest_of_examples, examples_of
-from intactkv_eval.calibrate.ranks import Ranks
-from intactkv_eval.calibrate.rows import TrainedRows
-from intactkv_eval.calibrate.run_state import RunState
-from intactkv_eval.calibrate.student import Quality, Student, check_recompute
-from intactkv_eval.calibrate.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
-from intactkv_eval.calibrate.train import Settings, TargetsOf, Trainer, split
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.conversations import Conversations, load_conversations
@@ -47,6 +40,13 @@ from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.storage.files import locked
+from intactkv_eval.training.distributed import Ranks
+from intactkv_eval.training.examples import Example, digest_of_examples, examples_of
+from intactkv_eval.training.run_state import RunState
+from intactkv_eval.training.student import Quality, Student, check_recompute
+from intactkv_eval.training.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
+from intactkv_eval.training.trainable_kv import TrainedRows
+from intactkv_eval.training.trainer import Settings, TargetsOf, Trainer, split
 
 
 class Asked(NamedTuple):

@@ -17,8 +17,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.rows import Rows, run_behind
-from intactkv_eval.calibrate.student import distance
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.harness.pivoted import PivotedModel
@@ -28,6 +26,8 @@ from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.prefix_choice import nats_of
+from intactkv_eval.training.student import distance
+from intactkv_eval.training.trainable_kv import Rows, run_behind
 
 Array = NDArray[Any]
 SHOWN = 48  # tokens in pictures of single tokens

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.chat.messages import Conversation, Message, filled, open_question, waits
 from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
@@ -22,6 +21,7 @@ from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.harness.row_sampler import Draw
 from intactkv_eval.harness.talks import Asked, Turn, converse
 from intactkv_eval.harness.turns import BUDGET
+from intactkv_eval.training.examples import rendered
 
 REQUEST = "generate_turns"
 OPTIONS = ("messages", "max_gen_toks", "temperature", "top_k", "top_p", "seed", "until")

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.calibrate.train import Settings
 from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.harness.arguments import split_model_args
 from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
@@ -20,6 +19,7 @@ from intactkv_eval.quantize.job import Job, job_from
 from intactkv_eval.storage.files import locked
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.spec import CalibrateSpec, LevelsSpec, QuantizeSpec
+from intactkv_eval.training.trainer import Settings
 
 MADE = "@made/"
 """Stands for the folder where preparations lie, which each machine has its own of."""

@@ -5,12 +5,12 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.rows import TrainedRows
-from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import layer_outputs
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.model.structure import layer_devices
+from intactkv_eval.training.examples import Example
+from intactkv_eval.training.student import Student
+from intactkv_eval.training.teacher import layer_outputs
+from intactkv_eval.training.trainable_kv import TrainedRows
 
 
 def peak_bytes(call):

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from intactkv_eval.calibrate.examples import digest_of_examples, examples_of
 from intactkv_eval.chat.conversations import Conversations, load_conversations
 from intactkv_eval.chat.messages import Message, waits
 from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.training.examples import digest_of_examples, examples_of
 
 TWO_TURNS = (
     Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "four five"),

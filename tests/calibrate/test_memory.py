@@ -5,12 +5,12 @@ from calibrate.memory import peak_bytes
 from tiny import BOS, FAMILIES, uneven
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.rows import TrainedRows
-from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import layer_outputs
 from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.training.examples import Example
+from intactkv_eval.training.student import Student
+from intactkv_eval.training.teacher import layer_outputs
+from intactkv_eval.training.trainable_kv import TrainedRows
 
 TOKENS = 200
 

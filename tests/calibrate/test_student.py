@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, build_model
 
-from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.rows import TrainedRows
-from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import KeptTargets, full_nats, layer_outputs
 from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.training.examples import Example
+from intactkv_eval.training.student import Student
+from intactkv_eval.training.teacher import KeptTargets, full_nats, layer_outputs
+from intactkv_eval.training.trainable_kv import TrainedRows
 
 PIVOT = (BOS, 7, 99)
 

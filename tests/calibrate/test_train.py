@@ -11,14 +11,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_student import example, pair
 
-from intactkv_eval.calibrate.ranks import Ranks
-from intactkv_eval.calibrate.rows import TrainedRows
-from intactkv_eval.calibrate.run_state import RunState
-from intactkv_eval.calibrate.student import Student
-from intactkv_eval.calibrate.teacher import layer_outputs
-from intactkv_eval.calibrate.train import Settings, Trainer, split
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError
 from intactkv_eval.model.structure import layer_devices
+from intactkv_eval.training.distributed import Ranks
+from intactkv_eval.training.run_state import RunState
+from intactkv_eval.training.student import Student
+from intactkv_eval.training.teacher import layer_outputs
+from intactkv_eval.training.trainable_kv import TrainedRows
+from intactkv_eval.training.trainer import Settings, Trainer, split
 
 EXAMPLES = [
     example(seed, 8 + seed % 3, words=9) for seed in range(12)
@@ -61,7 +61,7 @@ def test_held_out_loss_falls_and_the_best_rows_are_kept(models, tmp_path):
 @pytest.mark.parametrize("after", [1, 3, 4, 8, 14])
 def test_killed_anywhere_it_ends_with_the_same_rows(models, tmp_path, monkeypatch, after):
     """After so many gradients: before the first step is saved, in the middle of an epoch, in a later one."""
-    monkeypatch.setattr("intactkv_eval.calibrate.run_state._EVERY", 1)
+    monkeypatch.setattr("intactkv_eval.training.run_state._EVERY", 1)
     whole, rows, _ = trainer(models, tmp_path / "whole")
     quality = whole.run()
     real, count = Student.add_gradient, []

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 
-from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.chat.vicuna import is_vicuna
 from intactkv_eval.errors import DataError
 from intactkv_eval.pivot.tokens import use_chat_template
+from intactkv_eval.training.examples import examples_of
 
 TALK = (
     Message("user", "one"), Message("assistant", "two"), Message("user", "three"), Message("assistant", "four five"),

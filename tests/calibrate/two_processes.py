@@ -8,8 +8,8 @@ import torch.distributed
 from test_student import pair
 from test_train import EXAMPLES, trainer
 
-from intactkv_eval.calibrate.ranks import Ranks
-from intactkv_eval.calibrate.teacher import layer_outputs
+from intactkv_eval.training.distributed import Ranks
+from intactkv_eval.training.teacher import layer_outputs
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

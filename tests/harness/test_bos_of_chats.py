@@ -17,7 +17,6 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from intactkv_eval.calibrate.examples import examples_of, rendered
 from intactkv_eval.chat.bos_text import bos_changes_tokens, encoded_prompt
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
@@ -27,6 +26,7 @@ from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.harness.loading import check_words
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
+from intactkv_eval.training.examples import examples_of, rendered
 
 OWN = spm.TEMPLATE
 TEMPLATES = {"own": OWN, "vicuna_v1.1": None, "llama-2": None}

@@ -9,7 +9,6 @@ from lm_eval.api.model import CacheHook, CachingLM
 from tiny import BOS, build_model
 from transformers.utils import chat_template_utils
 
-from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
@@ -20,6 +19,7 @@ from intactkv_eval.harness.chat_date import chat_settings, moment_of_run
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.pivot.kv import PivotKV, head_of_file
+from intactkv_eval.training.examples import examples_of
 
 REST = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"

@@ -8,7 +8,6 @@ from tiny import build_model
 from transformers.utils import chat_template_utils
 from typer.testing import CliRunner
 
-from intactkv_eval.calibrate.train import Trainer
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness import chat_date
@@ -18,6 +17,7 @@ from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import expand
 from intactkv_eval.sweep.spec import RunSpec, read_sweep
 from intactkv_eval.sweep.work import Place, Workshop
+from intactkv_eval.training.trainer import Trainer
 
 DATED = (
     "{{ bos_token }}Today is {{ strftime_now('%d %b %Y') }}.\n{% for m in messages %}<|{{ m['role'] }}|>"

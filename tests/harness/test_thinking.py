@@ -6,13 +6,13 @@ import pytest
 from lm_eval.models.utils import postprocess_generated_text
 from tiny import build_model
 
-from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.harness import talks
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.training.examples import examples_of
 
 TEMPLATE = (
     "{{ bos_token }}{{ '/no_think\n' if enable_thinking is false }}{% for m in messages %}{{ m['role'] }}: "

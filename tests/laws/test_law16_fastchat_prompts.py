@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import spm
 
-from intactkv_eval.calibrate.examples import rendered
 from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.pivot.tokens import use_chat_template
+from intactkv_eval.training.examples import rendered
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 FASTCHAT = json.loads((RELEASED / "fastchat.json").read_text(encoding="utf-8"))

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from intactkv_eval.calibrate.examples import examples_of
 from intactkv_eval.chat.conversations import load_conversations
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.storage.files import shipped_folder
+from intactkv_eval.training.examples import examples_of
 
 RELEASED = Path(__file__).parents[1] / "data" / "released"
 MMLU = json.loads((RELEASED / "mmlu.json").read_text(encoding="utf-8"))

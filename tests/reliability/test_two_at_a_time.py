@@ -9,7 +9,6 @@ import pytest
 from sqlitedict import SqliteDict
 
 from intactkv_eval.bench.report import write_results
-from intactkv_eval.calibrate.ranks import Ranks
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.calibrate_command import writing_alone
@@ -19,6 +18,7 @@ from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.storage.files import locked
 from intactkv_eval.sweep.folder import SweepFolder
+from intactkv_eval.training.distributed import Ranks
 
 
 def both(arguments, folder, seconds=300):

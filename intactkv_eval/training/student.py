@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.examples import Example, counted_nats
-from intactkv_eval.calibrate.rows import TrainedRows, run_behind
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.model.hooks import hidden_of, watched
 from intactkv_eval.model.layer_calls import LayerCall
 from intactkv_eval.model.structure import cache_devices, decoder_layers
+from intactkv_eval.training.examples import Example, counted_nats
+from intactkv_eval.training.trainable_kv import TrainedRows, run_behind
 
 Targets = Sequence[Tensor]
 """Of each layer, the full-precision outputs [N, C] of the counted tokens."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from intactkv_eval.calibrate.examples import Example
-from intactkv_eval.calibrate.ranks import Ranks
-from intactkv_eval.calibrate.run_state import RunState
-from intactkv_eval.calibrate.student import Quality, Student, Targets
 from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.training.distributed import Ranks
+from intactkv_eval.training.examples import Example
+from intactkv_eval.training.run_state import RunState
+from intactkv_eval.training.student import Quality, Student, Targets
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from intactkv_eval.calibrate.student import Quality
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.tensor_file import write_pickle
 from intactkv_eval.storage.torch_pickle import read_torch_file
+from intactkv_eval.training.student import Quality
 
 _EVERY = 10  # steps between two saves inside of an epoch
 _COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_out_nats")

@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.calibrate.examples import Example, counted_nats
-from intactkv_eval.calibrate.rows import Rows, run_behind
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.model.hooks import hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers, text_config
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.tensor_file import save_tensors
+from intactkv_eval.training.examples import Example, counted_nats
+from intactkv_eval.training.trainable_kv import Rows, run_behind
 
 
 @torch.no_grad()
