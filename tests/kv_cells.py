@@ -3,7 +3,7 @@
 import torch
 
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 

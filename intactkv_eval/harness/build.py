@@ -18,7 +18,6 @@ from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
-from intactkv_eval.harness.causality import check_causal
 from intactkv_eval.harness.cell_checks import (
     IN_MEMORY,
     REFERENCE_IN_MEMORY,
@@ -31,11 +30,12 @@ from intactkv_eval.harness.cell_checks import (
 )
 from intactkv_eval.harness.chat_date import head_record
 from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
-from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.quantization import as_held
 from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
 from intactkv_eval.harness.rotated_basis import in_rotated_basis
 from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.inference.causality import check_causal
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.linear import backends_of, quantized_layers

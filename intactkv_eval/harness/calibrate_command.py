@@ -35,7 +35,7 @@ from intactkv_eval.harness.full_cell import (
     without_reference,
 )
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV

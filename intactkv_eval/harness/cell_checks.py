@@ -14,10 +14,10 @@ from intactkv_eval.cell.formulas import REVISIONS, VICUNA
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.group_trial import check_groups
-from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.reference_check import Compared, check_reference
 from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
+from intactkv_eval.inference.grouped_kv_probe import check_groups
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of

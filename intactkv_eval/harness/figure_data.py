@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import cache_argument
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.quantizer import Writer
 from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.score_table import Request
+from intactkv_eval.inference.scoring.request_table import Request
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationConfig, WatermarkingConfig
 
 from intactkv_eval.errors import ConfigError, unknown_key
-from intactkv_eval.harness.generation_settings import DROPPED, known_settings, served
+from intactkv_eval.inference.generation.settings import DROPPED, known_settings, served
 
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """lm_eval's names for the most new tokens; the first that is given counts."""

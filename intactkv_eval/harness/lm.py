@@ -21,7 +21,6 @@ from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
-from intactkv_eval.harness.batching import check_batch_size, rows_that_fit
 from intactkv_eval.harness.build import Built, build
 from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.cell_checks import IN_MEMORY
@@ -39,16 +38,17 @@ from intactkv_eval.harness.loading import (
     loading,
 )
 from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
-from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.record import cell_identity, versions
-from intactkv_eval.harness.score_table import Score
-from intactkv_eval.harness.scoring import Counts, score
-from intactkv_eval.harness.shared import SharedModel
-from intactkv_eval.harness.shared_start import SharedStart
 from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.inference.batch_size import check_batch_size, rows_that_fit
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
+from intactkv_eval.inference.scoring.request_table import Score
+from intactkv_eval.inference.scoring.score import Counts, score
 from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config

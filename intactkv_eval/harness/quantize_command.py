@@ -21,10 +21,10 @@ from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.chat_date import chat_settings
 from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading
-from intactkv_eval.harness.pivoted import PivotedModel
 from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
 from intactkv_eval.harness.tokenizer_check import check_tokenizer
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.checkpoint_loaders import WholeCheckpoint
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges

@@ -11,14 +11,14 @@ from transformers import BloomConfig, BloomForCausalLM
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness import pivoted as pivoted_model
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.group_trial import check_groups
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import Counts, score
-from intactkv_eval.harness.shared import SharedModel, Sharing
-from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.inference import pivoted_model as pivoted_model
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.grouped_kv_probe import check_groups
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import Counts, score
 from intactkv_eval.kv_cache.grouped import Groups
 
 TOKENS = (BOS, 7, 30)

@@ -6,10 +6,10 @@ from kv_cells import pivoted, spec
 from tiny import BOS, FAMILIES, PAD, build_model
 
 from intactkv_eval.compat.cache_use import run_with_cache
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.shared import SharedModel
-from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 
 TOKENS = (BOS, 7)
 SCHEMES = ("token_head", "channel_key", "pre_rope")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.awq import AWQ
 from intactkv_eval.quantize.block_walk import BlockWalk

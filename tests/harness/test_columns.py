@@ -8,13 +8,13 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig, PhiConfi
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.columns import Columns
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.group_trial import check_groups
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import score
-from intactkv_eval.harness.shared import SharedModel, Sharing
-from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.grouped_kv_probe import check_groups
+from intactkv_eval.inference.padding_probe import Columns
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import score
 
 WINDOW = 64
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "initializer_range": 0.15}

@@ -8,8 +8,8 @@ from tiny import BOS, EOS, PAD, build_model
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import NumericsError
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 KV = {"kv16": KVSpec(), "kv3": KVSpec(bits=3), "groups": spec("channel_key")}

@@ -15,7 +15,7 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.figure_data import attention_maps, by_intact_rows, cache_rows, expected_outputs, outliers
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.report.figures import FIGURES, draw
 

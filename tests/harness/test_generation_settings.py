@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, CompileConfig, GenerationConfig
 
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness import generation_settings, talks
 from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.inference.generation import multi_turn, settings
 
 PROMPTS = ["<s>Hello there my friend", "<s>Q", "<s>the cat sat on the mat and the cat sat on", "<s>ab ab ab"]
 CELLS = {"none": {"pivot": "none"}, "bos": {"pivot": "bos"}, "alone": {"pivot": "bos", "share_prefix": False}}
@@ -40,7 +40,7 @@ def asking(saved_llama):
         file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
         return saved_llama
 
-    generation_settings._tell.cache_clear()
+    settings._tell.cache_clear()
     return make
 
 
@@ -106,7 +106,7 @@ def test_what_changes_no_number_is_left_out_and_said(asking, caplog):
 
 
 def test_settings_that_are_objects_are_left_out_too():
-    found = generation_settings.served(GenerationConfig(compile_config=CompileConfig()), {"output_scores": False})
+    found = settings.served(GenerationConfig(compile_config=CompileConfig()), {"output_scores": False})
     assert found.options["compile_config"] is None
 
 
@@ -269,5 +269,5 @@ def test_conversations_keep_to_settings_that_count_from_an_answers_start(asking,
                "max_gen_toks": 8, "temperature": 0.0}  # fmt: skip
     asked = [make_request("generate_turns", ("Hi", options), 0, task="t")]
     whole = ours(folder, pivot="bos", share_prefix=False).generate_turns(asked, disable_tqdm=True)
-    monkeypatch.setattr(talks, "CHUNK", 3)
+    monkeypatch.setattr(multi_turn, "CHUNK", 3)
     assert ours(folder, pivot="bos").generate_turns(asked, disable_tqdm=True) == whole

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from intactkv_eval.harness.prefix_tree import Limits, all_behind_nothing, behind, build_tree, merged
-from intactkv_eval.harness.score_table import Request, ScoreTable
-from intactkv_eval.harness.tree_rows import flatten, mask, padded, visible
+from intactkv_eval.inference.scoring.packed_rows import flatten, mask, padded, visible
+from intactkv_eval.inference.scoring.prefix_tree import Limits, all_behind_nothing, behind, build_tree, merged
+from intactkv_eval.inference.scoring.request_table import Request, ScoreTable
 
 
 def sequences_of(seed, count=60, alphabet=3, longest=14):

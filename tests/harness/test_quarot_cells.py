@@ -12,7 +12,7 @@ from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.activation_quant import InputStage
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.structure import linear_layers

@@ -33,10 +33,10 @@ from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.calibrate_command import _check_frequencies
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import score
-from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import score
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.block_walk import BlockWalk

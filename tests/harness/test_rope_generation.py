@@ -23,11 +23,11 @@ from transformers import (
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.compat.rope_length import as_in_text_of
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness import talks
-from intactkv_eval.harness.generation import generate
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.generation import multi_turn
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 
@@ -120,7 +120,7 @@ def test_beams_across_the_border_are_refused_and_beyond_it_are_those_of_hf():
 @pytest.mark.parametrize("name", MODELS)
 def test_conversations_across_the_border(name, monkeypatch):
     """Each answer is what a plain forward over the whole conversation goes on with."""
-    monkeypatch.setattr(talks, "CHUNK", 4)
+    monkeypatch.setattr(multi_turn, "CHUNK", 4)
     options = {"messages": [{"role": "user", "content": one} for one in ("hello", "and")], "max_gen_toks": 20}
     lm = ours(name, pivot="bos", batch_size=2)
     requests = [make_request(REQUEST, ("hello", options), 0)]

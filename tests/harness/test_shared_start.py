@@ -5,10 +5,10 @@ import torch
 from tiny import BOS, FAMILIES, PAD, build_model
 
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.shared import SharedModel, Sharing
-from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)

@@ -9,10 +9,10 @@ import torch
 from test_shared_start import CELLS, pivoted
 from tiny import EOS, FAMILIES, PAD
 
-from intactkv_eval.harness.row_sampler import Draw, RowSampler
-from intactkv_eval.harness.shared import SharedModel
-from intactkv_eval.harness.shared_start import SharedStart
-from intactkv_eval.harness.talks import Asked, converse
+from intactkv_eval.inference.generation.multi_turn import Asked, converse
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.sampling import Draw, RowSampler
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 
 QUESTIONS = [
     ([7, 8, 9, 10], [40, 41]),
@@ -78,7 +78,7 @@ def plain(made, codec):
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_answers_of_a_plain_loop(family, cell, monkeypatch):
-    monkeypatch.setattr("intactkv_eval.harness.talks.CHUNK", 4)
+    monkeypatch.setattr("intactkv_eval.inference.generation.multi_turn.CHUNK", 4)
     made = pivoted(family, cell)
     codec = Tokens(temperature=0.9, until=77)
     expected = plain(made, codec)
@@ -89,7 +89,7 @@ def test_the_answers_of_a_plain_loop(family, cell, monkeypatch):
 
 
 def test_answers_end_by_their_token_by_a_stop_string_and_by_length(monkeypatch):
-    monkeypatch.setattr("intactkv_eval.harness.talks.CHUNK", 4)
+    monkeypatch.setattr("intactkv_eval.inference.generation.multi_turn.CHUNK", 4)
     made = pivoted("llama", "intact")
     free = talked(made, Tokens(most=12), 2, True)
     assert {turn.ended for talk in free for turn in talk} == {"length"}
@@ -107,7 +107,7 @@ def test_answers_end_by_their_token_by_a_stop_string_and_by_length(monkeypatch):
 
 
 def test_a_second_turn_and_a_next_chunk_compute_only_what_is_new(monkeypatch):
-    monkeypatch.setattr("intactkv_eval.harness.talks.CHUNK", 8)
+    monkeypatch.setattr("intactkv_eval.inference.generation.multi_turn.CHUNK", 8)
     made = pivoted("llama", "intact")
     widths = []
     made.model.register_forward_pre_hook(

@@ -9,9 +9,9 @@ from tiny import build_model
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness import talks
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.inference.generation import multi_turn
 from intactkv_eval.training.examples import examples_of
 
 TEMPLATE = (
@@ -58,7 +58,7 @@ def test_thoughts_are_no_part_of_an_answer(tokenizer, end, until, text):
 def test_a_stop_among_the_thoughts_does_not_wait_for_the_chunk_to_end(tokenizer):
     """What was generated in vain behind the stop string is no answer."""
     lm = make(tokenizer, think_end_token="</think>")
-    row = talks._Row(0, lm._talk({**OPTIONS, "max_gen_toks": 90, "until": ["END"]}))
+    row = multi_turn._Row(0, lm._talk({**OPTIONS, "max_gen_toks": 90, "until": ["END"]}))
     row.asked = lm.ask(row.talk, [])
-    talks._take(row, tokenizer.encode("hm END </think>yes"), lm)
+    multi_turn._take(row, tokenizer.encode("hm END </think>yes"), lm)
     assert row.turns[0][:1] + row.turns[0][2:] == ("hm", "stop", len("hm END"))

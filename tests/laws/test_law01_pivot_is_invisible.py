@@ -5,8 +5,8 @@ import torch
 from tiny import BOS, WINDOW
 
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 PIVOTS = {"bos": (BOS,), "five": (BOS, 10, 20, 30, 40), "longer than the window": (BOS, *range(40, 40 + WINDOW + 3))}

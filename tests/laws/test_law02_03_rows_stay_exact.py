@@ -7,12 +7,12 @@ from tiny import BOS, FAMILIES, WINDOW, build_model
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import Cache
-from intactkv_eval.harness import pivoted as pivoted_module
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import score
-from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.inference import pivoted_model as pivoted_module
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import score
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_quant.quantizer import writer_of
 from intactkv_eval.pivot.capture import capture, fingerprint_of

@@ -6,11 +6,11 @@ from kv_cells import spec
 from tiny import BOS, PAD
 
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import score
-from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import score
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)

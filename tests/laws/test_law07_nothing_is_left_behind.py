@@ -5,8 +5,8 @@ from tiny import BOS
 
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.harness.build import quantize
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")

@@ -9,16 +9,16 @@ from kv_cells import pivoted as cell_on
 from kv_cells import spec
 from tiny import BOS, FAMILIES, VOCAB, build_model
 
-import intactkv_eval.harness.head as head_module
-import intactkv_eval.harness.shared as shared_module
+import intactkv_eval.inference.scoring.lm_head as head_module
+import intactkv_eval.inference.scoring.prefix_sharing as shared_module
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.harness import scoring
-from intactkv_eval.harness.columns import TESTED
-from intactkv_eval.harness.head import Head
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.score_table import Request
-from intactkv_eval.harness.scoring import Counts, score
-from intactkv_eval.harness.shared import SharedModel, Sharing
+from intactkv_eval.inference.padding_probe import TESTED
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring import score
+from intactkv_eval.inference.scoring.lm_head import Head
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
+from intactkv_eval.inference.scoring.request_table import Request
+from intactkv_eval.inference.scoring.score import Counts, score
 
 TOKENS = (BOS, 7)
 CELLS = {
@@ -71,9 +71,9 @@ def assert_same(found, expected):
 def row_size(request, monkeypatch):
     if request.param == "small rows":
         monkeypatch.setattr(head_module, "SLICE_BYTES", 4 * VOCAB * 5)
-        monkeypatch.setattr(scoring, "CAPACITY", 24)
-        monkeypatch.setattr(scoring, "OVERHEAD", 4)
-        monkeypatch.setattr(scoring, "SMALLEST_BATCH", 50)
+        monkeypatch.setattr(score, "CAPACITY", 24)
+        monkeypatch.setattr(score, "OVERHEAD", 4)
+        monkeypatch.setattr(score, "SMALLEST_BATCH", 50)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -251,7 +251,7 @@ def test_a_prefix_that_cannot_be_kept_is_computed_with_each_of_its_users(monkeyp
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return forward(self, prefix, rows, keep)
 
-    monkeypatch.setattr(scoring, "CAPACITY", 24)
+    monkeypatch.setattr(score, "CAPACITY", 24)
     monkeypatch.setattr(SharedModel, "forward", no_room_for_one)
     assert_same(score(SharedModel(made), requests, lambda tokens: 4), expected)
     assert failed

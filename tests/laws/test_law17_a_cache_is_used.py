@@ -10,11 +10,11 @@ from intactkv_eval.compat import transformers_api
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
 from intactkv_eval.compat.transformers_api import Cache
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness import pivoted as pivoted_module
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.scoring import Request, score
-from intactkv_eval.harness.shared import SharedModel
+from intactkv_eval.inference import pivoted_model as pivoted_module
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
+from intactkv_eval.inference.scoring.score import Request, score
 from intactkv_eval.pivot.capture import capture, check_supported, computed, fingerprint_of
 from intactkv_eval.quantize.block_walk import BlockWalk
 

@@ -14,7 +14,7 @@ from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_basis
 from intactkv_eval.pivot.capture import capture, fingerprint_of

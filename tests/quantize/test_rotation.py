@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.harness.build import quantize
-from intactkv_eval.harness.pivoted import PivotedModel
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_cache.prefix_cache import SharedCache
 from intactkv_eval.kv_quant.quantizer import writer_of

@@ -21,12 +21,12 @@ from intactkv_eval.compat.cache_use import CountingCache, check_fresh_cache, gen
 from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
 from intactkv_eval.errors import ConfigError, NumericsError, PivotError
-from intactkv_eval.harness.generation_plan import GenerationPlan, Stopping
-from intactkv_eval.harness.generation_settings import refusals_explained, served
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import BrokenLogits, FiniteLogits, RowSampler
-from intactkv_eval.harness.shared_start import SharedStart
-from intactkv_eval.harness.turns import Front
+from intactkv_eval.inference.generation.plan import GenerationPlan, Stopping
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.sampling import BrokenLogits, FiniteLogits, RowSampler
+from intactkv_eval.inference.generation.settings import refusals_explained, served
+from intactkv_eval.inference.generation.turn_cache import Front
+from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_cache.grouped import StreamCache
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.model.hooks import where_not_finite

@@ -11,10 +11,10 @@ from itertools import takewhile
 
 import numpy as np
 
-from intactkv_eval.harness.prefix_tree import Node
-from intactkv_eval.harness.shared import SharedModel, Sharing
-from intactkv_eval.harness.tree_rows import flatten
-from intactkv_eval.harness.turns import BUDGET, Front, Turns
+from intactkv_eval.inference.generation.turn_cache import BUDGET, Front, Turns
+from intactkv_eval.inference.scoring.packed_rows import flatten
+from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
+from intactkv_eval.inference.scoring.prefix_tree import Node
 
 WORTH = 16  # tokens that a kept start must save
 

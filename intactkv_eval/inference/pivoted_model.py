@@ -24,7 +24,7 @@ from intactkv_eval.compat.rope_length import (
     rope_by_length,
 )
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.columns import Columns
+from intactkv_eval.inference.padding_probe import Columns
 from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
 from intactkv_eval.kv_cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.kv_quant.codebook import KVLevels

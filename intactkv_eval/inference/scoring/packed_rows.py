@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from intactkv_eval.harness.prefix_tree import Node, Tokens
+from intactkv_eval.inference.scoring.prefix_tree import Node, Tokens
 
 
 @dataclass(frozen=True, eq=False)

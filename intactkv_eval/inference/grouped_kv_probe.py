@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.columns import disagreement
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.shared import KNOWN_LAYERS
+from intactkv_eval.inference.padding_probe import disagreement
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.prefix_sharing import KNOWN_LAYERS
 from intactkv_eval.kv_quant.quantizer import Writer
 
 _TOKENS = 24

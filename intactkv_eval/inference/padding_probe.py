@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.cache_use import CountingCache, generate_with_cache, run_with_cache
 from intactkv_eval.compat.transformers_api import cache_layers
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.generation_settings import plain_greedy
+from intactkv_eval.inference.generation.settings import plain_greedy
 from intactkv_eval.model.activation_quant import activations_off
 from intactkv_eval.model.structure import text_config
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intactkv_eval.errors import NumericsError
-from intactkv_eval.harness.prefix_tree import Tokens, Tree, build_tree
-from intactkv_eval.harness.tree_rows import Row
+from intactkv_eval.inference.scoring.packed_rows import Row
+from intactkv_eval.inference.scoring.prefix_tree import Tokens, Tree, build_tree
 
 
 class Request(NamedTuple):

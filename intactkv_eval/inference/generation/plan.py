@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteriaList
 
-from intactkv_eval.harness.row_sampler import RowSampler
+from intactkv_eval.inference.generation.sampling import RowSampler
 
 Stopping = Callable[[int, int], StoppingCriteriaList]
 """(columns before the first new token, rows) -> when to stop."""

@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from intactkv_eval.harness.generation import generate
-from intactkv_eval.harness.generation_settings import served
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.row_sampler import Draw, RowSampler
-from intactkv_eval.harness.shared_start import SharedStart
+from intactkv_eval.inference.generation.generate import generate
+from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.sampling import Draw, RowSampler
+from intactkv_eval.inference.generation.settings import served
+from intactkv_eval.inference.pivoted_model import PivotedModel
 
 CHUNK = 64
 _ONE_BEAM: dict[str, Any] = {"num_beams": 1, "stop_strings": None}  # over the checkpoint's: the codec has stop strings

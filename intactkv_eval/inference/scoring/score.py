@@ -16,11 +16,11 @@ from torch import Tensor
 
 from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.errors import ConfigError, NumericsError
-from intactkv_eval.harness.head import log_probabilities
-from intactkv_eval.harness.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
-from intactkv_eval.harness.score_table import Asked, Request, Score, ScoreTable
-from intactkv_eval.harness.shared import Prefix, SharedModel, Sharing
-from intactkv_eval.harness.tree_rows import Row, flatten
+from intactkv_eval.inference.scoring.lm_head import log_probabilities
+from intactkv_eval.inference.scoring.packed_rows import Row, flatten
+from intactkv_eval.inference.scoring.prefix_sharing import Prefix, SharedModel, Sharing
+from intactkv_eval.inference.scoring.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
+from intactkv_eval.inference.scoring.request_table import Asked, Request, Score, ScoreTable
 from intactkv_eval.model.hooks import where_not_finite
 
 logger = logging.getLogger(__name__)

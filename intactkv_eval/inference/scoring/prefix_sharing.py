@@ -26,12 +26,12 @@ from intactkv_eval.compat.transformers_api import (
     attention_implementation,
     cache_layers,
 )
-from intactkv_eval.harness.batching import kv_bytes_per_token
-from intactkv_eval.harness.columns import TRIAL_ERRORS, disagreement, is_tested
-from intactkv_eval.harness.head import Head
-from intactkv_eval.harness.pivoted import PivotedModel
-from intactkv_eval.harness.prefix_tree import Node, build_tree
-from intactkv_eval.harness.tree_rows import Row, flatten, mask, padded
+from intactkv_eval.inference.batch_size import kv_bytes_per_token
+from intactkv_eval.inference.padding_probe import TRIAL_ERRORS, disagreement, is_tested
+from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.inference.scoring.lm_head import Head
+from intactkv_eval.inference.scoring.packed_rows import Row, flatten, mask, padded
+from intactkv_eval.inference.scoring.prefix_tree import Node, build_tree
 from intactkv_eval.kv_cache.prefix_cache import SharedCache
 from intactkv_eval.kv_quant.quantizer import LayerKV
 from intactkv_eval.model.activation_quant import activations_off

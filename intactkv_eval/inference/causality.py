@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.columns import disagreement, is_tested
+from intactkv_eval.inference.padding_probe import disagreement, is_tested
 from intactkv_eval.model.activation_quant import activations_off
 
 _TOKENS = 6

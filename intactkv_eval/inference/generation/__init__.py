@@ -1,0 +1,1 @@
+"""Generation behind a pivot: plans, sampling, conversations, kept prefixes."""

@@ -1,0 +1,1 @@
+"""Log-likelihoods through a tree of prefixes, each shared token computed once."""
