@@ -109,7 +109,7 @@ def test_nobody_is_told_to_trust_a_pickle(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from intactkv_eval.harness.loading import loading
+    from intactkv_eval.assemble.load_errors import loading
 
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     config.architectures = ["LlamaForCausalLM"]

@@ -11,10 +11,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import run_demo
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.input_transforms import apply_stages

@@ -12,7 +12,7 @@ _PROGRAM = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint
 
 def peak():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from intactkv_eval.assemble.chat_date import date_of, moment_of_run
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.conversations import Conversations, load_conversations
@@ -25,7 +26,6 @@ from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
 from intactkv_eval.harness.arguments import checked_cell
-from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.full_cell import (
     check_same_source,

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from intactkv_eval.assemble.chat_date import date_of, moment_of_run
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.arguments import checked_cell
-from intactkv_eval.harness.chat_date import date_of, moment_of_run
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.figure_data import (
     SHOWN,

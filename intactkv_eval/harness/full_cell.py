@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
 
+from intactkv_eval.assemble.checkpoint_info import read_quantization
+from intactkv_eval.assemble.pivot_source import pivot_of_file
 from intactkv_eval.cell.spec import ActivationSpec, CellSpec
-from intactkv_eval.harness.pivot_source import pivot_of_file
-from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.input_transforms import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.kv import PivotKV

@@ -16,20 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.cell.arguments import CELL_KEYS
-from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
-from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
-from intactkv_eval.harness.build import Built, build
-from intactkv_eval.harness.cache_guard import guard_response_cache
-from intactkv_eval.harness.cell_checks import IN_MEMORY
-from intactkv_eval.harness.chat_date import chat_settings, is_random
-from intactkv_eval.harness.flags import begin_command, chosen_flags
-from intactkv_eval.harness.handed_over import cell_of_object, named_tokenizer, take_objects
-from intactkv_eval.harness.lm_loading import CellLoading
-from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.loading import (
+from intactkv_eval.assemble.build import Built, build
+from intactkv_eval.assemble.chat_date import chat_settings, is_random
+from intactkv_eval.assemble.checks import IN_MEMORY
+from intactkv_eval.assemble.load_errors import (
     check_folder,
     check_layers,
     check_no_adapter,
@@ -37,11 +27,21 @@ from intactkv_eval.harness.loading import (
     check_words,
     loading,
 )
+from intactkv_eval.assemble.model_cache import current_shelf
+from intactkv_eval.assemble.model_objects import cell_of_object, named_tokenizer, take_objects
+from intactkv_eval.assemble.tokenizer_check import check_tokenizer
+from intactkv_eval.cell.arguments import CELL_KEYS
+from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
+from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
+from intactkv_eval.errors import ConfigError
+from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
+from intactkv_eval.harness.cache_guard import guard_response_cache
+from intactkv_eval.harness.flags import begin_command, chosen_flags
+from intactkv_eval.harness.lm_loading import CellLoading
+from intactkv_eval.harness.lm_talks import PivotedTalks
 from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
 from intactkv_eval.harness.plugin import register
 from intactkv_eval.harness.record import cell_identity, versions
-from intactkv_eval.harness.shelf import current_shelf
-from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.inference.batch_size import check_batch_size, rows_that_fit
 from intactkv_eval.inference.generation.prefix_cache import SharedStart

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from intactkv_eval.assemble.chat_date import check_captured_head
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
 from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.chat_date import check_captured_head
 from intactkv_eval.harness.framing import Framing
 from intactkv_eval.harness.generation_options import check_options, for_generate
 from intactkv_eval.harness.row_stops import filling_token, row_stops

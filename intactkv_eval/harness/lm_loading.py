@@ -9,6 +9,11 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from intactkv_eval.assemble.checkpoint_info import quantization_in_memory, read_quantization
+from intactkv_eval.assemble.checks import IN_MEMORY, REFERENCE_IN_MEMORY
+from intactkv_eval.assemble.load_errors import auto_class_of, check_folder, check_no_kernel
+from intactkv_eval.assemble.model_cache import current_shelf
+from intactkv_eval.assemble.model_objects import OF_REFERENCE, HandedOver, check_wrapper
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.lm_eval_api import HFLM, with_cpu_memory
 from intactkv_eval.compat.peft_api import (
@@ -23,11 +28,6 @@ from intactkv_eval.compat.transformers_api import attention_implementation
 from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
-from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
-from intactkv_eval.harness.handed_over import OF_REFERENCE, HandedOver, check_wrapper
-from intactkv_eval.harness.loading import auto_class_of, check_folder, check_no_kernel
-from intactkv_eval.harness.quantization import quantization_in_memory, read_quantization
-from intactkv_eval.harness.shelf import current_shelf
 from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.weights.formats import Format

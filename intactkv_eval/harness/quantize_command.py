@@ -14,16 +14,16 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from intactkv_eval import __version__
+from intactkv_eval.assemble.chat_date import chat_settings
+from intactkv_eval.assemble.checkpoint_info import RECORD, read_quantization
+from intactkv_eval.assemble.load_errors import auto_class_of, check_folder, check_layers, check_no_kernel, loading
+from intactkv_eval.assemble.tokenizer_check import check_tokenizer
 from intactkv_eval.cell.formulas import current, names_of_job
 from intactkv_eval.cell.spec import ActivationSpec, PivotSpec
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.chat_date import chat_settings
-from intactkv_eval.harness.loading import auto_class_of, check_folder, check_layers, check_no_kernel, loading
-from intactkv_eval.harness.quantization import RECORD, read_quantization
 from intactkv_eval.harness.record import versions
-from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.checkpoint_loaders import WholeCheckpoint
 from intactkv_eval.model.devices import check_device

@@ -6,11 +6,11 @@ from importlib.metadata import version
 from typing import Any
 
 from intactkv_eval import __version__
+from intactkv_eval.assemble.build import Built
 from intactkv_eval.cell.formulas import current, formulas_of
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.templates import template_hash
-from intactkv_eval.harness.build import Built
 
 _SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 

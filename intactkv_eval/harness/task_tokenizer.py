@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from intactkv_eval.assemble.load_errors import check_folder
+from intactkv_eval.assemble.tokenizer_check import check_tokenizer
 from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.errors import DataError
-from intactkv_eval.harness.loading import check_folder
-from intactkv_eval.harness.tokenizer_check import check_tokenizer
 from intactkv_eval.pivot.tokens import use_chat_template
 
 _KEYS = ("revision", "trust_remote_code", "gguf_file", "subfolder")

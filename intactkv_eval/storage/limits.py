@@ -86,11 +86,11 @@ READERS = (
            f"{human_size(PICKLE_BYTES)} of pickle; tensors {TENSORS_TIMES} times the file",
            f"{DOCUMENT_DEPTH} levels, {PICKLE_PARTS:,} parts", f"{PICKLE_STEPS:,} steps, about 3 s"),
     Reader("an index of shards", "weights/checkpoint.py", human_size(DOCUMENT_BYTES), f"{SHARDS:,} shards", _BY_SIZE),
-    Reader("a model's structure", "harness/loading.py, model/sizes.py",
+    Reader("a model's structure", "assemble/load_errors.py, model/sizes.py",
            f"{WEIGHTS_TIMES} times its weight files ({CODES_TIMES} times where they are quantized) and "
            f"{human_size(SPARE_BYTES)}; buffers, once and as much", f"{LAYERS:,} layers, {MODULES:,} modules",
            "by its modules"),
-    Reader("a tokenizer", "harness/tokenizer_check.py", f"{human_size(TOKENIZER_BYTES)} a file",
+    Reader("a tokenizer", "assemble/tokenizer_check.py", f"{human_size(TOKENIZER_BYTES)} a file",
            f"ids to {TOKEN_ID:,}; {TOKENIZER_STEPS} steps of a kind, which make at most {TOKENIZER_GROWTH} characters "
            f"of one and put in at most {TOKENIZER_TEXT:,}", _BY_SIZE),
     Reader("a chat template, for `pivot=prompt`", "chat/sandbox.py", human_size(TEMPLATE_BYTES),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import BOS, FAMILIES, build_model
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import WeightSpec
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from intactkv_eval.assemble.load_errors import check_words
 from intactkv_eval.chat.bos_text import bos_changes_tokens, encoded_prompt
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
@@ -24,7 +25,6 @@ from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
-from intactkv_eval.harness.loading import check_words
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.training.examples import examples_of, rendered
 

@@ -11,12 +11,12 @@ from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
 from typer.testing import CliRunner
 
+from intactkv_eval.assemble.chat_date import head_record
 from intactkv_eval.cell import formulas
 from intactkv_eval.chat.bos_text import bos_changes_tokens, encoded_as_text
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.harness import lm_generation
-from intactkv_eval.harness.chat_date import head_record
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV

@@ -9,13 +9,13 @@ from lm_eval.api.model import CacheHook, CachingLM
 from tiny import BOS, build_model
 from transformers.utils import chat_template_utils
 
+from intactkv_eval.assemble import chat_date
+from intactkv_eval.assemble.chat_date import chat_settings, moment_of_run
 from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import hash_args, make_request
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness import chat_date
-from intactkv_eval.harness.chat_date import chat_settings, moment_of_run
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.pivot.kv import PivotKV, head_of_file

@@ -8,9 +8,9 @@ from tiny import build_model
 from transformers.utils import chat_template_utils
 from typer.testing import CliRunner
 
+from intactkv_eval.assemble import chat_date
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness import chat_date
 from intactkv_eval.pivot.kv import PivotKV, head_of_file
 from intactkv_eval.sweep.command import Sweep, Where
 from intactkv_eval.sweep.folder import SweepFolder

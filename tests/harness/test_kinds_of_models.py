@@ -6,10 +6,10 @@ import transformers
 from tiny import _SHAPE, build_model, uneven
 from transformers import CONFIG_MAPPING
 
+from intactkv_eval.assemble.load_errors import auto_class_of, loading
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.loading import auto_class_of, loading
 from intactkv_eval.inference.causality import check_causal
 
 FOUR = {**_SHAPE, "num_hidden_layers": 4}

@@ -75,7 +75,7 @@ def test_pivot_from_a_file_needs_no_capture_and_gives_the_same(saved_llama, tmp_
     file = tmp_path / "prompt.safetensors"
     lm.pivoted_model.pivot.save(file)
     expected = likelihoods(lm)
-    monkeypatch.setattr("intactkv_eval.harness.pivot_source.capture", None)
+    monkeypatch.setattr("intactkv_eval.assemble.pivot_source.capture", None)
     assert likelihoods(make(saved_llama, **RTN, pivot=str(file))) == expected
     baseline = make(saved_llama, **RTN, pivot=str(file), intact=False)
     assert baseline.pivoted_model.token_ids == lm.pivoted_model.token_ids
@@ -119,7 +119,7 @@ def test_reference_is_loaded_once_and_kept(saved_llama, tokenizer, tmp_path, mon
     assert first.pivoted_model.pivot.fingerprint.model == str(saved_llama)
     own = make(changed)
     assert likelihoods(first) != likelihoods(own)
-    monkeypatch.setattr("intactkv_eval.harness.pivot_source.capture", None)
+    monkeypatch.setattr("intactkv_eval.assemble.pivot_source.capture", None)
     assert likelihoods(make(changed, reference=str(saved_llama))) == likelihoods(first)
 
 

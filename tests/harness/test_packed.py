@@ -12,10 +12,10 @@ from tiny import build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
+from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.quantization import read_quantization
 
 REQUESTS = [(None, [5, 6, 7], [8, 9]), (None, [5], [6, 7, 8, 9]), (None, list(range(40, 60)), [60])]
 

@@ -8,9 +8,9 @@ from tiny import BOS, build_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError, UnsupportedModelError
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.activation_quant import InputStage

@@ -25,13 +25,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli import app
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import first_position_is_same, rope_by_length
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.harness.calibrate_command import _check_frequencies
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel

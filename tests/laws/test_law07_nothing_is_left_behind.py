@@ -3,8 +3,8 @@
 import torch
 from tiny import BOS
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.inference.generation.generate import generate
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of

@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from intactkv_eval.harness.quantization import read_quantization
+from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.packed import packed_model
 from intactkv_eval.weights.checkpoint import Checkpoint

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activations_off, quantize_activations
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges, stage_specs, staged_layers
 from intactkv_eval.model.linear import QuantizedLinear

@@ -6,9 +6,9 @@ from tiny import BOS, FAMILIES, build_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.matrices import matrix_of

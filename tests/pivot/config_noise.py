@@ -11,7 +11,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.harness.cell_checks import computed_difference
+from intactkv_eval.assemble.checks import computed_difference
 from intactkv_eval.pivot.capture import computed
 
 PIVOTS = ((1,), (1, 216), (1, 9690, 198, 2683, 359, 253, 5356))

@@ -10,9 +10,9 @@ from tiny import BOS, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
+from intactkv_eval.assemble.awq_basis import in_basis_of
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, PivotError
-from intactkv_eval.harness.awq_basis import in_basis_of
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.structure import linear_layers

@@ -9,9 +9,9 @@ from tiny import BOS, FAMILIES, VOCAB, build_model, uneven
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
-from intactkv_eval.harness.build import quantize
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_cache.prefix_cache import SharedCache

@@ -11,10 +11,10 @@ import pytest
 from grids import RTN, TASK, grid, sweep_of
 from running import command, figures, processes_of, wait_for
 
+from intactkv_eval.assemble.model_cache import Shelf
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.command import run_lm_eval
 from intactkv_eval.harness.evaluate import evaluate_task
-from intactkv_eval.harness.shelf import Shelf
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS, markdown

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.packed import packed_model
 from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats.patterns import matches

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from tiny import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.quantization import read_quantization
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.loading import quantized_model

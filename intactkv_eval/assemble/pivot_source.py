@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from intactkv_eval.assemble.checkpoint_info import quantization_in_memory
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.rope_length import rope_by_length
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.quantization import quantization_in_memory
 from intactkv_eval.model.structure import check_resident
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.auto import tokens_of

@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from intactkv_eval.cell.spec import CellSpec, WeightSpec
-from intactkv_eval.chat.templates import ChatSettings
-from intactkv_eval.compat.tensor_parts import weight_hash
-from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.awq_basis import in_basis_of
-from intactkv_eval.harness.cell_checks import (
+from intactkv_eval.assemble.awq_basis import in_basis_of
+from intactkv_eval.assemble.chat_date import head_record
+from intactkv_eval.assemble.checkpoint_info import as_held
+from intactkv_eval.assemble.checks import (
     IN_MEMORY,
     REFERENCE_IN_MEMORY,
     check_belongs,
@@ -28,12 +26,14 @@ from intactkv_eval.harness.cell_checks import (
     check_levels,
     check_origin,
 )
-from intactkv_eval.harness.chat_date import head_record
-from intactkv_eval.harness.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
-from intactkv_eval.harness.quantization import as_held
-from intactkv_eval.harness.reference_check import Compared, rules_of, writer_of
-from intactkv_eval.harness.rotated_basis import in_rotated_basis
-from intactkv_eval.harness.shelf import Shelf
+from intactkv_eval.assemble.model_cache import Shelf
+from intactkv_eval.assemble.pivot_source import Loader, captured, pivot_of_file, pivot_of_reference, tokens_in_front
+from intactkv_eval.assemble.reference_check import Compared, rules_of, writer_of
+from intactkv_eval.assemble.rotated_basis import in_rotated_basis
+from intactkv_eval.cell.spec import CellSpec, WeightSpec
+from intactkv_eval.chat.templates import ChatSettings
+from intactkv_eval.compat.tensor_parts import weight_hash
+from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.inference.causality import check_causal
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.codebook import KVLevels

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from intactkv_eval.assemble.value_places import ValuePlace, value_places
 from intactkv_eval.compat.peft_api import adapters_of
 from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.value_places import ValuePlace, value_places
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.model.tensor_names import NamedCheckpoint

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
+from intactkv_eval.assemble.awq_basis import MAY_BE_SCALED
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.awq_basis import MAY_BE_SCALED
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Nearest, Rules, check_same

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv_eval.assemble.reference_check import Compared, check_reference
+from intactkv_eval.assemble.rotated_basis import check_rotated_embeddings
 from intactkv_eval.cell.formulas import REVISIONS, VICUNA
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.reference_check import Compared, check_reference
-from intactkv_eval.harness.rotated_basis import check_rotated_embeddings
 from intactkv_eval.inference.grouped_kv_probe import check_groups
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_quant.codebook import KVLevels

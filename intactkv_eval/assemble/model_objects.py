@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerFast
 
+from intactkv_eval.assemble.checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.module_copies import probe
 from intactkv_eval.compat.peft_api import adapters_of, is_peft_model, untied
 from intactkv_eval.compat.wrapped_models import unwrapped
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
-from intactkv_eval.harness.cell_checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.capture import check_supported
 

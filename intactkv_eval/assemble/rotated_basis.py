@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv_eval.assemble.awq_basis import dequantized, read_layer
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.awq_basis import dequantized, read_layer
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_rotated
