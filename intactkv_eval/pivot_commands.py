@@ -140,7 +140,7 @@ def calibrate(
 
 def _cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The keys of the cell, and the arguments of lm_eval's `hf`. Raises ConfigError: unknown, or given twice."""
-    keys = import_module("intactkv_eval.harness.arguments")
+    keys = import_module("intactkv_eval.lm.hf_arguments")
     arguments, loading = keys.split_model_args(model_args)
     keys.check_names(arguments, loading)
     for name, value in (("device", device), ("trust_remote_code", trust_remote_code)):

@@ -6,7 +6,7 @@ import torch
 from tiny import BOS, byte_tokenizer
 
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 PAIRS = [("The quick brown fox", " jumps"), ("Question: a b c\nAnswer:", " yes"), ("x", " a longer answer")]
 RTN = {"weights": "rtn", "bits": 3, "group_size": 32}

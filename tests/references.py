@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 SHAPE = {
     "vocab_size": 259, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,7 +9,7 @@ from tiny import _SHAPE, BOS, byte_tokenizer, uneven
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PhimoeConfig
 
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 OLD = Version(version("transformers")) < Version("5.23")
 # In these releases PhiMoE has no long frequencies, a text behind a longer one keeps the longer one's with dynamic NTK, and

@@ -40,7 +40,7 @@ def test_contents(wheel):
     }
     assert others == OTHERS, "what is no code and no settings is listed, so that no data of others comes in"
     for needed in ("tasks/ppl/ppl_wikitext2.yaml", "tasks/intactkv_demo/data/prose.jsonl", "sweeps/table1.yaml", "published/figures.csv", "model_configs/llama-2-7b-w3g128.yaml",
-                   "model_configs/chat_templates/vicuna_v1.1.jinja", "harness/lm.py"):  # fmt: skip
+                   "model_configs/chat_templates/vicuna_v1.1.jinja", "lm/intactkv_lm.py"):  # fmt: skip
         assert f"intactkv_eval/{needed}" in names
     c_files = {"dequantize.c", "planes.h", "planes.c", "planes_tiles.c"}
     assert {f"intactkv_kernels/{name}" for name in c_files} <= set(names)

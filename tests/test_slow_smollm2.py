@@ -15,8 +15,8 @@ from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import run_demo
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.input_transforms import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of

@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.mark.parametrize("kind", [DeprecationWarning, PendingDeprecationWarning, FutureWarning])
-@pytest.mark.parametrize("module", ["intactkv_eval.harness.lm", "intactkv_kernels.native"])
+@pytest.mark.parametrize("module", ["intactkv_eval.lm.intactkv_lm", "intactkv_kernels.native"])
 def test_a_deprecation_in_our_code_is_an_error(module, kind):
     with pytest.raises(kind):
         warnings.warn_explicit("soon gone", kind, "file.py", 1, module)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.demo import prepare_model
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.storage.files import cache_folder
 
 PROMPT = "The lighthouse keeper wrote in his log every evening, and this is what he wrote on the last day of the year:"

@@ -11,7 +11,7 @@ from intactkv_eval.errors import CheckpointError
 _PROGRAM = """
 import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint
 

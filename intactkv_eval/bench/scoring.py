@@ -15,7 +15,7 @@ import torch
 from intactkv_eval.compat.lm_eval_api import HFLM, TaskManager
 from intactkv_eval.demo import prepare_model
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.storage.files import cache_folder, shipped_folder
 
 DEMO_TASK = "intactkv_demo_qa"

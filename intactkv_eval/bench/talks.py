@@ -16,8 +16,8 @@ from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.messages import Conversation, Message, filled, open_question
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import prepare_model
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.mt_bench.questions import load_questions
 from intactkv_eval.storage.files import cache_folder
 from intactkv_eval.training.examples import rendered

@@ -9,8 +9,8 @@ from pathlib import Path
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Conversation, filled, waits
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.storage.files import write_jsonl
 
 

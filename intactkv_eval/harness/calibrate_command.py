@@ -25,7 +25,6 @@ from intactkv_eval.chat.vicuna import is_vicuna
 from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.harness.answers import answered
-from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.full_cell import (
     check_same_source,
@@ -34,8 +33,9 @@ from intactkv_eval.harness.full_cell import (
     turned_alike,
     without_reference,
 )
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.hf_arguments import checked_cell
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV

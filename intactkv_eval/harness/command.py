@@ -13,18 +13,18 @@ from typing import Any
 
 from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, stamps_of_results
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.arguments import checked_cell, split_model_args
-from intactkv_eval.harness.evaluate import cache_explained, check_known, check_written, results_below, task_manager
-from intactkv_eval.harness.flags import (
+from intactkv_eval.inference.batch_size import check_batch_size
+from intactkv_eval.lm.evaluate_task import cache_explained, check_known, check_written, results_below, task_manager
+from intactkv_eval.lm.harness_flags import (
     check_device_flag,
     check_flag_names,
     check_generation_flags,
     check_no_secrets,
     read_flags_file,
 )
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.plugin import NAME
-from intactkv_eval.inference.batch_size import check_batch_size
+from intactkv_eval.lm.hf_arguments import checked_cell, split_model_args
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.plugin import NAME
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.storage.files import shipped_folder
 

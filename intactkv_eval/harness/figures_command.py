@@ -11,7 +11,6 @@ from intactkv_eval.assemble.chat_date import date_of, moment_of_run
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
 from intactkv_eval.harness.figure_data import (
     SHOWN,
@@ -28,7 +27,8 @@ from intactkv_eval.harness.full_cell import (
     turned_alike,
     without_reference,
 )
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.hf_arguments import checked_cell
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.sanitize import struck_record
 from intactkv_eval.storage.files import write_atomic
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import checked_cell
 from intactkv_eval.harness.command import check_writable
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
+from intactkv_eval.lm.hf_arguments import checked_cell
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import fingerprint_of
 
 

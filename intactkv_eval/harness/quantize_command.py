@@ -23,8 +23,8 @@ from intactkv_eval.cell.spec import ActivationSpec, PivotSpec
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.record import versions
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.run_record import versions
 from intactkv_eval.model.checkpoint_loaders import WholeCheckpoint
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges

@@ -21,7 +21,7 @@ from intactkv_eval.data.hub import origin
 from intactkv_eval.errors import DataError
 from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.harness.task_tokenizer import tokenizer_of
-from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.lm.token_text import TokenText
 
 logger = logging.getLogger(__name__)
 DEFAULT_WINDOW = 2048

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from intactkv_eval.errors import CheckpointError, DataError
-from intactkv_eval.harness.evaluate import check_written
+from intactkv_eval.lm.evaluate_task import check_written
 from intactkv_eval.storage.limits import ARCHIVE_BYTES, ARCHIVE_FILES, ARCHIVE_HEADER, MIB, human_size
 from intactkv_eval.sweep.folder import RECORD
 

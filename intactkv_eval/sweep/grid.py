@@ -18,8 +18,8 @@ from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.cell.formulas import current, names_of_cell, names_of_prompts
 from intactkv_eval.cell.spec import CellSpec, Spec
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
-from intactkv_eval.harness import record
-from intactkv_eval.harness.arguments import KNOWN, check_names, checked_cell, split_model_args
+from intactkv_eval.lm import run_record
+from intactkv_eval.lm.hf_arguments import KNOWN, check_names, checked_cell, split_model_args
 from intactkv_eval.mt_bench.sources import PUBLISHED
 from intactkv_eval.sweep.identity import key_of
 from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
@@ -38,7 +38,7 @@ from intactkv_eval.sweep.spec import (
 BENCHES = {path.partition("/")[0] for path in PUBLISHED if "/" in path}
 """The tasks whose prompts are chat prompts without `apply_chat_template`."""
 MOST_CELLS = 10_000
-versions = cache(record.versions)  # reading them takes longer than all else that a cell's key needs
+versions = cache(run_record.versions)  # reading them takes longer than all else that a cell's key needs
 _MADE: tuple[tuple[str, str, type[Spec]], ...] = (
     ("weights", "quantize", QuantizeSpec),
     ("kv", "levels", LevelsSpec),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from intactkv_eval.assemble.chat_date import moment_of_run
 from intactkv_eval.assemble.model_cache import Shelf
 from intactkv_eval.errors import CheckpointError, IntactKVError
-from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.preparation import placed, prepare
 from intactkv_eval.sweep.spec import RunSpec

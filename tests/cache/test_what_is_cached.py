@@ -10,10 +10,10 @@ from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.harness.kv_levels_command import levels_to_file
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.kv_quant.quantizer import writer_of
 from intactkv_eval.kv_quant.rotary import find_rotary
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 KINDS = ["sliding_attention", "sliding_attention", "full_attention"]
 SLIDING = {"head_dim": 16, "sliding_window": 8, "layer_types": KINDS}

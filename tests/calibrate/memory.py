@@ -5,7 +5,7 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import layer_devices
 from intactkv_eval.training.examples import Example
 from intactkv_eval.training.student import Student

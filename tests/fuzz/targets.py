@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.chat.conversations import load_conversations
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.prefix_file import ChoiceFile
 from intactkv_eval.quantize.awq_search import load_search

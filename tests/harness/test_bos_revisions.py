@@ -16,8 +16,8 @@ from intactkv_eval.cell import formulas
 from intactkv_eval.chat.bos_text import bos_changes_tokens, encoded_as_text
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness import lm_generation
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm import generation
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.tokens import prompt_head
@@ -105,7 +105,7 @@ def test_a_chat_run_of_before_is_no_baseline(folder, legacy, tmp_path, monkeypat
             with monkeypatch.context() as patched:
                 if when == "before":
                     before(patched)
-                    patched.setattr(lm_generation, "_BOS_IS_ADDED", "")
+                    patched.setattr(generation, "_BOS_IS_ADDED", "")
                 evaluated(folder, out=tmp_path / name / when, chat=chat)
             ((run,), _) = collect([tmp_path / name / when])
             scores[name, when] = run.scores["two_questions"]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.kv import PivotKV
 
 CELL = "dtype=float32,weights=rtn,bits=3,group_size=32"

@@ -16,8 +16,8 @@ from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import hash_args, make_request
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.pivot.kv import PivotKV, head_of_file
 from intactkv_eval.training.examples import examples_of
 

@@ -6,7 +6,7 @@ import pytest
 from tiny import BOS, build_model
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 CHATML = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}<s>assistant"
 THINKING = (

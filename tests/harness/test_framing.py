@@ -3,8 +3,8 @@
 import pytest
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.framing import Framing
-from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.lm.pivot_framing import Framing
+from intactkv_eval.lm.token_text import TokenText
 
 BOS, EOS = 1, 2
 

@@ -8,9 +8,9 @@ import pytest
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness import command
-from intactkv_eval.harness.flags import errors_in_one_message
-from intactkv_eval.harness.generation_options import check_options, for_generate
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.generation_options import check_options, for_generate
+from intactkv_eval.lm.harness_flags import errors_in_one_message
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 BAD = {
     "foo=1": "unknown argument 'foo': known are .*until",
@@ -99,7 +99,7 @@ def test_lm_evals_own_command_ends_in_one_message_too(tmp_path):
     """Run as lm_eval's program is: by a file of its name."""
     program = tmp_path / "lm_eval"
     program.write_text(
-        "import intactkv_eval.harness.lm as lm\n"
+        "import intactkv_eval.lm.intactkv_lm as lm\n"
         "lm.IntactKVLM.create_from_arg_obj({'pretrained': '/nowhere'}, {'batch_size': 1})\n"
     )
     arguments = ["run", "--model", "intactkv", "--tasks", "x", "--gen_kwargs", "foo=1"]

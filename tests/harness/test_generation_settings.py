@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, CompileConfig, GenerationConfig
 
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.generation import multi_turn, settings
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 PROMPTS = ["<s>Hello there my friend", "<s>Q", "<s>the cat sat on the mat and the cat sat on", "<s>ab ab ab"]
 CELLS = {"none": {"pivot": "none"}, "bos": {"pivot": "bos"}, "alone": {"pivot": "bos", "share_prefix": False}}

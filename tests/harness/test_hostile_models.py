@@ -21,8 +21,8 @@ from transformers import (
 
 from intactkv_eval.compat import transformers_api
 from intactkv_eval.errors import CheckpointError, IntactKVError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.quantize.job import job_from
 from intactkv_eval.storage.limits import TOKENIZER_GROWTH
 

@@ -9,8 +9,8 @@ from transformers import CONFIG_MAPPING
 from intactkv_eval.assemble.load_errors import auto_class_of, loading
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.causality import check_causal
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 FOUR = {**_SHAPE, "num_hidden_layers": 4}
 LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,

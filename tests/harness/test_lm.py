@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 from intactkv_eval.compat.lm_eval_api import make_request, rolling_value
 from intactkv_eval.errors import ConfigError, IntactKVError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 RTN = {"weights": "rtn", "bits": 4, "group_size": 32}
 

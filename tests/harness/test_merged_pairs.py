@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 MERGES = [("a", "b"), ("Ġ", "c"), ("ab", "d"), ("Ċ", "Ċ")]
 

@@ -13,8 +13,8 @@ from tiny import EOS
 from intactkv_eval.bench import talks
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, DataError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.mt_bench.questions import load_questions
 from intactkv_eval.storage.files import shipped_folder
 

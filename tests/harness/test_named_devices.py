@@ -10,8 +10,8 @@ import yaml
 
 from intactkv_eval import cli
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.flags import chosen_flags
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.harness_flags import chosen_flags
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.sweep.command import Sweep, Where
 
 MODEL = "/nowhere/model"  # whoever looks for it comes to another message

@@ -7,7 +7,7 @@ from tiny import BOS, build_model
 
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import IntactKVError, NumericsError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 
 def lm_of(model, tokenizer, **cell):

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 TOKENS = torch.arange(60, 90)[None]
 CONFIGS = {"gptq": GPTQ, "compressed-tensors": ct_config()}

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 REQUESTS = [(None, [5, 6, 7], [8, 9]), (None, [5], [6, 7, 8, 9]), (None, list(range(40, 60)), [60])]
 
@@ -92,7 +92,7 @@ def test_by_hub_id_from_the_hubs_cache(packed, tmp_path):
     (repo / "snapshots").mkdir()
     packed.rename(repo / "snapshots" / commit)
     program = (
-        "import sys; from intactkv_eval.harness.lm import IntactKVLM\n"
+        "import sys; from intactkv_eval.lm.intactkv_lm import IntactKVLM\n"
         "lm = IntactKVLM('someone/packed', pivot='none', dtype='float32', device='cpu', batch_size=1)\n"
         "print(lm.cell_record()['backends'], lm.cell_record()['quantization']['method'])"
     )

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 import pytest
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.evaluate import check_known
-from intactkv_eval.harness.plugin import NAME, TARGET
+from intactkv_eval.lm.evaluate_task import check_known
+from intactkv_eval.lm.plugin import NAME, TARGET
 
 
 def run(code, **environment):
@@ -23,7 +23,7 @@ def test_lm_eval_knows_the_name_without_importing_us():
         "import sys, lm_eval.models\n"
         "from lm_eval.api.registry import model_registry\n"
         "assert 'intactkv' in model_registry\n"
-        "assert 'intactkv_eval.harness.lm' not in sys.modules\n"
+        "assert 'intactkv_eval.lm.intactkv_lm' not in sys.modules\n"
         "assert not any(f.__name__ == '_Finder' for f in sys.meta_path if isinstance(f, type))\n"
         "print(model_registry.get('intactkv').__name__)"
     )
@@ -45,7 +45,9 @@ def test_the_entry_point_is_declared():
 
 
 def test_start_up_imports_nothing_heavy():
-    code = "import sys; print('intactkv_eval.harness.plugin' in sys.modules, 'torch' in sys.modules, 'lm_eval' in sys.modules)"
+    code = (
+        "import sys; print('intactkv_eval.lm.plugin' in sys.modules, 'torch' in sys.modules, 'lm_eval' in sys.modules)"
+    )
     assert run(code) == "True False False"
 
 

@@ -13,8 +13,8 @@ from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.cli import app
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.activation_quant import activations_off
 from intactkv_eval.quantize.job import METHODS, PRESETS, job_from, layout_of, options_of
 from intactkv_eval.quantize.layerwise import BlockStore

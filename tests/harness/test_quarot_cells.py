@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError, UnsupportedModelError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.activation_quant import InputStage
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.structure import linear_layers

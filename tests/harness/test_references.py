@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.rtn import quantize_rtn

@@ -20,8 +20,8 @@ from transformers import (
 
 from intactkv_eval.assemble.awq_basis import read_layer
 from intactkv_eval.errors import PivotError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.kv_quant.latent import holds_latent
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.weights.checkpoint import Checkpoint
 

@@ -23,11 +23,11 @@ from transformers import (
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.compat.rope_length import as_in_text_of
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.inference.generation import multi_turn
 from intactkv_eval.inference.generation.generate import generate
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 

@@ -15,7 +15,7 @@ from sqlitedict import SqliteDict
 from intactkv_eval.cell import formulas
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 
 def make(folder, **arguments):
@@ -78,7 +78,7 @@ def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
     def breaks(*_arguments, **_named):
         raise KeyError("ours")
 
-    monkeypatch.setattr("intactkv_eval.harness.lm.build", breaks)
+    monkeypatch.setattr("intactkv_eval.lm.intactkv_lm.build", breaks)
     with pytest.raises(KeyError, match="ours"):
         make(saved_llama)
 

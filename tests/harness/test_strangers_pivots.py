@@ -11,7 +11,7 @@ from tiny import BOS
 from transformers import AutoModelForCausalLM
 
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import capture, computed, fingerprint_of
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV

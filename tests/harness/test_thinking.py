@@ -9,9 +9,9 @@ from tiny import build_model
 from intactkv_eval.chat.conversations import Conversations
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness.lm import IntactKVLM
-from intactkv_eval.harness.lm_talks import REQUEST
 from intactkv_eval.inference.generation import multi_turn
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm.multi_turn import REQUEST
 from intactkv_eval.training.examples import examples_of
 
 TEMPLATE = (

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from intactkv_eval.cli import app
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.batch_size import bytes_per_row, kv_bytes_per_token
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import cache_devices
 from intactkv_eval.pivot.kv import PivotKV
 

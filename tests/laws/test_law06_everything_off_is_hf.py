@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from tiny import BOS, build_model
 
 from intactkv_eval.compat.lm_eval_api import make_request, rolling_value
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 PAIRS = [("", " one"), ("A question", " yes"), ("A question", " no"), ("x", " a longer answer"), ("trailing ", "space")]
 TEXTS = ["short", "a text of more than one hundred and twenty-eight bytes " * 4]

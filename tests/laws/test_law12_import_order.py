@@ -85,7 +85,7 @@ def test_pivot_knows_nothing_of_weights():
             assert not [name for name, _ in imports(path) if room(name) in {"weights", "quantize", "model"}]
 
 
-@pytest.mark.parametrize("module", ["intactkv_eval.harness.plugin", "intactkv_eval.report.tables", "intactkv_eval.cli"])
+@pytest.mark.parametrize("module", ["intactkv_eval.lm.plugin", "intactkv_eval.report.tables", "intactkv_eval.cli"])
 def test_no_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

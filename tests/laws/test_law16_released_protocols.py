@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from intactkv_eval.chat.conversations import load_conversations
-from intactkv_eval.harness.framing import Framing
+from intactkv_eval.lm.pivot_framing import Framing
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.training.examples import examples_of

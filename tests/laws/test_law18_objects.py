@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError, UnsupportedModelError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 # ---- the reference ----
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from intactkv_eval.compat.lm_eval_api import HFLM, make_request
 from intactkv_eval.compat.tensor_parts import plain_numbers, tensor_parts, weight_hash
 from intactkv_eval.errors import PivotError, UnsupportedModelError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.hooks import where_not_finite
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import embedding_hash, embedding_sample

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from intactkv_eval.assemble.awq_basis import in_basis_of
 from intactkv_eval.cli import app
 from intactkv_eval.errors import CheckpointError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_basis
 from intactkv_eval.pivot.capture import capture, fingerprint_of

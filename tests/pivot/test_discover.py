@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.discover import find, observe, received
 from intactkv_eval.pivot.prefix_choice import choose, mean_nats

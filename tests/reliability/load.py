@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 from tiny import build_model, byte_tokenizer
 
 from intactkv_eval.compat.lm_eval_api import make_request
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 CALL = 2000
 LENGTH = 4096  # tokens

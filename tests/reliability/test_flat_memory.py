@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny import build_model, byte_tokenizer
 
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
 CALLS, REQUESTS = 5, 200
 

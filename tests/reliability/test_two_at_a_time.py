@@ -10,10 +10,10 @@ from sqlitedict import SqliteDict
 
 from intactkv_eval.bench.report import write_results
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.cache_guard import guard_response_cache
 from intactkv_eval.harness.calibrate_command import writing_alone
-from intactkv_eval.harness.evaluate import check_written, results_below
 from intactkv_eval.judge.journal import opened
+from intactkv_eval.lm.evaluate_task import check_written, results_below
+from intactkv_eval.lm.response_cache import guard_response_cache
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import grid_of
 from intactkv_eval.storage.files import locked

@@ -14,7 +14,7 @@ from running import command, figures, processes_of, wait_for
 from intactkv_eval.assemble.model_cache import Shelf
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.harness.command import run_lm_eval
-from intactkv_eval.harness.evaluate import evaluate_task
+from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS, markdown

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.lm import IntactKVLM
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.loading import quantized_model

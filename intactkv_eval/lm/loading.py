@@ -27,7 +27,7 @@ from intactkv_eval.compat.peft_api import (
 from intactkv_eval.compat.transformers_api import attention_implementation
 from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
-from intactkv_eval.harness.arguments import ADAPTERS, OF_PRETRAINED
+from intactkv_eval.lm.hf_arguments import ADAPTERS, OF_PRETRAINED
 from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.model.declared import without_quantization
 from intactkv_eval.weights.formats import Format

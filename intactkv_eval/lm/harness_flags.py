@@ -14,9 +14,9 @@ from typing import Any
 from intactkv_eval.cell.trust import check_not_secret
 from intactkv_eval.compat.lm_eval_api import EvaluatorConfig, HarnessCLI, simple_parse_args_string
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
-from intactkv_eval.harness.arguments import check_names, split_model_args
-from intactkv_eval.harness.generation_options import check_options
-from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.lm.generation_options import check_options
+from intactkv_eval.lm.hf_arguments import check_names, split_model_args
+from intactkv_eval.lm.plugin import NAME
 from intactkv_eval.model.devices import automatic_device, check_device
 from intactkv_eval.sanitize import clean_logs, say
 from intactkv_eval.storage.documents import parse_yaml_of_two

@@ -9,7 +9,7 @@ from typing import Any
 
 from intactkv_eval.compat.lm_eval_api import SEED_NAMES, EvaluationTracker, TaskManager, default_seeds, simple_evaluate
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.harness.plugin import NAME, missing
+from intactkv_eval.lm.plugin import NAME, missing
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.storage.limits import read_bytes

@@ -34,15 +34,6 @@ from intactkv_eval.cell.arguments import CELL_KEYS
 from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.arguments import chat_arguments, check_front, checked_cell
-from intactkv_eval.harness.cache_guard import guard_response_cache
-from intactkv_eval.harness.flags import begin_command, chosen_flags
-from intactkv_eval.harness.lm_loading import CellLoading
-from intactkv_eval.harness.lm_talks import PivotedTalks
-from intactkv_eval.harness.pair_checks import check_pairs, nothing_left
-from intactkv_eval.harness.plugin import register
-from intactkv_eval.harness.record import cell_identity, versions
-from intactkv_eval.harness.tokens import TokenText
 from intactkv_eval.inference.batch_size import check_batch_size, rows_that_fit
 from intactkv_eval.inference.generation.prefix_cache import SharedStart
 from intactkv_eval.inference.pivoted_model import PivotedModel
@@ -50,6 +41,15 @@ from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 from intactkv_eval.inference.scoring.request_table import Score
 from intactkv_eval.inference.scoring.score import Counts, score
 from intactkv_eval.kv_quant.latent import holds_latent
+from intactkv_eval.lm.harness_flags import begin_command, chosen_flags
+from intactkv_eval.lm.hf_arguments import chat_arguments, check_front, checked_cell
+from intactkv_eval.lm.loading import CellLoading
+from intactkv_eval.lm.multi_turn import PivotedTalks
+from intactkv_eval.lm.pair_checks import check_pairs, nothing_left
+from intactkv_eval.lm.plugin import register
+from intactkv_eval.lm.response_cache import guard_response_cache
+from intactkv_eval.lm.run_record import cell_identity, versions
+from intactkv_eval.lm.token_text import TokenText
 from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.tokens import use_chat_template

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.tokens import TokenText
+from intactkv_eval.lm.token_text import TokenText
 
 _SHOWN = 40  # characters of a text in a message
 

@@ -16,13 +16,13 @@ from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwargs
 from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.framing import Framing
-from intactkv_eval.harness.generation_options import check_options, for_generate
-from intactkv_eval.harness.row_stops import filling_token, row_stops
 from intactkv_eval.inference.generation.generate import generate
 from intactkv_eval.inference.generation.prefix_cache import SharedStart
 from intactkv_eval.inference.generation.settings import own_lengths, say_length, served
 from intactkv_eval.inference.pivoted_model import PivotedModel
+from intactkv_eval.lm.generation_options import check_options, for_generate
+from intactkv_eval.lm.pivot_framing import Framing
+from intactkv_eval.lm.row_stops import filling_token, row_stops
 from intactkv_eval.pivot.tokens import opens_messages
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import os
 import sys
 
 NAME = "intactkv"
-TARGET = "intactkv_eval.harness.lm:IntactKVLM"
+TARGET = "intactkv_eval.lm.intactkv_lm:IntactKVLM"
 OFF = "INTACTKV_NO_HOOK"
 _WAITED_FOR = "lm_eval.models"
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from intactkv_eval.chat.messages import Conversation, Message, filled, open_question, waits
 from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
-from intactkv_eval.harness.lm_generation import PivotedGeneration
 from intactkv_eval.inference.batch_size import kv_bytes_per_token
 from intactkv_eval.inference.generation.multi_turn import Asked, Turn, converse
 from intactkv_eval.inference.generation.plan import eos_ids
 from intactkv_eval.inference.generation.sampling import Draw
 from intactkv_eval.inference.generation.turn_cache import BUDGET
+from intactkv_eval.lm.generation import PivotedGeneration
 from intactkv_eval.training.examples import rendered
 
 REQUEST = "generate_turns"
