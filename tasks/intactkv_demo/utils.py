@@ -5,9 +5,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from intactkv_eval.harness.python_task import PythonTask  # noqa: F401  named in the YAML files
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
-from intactkv_eval.harness.window_task import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
+from intactkv_eval.lm_tasks.perplexity import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
+from intactkv_eval.lm_tasks.python_task import PythonTask  # noqa: F401  named in the YAML files
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 from intactkv_eval.storage.files import read_jsonl
 
 _DATA = Path(__file__).parent / "data"

@@ -19,8 +19,8 @@ from datasets import Dataset
 from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.data.hub import load_dataset, mirror
 from intactkv_eval.errors import DataError
-from intactkv_eval.harness.python_task import PythonTask
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
+from intactkv_eval.lm_tasks.python_task import PythonTask
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 
 LETTERS = "ABCD"
 

@@ -5,8 +5,8 @@ from typing import Any
 from datasets import Dataset
 
 from intactkv_eval.data.hub import load_dataset, mirror
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
-from intactkv_eval.harness.window_task import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
+from intactkv_eval.lm_tasks.perplexity import WindowTask, exp_mean, window_nll  # noqa: F401  named in the YAML files
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 
 _C4_FILE = "en/c4-validation.00000-of-00008.json.gz"
 _C4_DOCUMENTS, _C4_TOKENS = 1100, 256 * 2048

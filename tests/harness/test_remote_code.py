@@ -12,9 +12,9 @@ import yaml
 from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.cell.trust import check_no_code
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.lm.hf_arguments import KNOWN
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep.command import Sweep, check_files_of_tasks, given_arguments
 from intactkv_eval.sweep.spec import read_sweep

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from intactkv_eval.compat.lm_eval_api import ConfigurableTask, task_base
 from intactkv_eval.data.hub import load_dataset
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
-from intactkv_eval.harness.window_task import cut_windows
+from intactkv_eval.lm_tasks.perplexity import cut_windows
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 from intactkv_eval.storage.files import shipped_folder
 
 TASKS = shipped_folder("tasks")

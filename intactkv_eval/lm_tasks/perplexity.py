@@ -19,9 +19,9 @@ from datasets import Dataset
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.data.hub import origin
 from intactkv_eval.errors import DataError
-from intactkv_eval.harness.python_task import PythonTask
-from intactkv_eval.harness.task_tokenizer import tokenizer_of
 from intactkv_eval.lm.token_text import TokenText
+from intactkv_eval.lm_tasks.python_task import PythonTask
+from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 
 logger = logging.getLogger(__name__)
 DEFAULT_WINDOW = 2048

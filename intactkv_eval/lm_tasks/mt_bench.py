@@ -13,8 +13,8 @@ from datasets import Dataset
 
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError, unknown_key
-from intactkv_eval.harness.python_task import PythonTask
 from intactkv_eval.lm.multi_turn import OPTIONS, REQUEST, number
+from intactkv_eval.lm_tasks.python_task import PythonTask
 from intactkv_eval.mt_bench.questions import Question, load_questions
 
 SEED = 42
