@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
+from intactkv_eval.commands.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
 from intactkv_eval.errors import ConfigError, IntactKVError
-from intactkv_eval.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.incomplete import incomplete_sets
 from intactkv_eval.report.page import page
@@ -69,7 +69,7 @@ def eval(context: typer.Context) -> None:
 
     For instance: intactkv eval --model_args pretrained=...,weights=rtn,bits=4,pivot=bos --tasks ppl_wikitext2
     """
-    _late("harness.command", "run_lm_eval")(context.args)
+    _late("commands.evaluate", "run_lm_eval")(context.args)
 
 
 @app.command()
@@ -92,7 +92,7 @@ def capture(
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     check_output(out, PIVOT, [model, chat_template], overwrite)
-    kept = _late("harness.command", "capture_to_file")(arguments, loading, out)
+    kept = _late("commands.evaluate", "capture_to_file")(arguments, loading, out)
     if lightllm is not None:
         _late("pivot.exports.lightllm", "write_lightllm")(kept, lightllm, ranks)
     say(f"{out}: {len(kept)} pivot token{'s' * (len(kept) > 1)} {list(kept.token_ids)} of {kept.fingerprint.model}")
@@ -143,7 +143,7 @@ def quantize(
     given |= {"act_bits": act_bits, "act_scheme": act_scheme, "act_clip": act_clip}
     given["act_symmetric"] = act_symmetric
     job = _late("quantize.job", "job_from")(given, option or [], preset)
-    command = import_module("intactkv_eval.harness.quantize_command")
+    command = import_module("intactkv_eval.commands.quantize")
     source = command.Source(model, dtype, revision, trust_remote_code, device, chat_date)
     count, written = command.quantize_to_folder(source, out, layout, job)
     say(f"{out}: {count} layers in {job.bits} bits by {job.method}, format {written}")
@@ -182,7 +182,7 @@ def kv_levels(
     arguments |= {"chat_template": chat_template, "chat_date": chat_date}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     check_output(out, LEVELS, [model, data, chat_template], overwrite)
-    made = _late("harness.kv_levels_command", "levels_of_text")(
+    made = _late("commands.kv_codebook", "levels_of_text")(
         arguments, loading, bits, data, samples, length, seed, out, keep, exempt
     )
     done = made.calibration

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from intactkv_eval.commands.outputs import ANSWERS, REPLACES, REPLIES, check_output
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.outputs import ANSWERS, REPLACES, REPLIES, check_output
 from intactkv_eval.sanitize import say
 
 Sources = Annotated[list[Path], typer.Argument(help="Runs of lm_eval with --log_samples, or FastChat answer files.")]

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.outputs import (
+from intactkv_eval.commands.outputs import (
     CONVERSATIONS,
     LOG,
     PIVOT,
@@ -17,6 +16,7 @@ from intactkv_eval.outputs import (
     check_output,
     inputs_of,
 )
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.sanitize import say
 
 
@@ -47,7 +47,7 @@ def pivots(
     search = import_module("intactkv_eval.pivot.auto").Search(text, samples, length, seed, threshold, most, least)
     arguments = {"pretrained": model, "dtype": dtype, "revision": revision}
     loading = {"device": device, "trust_remote_code": trust_remote_code}
-    command = import_module("intactkv_eval.harness.pivots_command")
+    command = import_module("intactkv_eval.commands.find_pivots")
     say(command.pivots_of(arguments, loading, search, attention, out))
 
 
@@ -76,7 +76,7 @@ def figures(
     drawing.check_drawing(kinds)
     names = [f"{name}.{kind}" for name in drawing.FIGURES for kind in kinds]
     check_figures(out, names, [*inputs_of(arguments, loading), text], overwrite)
-    command = import_module("intactkv_eval.harness.figures_command")
+    command = import_module("intactkv_eval.commands.figures")
     shown = command.Shown(text, samples, length, seed, tuple(map(int, listed)), head, layer)
     command.numbers_to_folder(arguments, loading, shown, out)
     for path in drawing.draw(out, kinds):
@@ -114,7 +114,7 @@ def calibrate(
     is given again. On several GPUs:
     accelerate launch -m intactkv_eval.cli calibrate ...
     """
-    command = import_module("intactkv_eval.harness.calibrate_command")
+    command = import_module("intactkv_eval.commands.calibrate")
     arguments, loading = _cell_and_loading(model_args, device, trust_remote_code)
     inputs = [*inputs_of(arguments, loading), data]
     check_output(out, PIVOT, inputs, overwrite)

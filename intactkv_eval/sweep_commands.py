@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from intactkv_eval.commands.outputs import PLAN, check_output
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.outputs import PLAN, check_output
 from intactkv_eval.sanitize import say
 
 
@@ -52,7 +52,7 @@ def sweep(
         raise ConfigError(
             "--devices: does nothing with --executor ray; run.resources of the YAML says what a cell needs"
         )
-    command = import_module("intactkv_eval.sweep.command")
+    command = import_module("intactkv_eval.sweep.runner")
     given = command.given_arguments(model_args, trust_remote_code)
     grid = command.Sweep(file, out, dict(_pair(text) for text in model or []), given)
     if dry_run:

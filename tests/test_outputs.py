@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from intactkv_eval import outputs
 from intactkv_eval.cli import app
+from intactkv_eval.commands import outputs
+from intactkv_eval.commands.outputs import check_output
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.kv_quant.codebook import FORMAT as LEVELS_FORMAT
 from intactkv_eval.mt_bench.answers import Answer, Choice, write_answers
-from intactkv_eval.outputs import check_output
 from intactkv_eval.pivot.kv import FORMAT as PIVOT_FORMAT
 from intactkv_eval.pivot.prefix_file import FORMAT as PREFIX_FORMAT
 from intactkv_eval.training.run_state import _COLUMNS

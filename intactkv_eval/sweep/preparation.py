@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.cell.formulas import current, names_of_job
-from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
-from intactkv_eval.harness.kv_levels_command import levels_of_text
-from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
+from intactkv_eval.commands.calibrate import Asked, calibrate_to_file
+from intactkv_eval.commands.kv_codebook import levels_of_text
+from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.lm.hf_arguments import split_model_args
 from intactkv_eval.quantize.job import Job, job_from
 from intactkv_eval.storage.files import locked

@@ -11,9 +11,9 @@ from tiny import BOS, build_model
 from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
+from intactkv_eval.commands.kv_codebook import levels_of_text
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError
-from intactkv_eval.harness.kv_levels_command import levels_of_text
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.kv_quant.codebook_calibration import BINS, calibrate_levels, k_means
 from intactkv_eval.lm.intactkv_lm import IntactKVLM

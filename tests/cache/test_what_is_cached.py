@@ -7,9 +7,9 @@ from tiny import _SHAPE, BOS, build_model, uneven
 from transformers import AutoModelForCausalLM
 
 from intactkv_eval.cell.spec import KVSpec
+from intactkv_eval.commands.kv_codebook import levels_to_file
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.harness.kv_levels_command import levels_to_file
 from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.kv_quant.quantizer import writer_of
 from intactkv_eval.kv_quant.rotary import find_rotary

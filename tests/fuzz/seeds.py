@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tiny import build_model
 
-from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
+from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.pivot.capture import capture, fingerprint_of

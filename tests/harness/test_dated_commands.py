@@ -12,9 +12,9 @@ from intactkv_eval.assemble import chat_date
 from intactkv_eval.cli import app
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.pivot.kv import PivotKV, head_of_file
-from intactkv_eval.sweep.command import Sweep, Where
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import expand
+from intactkv_eval.sweep.runner import Sweep, Where
 from intactkv_eval.sweep.spec import RunSpec, read_sweep
 from intactkv_eval.sweep.work import Place, Workshop
 from intactkv_eval.training.trainer import Trainer
@@ -134,7 +134,7 @@ def qa_units(model, folder):
 def test_a_sweep_that_goes_on_on_another_day_has_one_date(dated, clock, tmp_path, monkeypatch):
     sweep = qa_units(dated, tmp_path)
     given = []
-    monkeypatch.setattr("intactkv_eval.sweep.command.run_units", lambda units, *rest: given.extend(units) or [])
+    monkeypatch.setattr("intactkv_eval.sweep.runner.run_units", lambda units, *rest: given.extend(units) or [])
     sweep.run(Where(devices="cpu"))
     clock.day = 29
     sweep.run(Where(devices="cpu"))

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli import app
+from intactkv_eval.commands.figure_data import attention_maps, by_intact_rows, cache_rows, expected_outputs, outliers
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.figure_data import attention_maps, by_intact_rows, cache_rows, expected_outputs, outliers
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.report.figures import FIGURES, draw

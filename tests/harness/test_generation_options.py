@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from intactkv_eval.commands import evaluate
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness import command
 from intactkv_eval.lm.generation_options import check_options, for_generate
 from intactkv_eval.lm.harness_flags import errors_in_one_message
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
@@ -38,11 +38,11 @@ BAD = {
 
 @pytest.mark.parametrize(("given", "message"), BAD.items(), ids=BAD)
 def test_a_command_ends_before_the_model_is_looked_for(monkeypatch, given, message):
-    monkeypatch.setattr(command, "check_tasks", lambda *_: None)
+    monkeypatch.setattr(evaluate, "check_tasks", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["lm_eval"])
     arguments = ["--model_args", "pretrained=/nowhere", "--tasks", "x", "--gen_kwargs", given]
     with pytest.raises(ConfigError, match=f"--gen_kwargs: .*{message}"):
-        command.run_lm_eval(arguments)
+        evaluate.run_lm_eval(arguments)
 
 
 GOOD = [

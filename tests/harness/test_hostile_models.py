@@ -19,9 +19,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.compat import transformers_api
 from intactkv_eval.errors import CheckpointError, IntactKVError
-from intactkv_eval.harness.quantize_command import Source, quantize_to_folder
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.quantize.job import job_from
 from intactkv_eval.storage.limits import TOKENIZER_GROWTH

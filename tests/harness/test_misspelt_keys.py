@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from intactkv_eval.cell.arguments import cell_from_args
+from intactkv_eval.commands.calibrate import Asked, calibrate_to_file
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.calibrate_command import Asked, calibrate_to_file
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.sweep.command import Sweep
 from intactkv_eval.sweep.grid import expand
+from intactkv_eval.sweep.runner import Sweep
 from intactkv_eval.sweep.spec import read_sweep
 
 MODEL = "/nowhere/model"

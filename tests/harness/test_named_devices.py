@@ -12,7 +12,7 @@ from intactkv_eval import cli
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.harness_flags import chosen_flags
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.sweep.command import Sweep, Where
+from intactkv_eval.sweep.runner import Sweep, Where
 
 MODEL = "/nowhere/model"  # whoever looks for it comes to another message
 FULL = ["--model_args", f"pretrained={MODEL},weights=rtn,bits=4"]

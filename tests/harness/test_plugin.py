@@ -78,7 +78,7 @@ def test_the_hook_can_be_left_out():
     code = (
         "import sys, lm_eval.models\nfrom lm_eval.api.registry import model_registry\n"
         "assert 'intactkv' not in model_registry\n"
-        "import intactkv_eval.harness.command\nprint('intactkv' in model_registry)"
+        "import intactkv_eval.commands.evaluate\nprint('intactkv' in model_registry)"
     )
     assert run(code, INTACTKV_NO_HOOK="1") == "True"
 

@@ -16,7 +16,7 @@ from intactkv_eval.lm.hf_arguments import KNOWN
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.lm_tasks.tokenizer import tokenizer_of
 from intactkv_eval.storage.files import shipped_folder
-from intactkv_eval.sweep.command import Sweep, check_files_of_tasks, given_arguments
+from intactkv_eval.sweep.runner import Sweep, check_files_of_tasks, given_arguments
 from intactkv_eval.sweep.spec import read_sweep
 
 CODE = """

@@ -28,11 +28,11 @@ from typer.testing import CliRunner
 from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli import app
+from intactkv_eval.commands.calibrate import _check_frequencies
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.rope_length import first_position_is_same, rope_by_length
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.harness.calibrate_command import _check_frequencies
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 from intactkv_eval.inference.scoring.request_table import Request
@@ -194,7 +194,7 @@ def test_samples_of_a_calibration_stand_behind_rows_of_their_frequencies(length,
             seen.append(pivot)
             super().__init__(model, samples, pivot, *others)
 
-    monkeypatch.setattr("intactkv_eval.harness.quantize_command.BlockWalk", Watched)
+    monkeypatch.setattr("intactkv_eval.commands.quantize.BlockWalk", Watched)
     model, text = build("phi3"), tmp_path / "text.txt"
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")

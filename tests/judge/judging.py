@@ -2,8 +2,8 @@
 
 import sys
 
+from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.judge.client import Settings
-from intactkv_eval.judge.command import judge_command
 from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.storage.files import read_jsonl
 

@@ -13,9 +13,9 @@ from judge_bench import answers_of, lines, write_bench
 from judging import command, judged, rows
 from server import CUT, GOOD, completion, rating_of
 
+from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Settings
-from intactkv_eval.judge.command import judge_command
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.judge.verdict import rating_of as rating_of_reply

@@ -13,7 +13,7 @@ from judging import command, judged, rows
 from server import GOOD, completion
 from tiny import build_model
 
-from intactkv_eval.harness.command import run_lm_eval
+from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.judge.scores import figure_of
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.page import page

@@ -13,9 +13,9 @@ from judge_bench import answers_of, lines
 from judging import SECRET, command, judged, rows
 from server import GOOD, completion, honest, rating_of
 
+from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import KEY, Settings
-from intactkv_eval.judge.command import judge_command
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.options import JudgeOptions

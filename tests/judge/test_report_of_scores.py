@@ -10,8 +10,8 @@ from judging import judged, rows
 from server import GOOD, completion, rating_of
 from tiny import build_model
 
+from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.errors import ConfigError, DataError, IntactKVError
-from intactkv_eval.harness.command import run_lm_eval
 from intactkv_eval.judge.entries import export_answers
 from intactkv_eval.mt_bench.answers import read_answers
 from intactkv_eval.report.collect import collect

@@ -9,8 +9,8 @@ import pytest
 from sqlitedict import SqliteDict
 
 from intactkv_eval.bench.report import write_results
+from intactkv_eval.commands.calibrate import writing_alone
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.calibrate_command import writing_alone
 from intactkv_eval.judge.journal import opened
 from intactkv_eval.lm.evaluate_task import check_written, results_below
 from intactkv_eval.lm.response_cache import guard_response_cache

@@ -97,14 +97,14 @@ def test_the_command_makes_the_very_job(tmp_path):
     from typer.testing import CliRunner
 
     from intactkv_eval import cli
-    from intactkv_eval.harness import quantize_command
+    from intactkv_eval.commands import quantize
 
     write(tmp_path, FP, list(FULL), 1)
     put(tmp_path, 3, 0.3, behind="bos", pivot="bos", seed=7, symmetric=True)
     words = behind_of(tmp_path)[1].partition("run: intactkv ")[2].partition(";")[0].split()
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantize_command, "quantize_to_folder", lambda *a: seen.append(a) or (1, "gptq"))
+        patch.setattr(quantize, "quantize_to_folder", lambda *a: seen.append(a) or (1, "gptq"))
         result = CliRunner().invoke(cli.app, words)
     assert result.exit_code == 0, result.output
     [(source, _, _, job)] = seen

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import yaml
 
-from intactkv_eval.sweep.command import Sweep
 from intactkv_eval.sweep.grid import expand
+from intactkv_eval.sweep.runner import Sweep
 from intactkv_eval.sweep.spec import read_sweep
 
 TASK = {"task": "intactkv_demo_ppl", "limit": 4, "metadata": {"ppl_window": 64}}

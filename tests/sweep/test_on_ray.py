@@ -16,8 +16,8 @@ from running import command, figures, ray_cluster, ray_workers, wait_for
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.sweep import on_ray
-from intactkv_eval.sweep.command import Where
 from intactkv_eval.sweep.folder import SweepFolder
+from intactkv_eval.sweep.runner import Where
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 

@@ -12,14 +12,14 @@ from grids import RTN, TASK, grid, sweep_of
 from running import command, figures, processes_of, wait_for
 
 from intactkv_eval.assemble.model_cache import Shelf
+from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.command import run_lm_eval
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS, markdown
-from intactkv_eval.sweep.command import Where
 from intactkv_eval.sweep.folder import SweepFolder
+from intactkv_eval.sweep.runner import Where
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
 

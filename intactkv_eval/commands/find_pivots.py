@@ -9,9 +9,9 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.command import check_writable
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers

@@ -22,17 +22,17 @@ from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.conversations import Conversations, load_conversations
 from intactkv_eval.chat.messages import waits
 from intactkv_eval.chat.vicuna import is_vicuna
-from intactkv_eval.compat.tensor_parts import weight_hash
-from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.harness.answers import answered
-from intactkv_eval.harness.command import check_writable
-from intactkv_eval.harness.full_cell import (
+from intactkv_eval.commands.answer_questions import answered
+from intactkv_eval.commands.evaluate import check_writable
+from intactkv_eval.commands.reference_cell import (
     check_same_source,
     full_arguments,
     rotation_seed,
     turned_alike,
     without_reference,
 )
+from intactkv_eval.compat.tensor_parts import weight_hash
+from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM

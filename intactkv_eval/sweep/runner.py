@@ -12,8 +12,8 @@ from intactkv_eval.assemble.chat_date import moment_of_run
 from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.cell.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.cell.trust import TRUST
+from intactkv_eval.commands.evaluate import check_tasks
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.command import check_tasks
 from intactkv_eval.lm.hf_arguments import check_names, split_model_args
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.storage.files import shipped_folder

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.command import check_writable
 from intactkv_eval.kv_quant.codebook import KVLevels
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
 from intactkv_eval.lm.hf_arguments import checked_cell

@@ -9,10 +9,8 @@ import numpy as np
 
 from intactkv_eval.assemble.chat_date import date_of, moment_of_run
 from intactkv_eval.cell.spec import CellSpec
-from intactkv_eval.data.calibration_text import load_samples
-from intactkv_eval.errors import ConfigError
-from intactkv_eval.harness.command import check_writable
-from intactkv_eval.harness.figure_data import (
+from intactkv_eval.commands.evaluate import check_writable
+from intactkv_eval.commands.figure_data import (
     SHOWN,
     attention_maps,
     by_intact_rows,
@@ -20,13 +18,15 @@ from intactkv_eval.harness.figure_data import (
     expected_outputs,
     outliers,
 )
-from intactkv_eval.harness.full_cell import (
+from intactkv_eval.commands.reference_cell import (
     check_same_source,
     full_arguments,
     rotation_seed,
     turned_alike,
     without_reference,
 )
+from intactkv_eval.data.calibration_text import load_samples
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.sanitize import struck_record
