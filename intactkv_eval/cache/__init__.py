@@ -1,1 +1,0 @@
-"""The KV cache of one call: exact pivot rows in front, fake-quantized rows behind."""

@@ -1,1 +1,0 @@
-"""Calibration: the texts it runs on, the walk through a model's decoder layers, and trained pivot KV."""
