@@ -45,7 +45,7 @@ def table(folder: Path) -> str:
             before, after = record["held_out"][name]
             change = f"{after - before:+.3f}" if name == "nats" else f"{100 * (after / before - 1):+.1f} %"
             row += [f"{form.format(before)} → {form.format(after)}", change]
-        row.append("" if record["full_nats"] is None else f"{record['full_nats']:.3f}")
+        row.append("" if record["full_nll"] is None else f"{record['full_nll']:.3f}")
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n" + FOOT.format(folder.name)
 

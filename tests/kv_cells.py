@@ -4,11 +4,11 @@ import torch
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
+from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
-PRE_ROPE = {"scheme": "pre_rope", "levels": "file.safetensors"}
-CHANNEL_KEY = {"scheme": "channel_key", "group": 4, "recent": 4}
+PRE_ROPE = {"scheme": "pre_rope", "codebook": "file.safetensors"}
+CHANNEL_KEY = {"scheme": "channel_key", "group_size": 4, "residual_length": 4}
 
 
 def samples(count=3, length=40, seed=0):
@@ -17,17 +17,17 @@ def samples(count=3, length=40, seed=0):
 
 
 def levels_of(model, tokens, left_out, bits=3, texts=None):
-    return calibrate_levels(
+    return calibrate_codebook(
         model, samples() if texts is None else texts, bits, fingerprint_of(model, "main"), tokens, left_out
     )
 
 
 def pivoted(model, tokens, intact, kv, texts=None):
-    """A cell on `model`, levels calibrated on itself where its scheme needs them."""
+    """A cell on `model`, codebook calibrated on itself where its scheme needs them."""
     pivot = capture(model, tokens, fingerprint_of(model, "main")) if intact else None
-    left_out = max(len(tokens) if intact and kv.exempt else 0, kv.keep)
-    levels = levels_of(model, tokens, left_out, kv.bits, texts) if kv.scheme == "pre_rope" else None
-    return PivotedModel(model, tokens, pivot, kv, levels)
+    left_out = max(len(tokens) if intact and not kv.quantize_pivot else 0, kv.sink_tokens)
+    codebook = levels_of(model, tokens, left_out, kv.bits, texts) if kv.scheme == "pre_rope" else None
+    return PivotedModel(model, tokens, pivot, kv, codebook)
 
 
 def spec(scheme, bits=3, **others):

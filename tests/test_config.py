@@ -41,7 +41,7 @@ def test_none_is_the_baseline_and_not_the_default(none):
         ({"pretrained": "m", "weights": "awq", "bits": 4, "awq_search": "s.pt", "rotate": True}, "unrotated model"),
         ({"pretrained": "m", "bits": 4}, "does nothing"),
         ({"pretrained": "m", "group_size": 64}, "does nothing"),
-        ({"pretrained": "m", "kv_keep": 1}, "does nothing"),
+        ({"pretrained": "m", "kv_sink_tokens": 1}, "does nothing"),
         ({"pretrained": "m", "pivot": "none", "reference": "r"}, "does nothing"),
         ({"pretrained": "m", "pivot": "p.safetensors", "reference": "r"}, "does nothing"),
         ({"pretrained": "m", "awq_search": "s.pt"}, "does nothing"),
@@ -49,15 +49,15 @@ def test_none_is_the_baseline_and_not_the_default(none):
         ({"pretrained": "m", "weights": "rtn", "bits": 4, "awq_search": "s.pt"}, "nothing else takes it"),
         ({"pretrained": "m", "backend": "cuda"}, "backend"),
         ({"pretrained": "m", "kv_bits": "abc"}, "kv_bits='abc'"),
-        ({"pretrained": "m", "kv_exempt": False}, "does nothing"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_exempt": False, "pivot": "none"}, "kv_exempt: does nothing"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_group": 32}, "kv_group and kv_recent: do nothing"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope", "kv_recent": 32}, "kv_group and kv_recent"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_recent": 100}, "kv_recent=100 is no multiple"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_recent": 0}, "kv_recent=0"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_group": 1}, "kv_group=1"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_levels": "f"}, "no other takes it"),
-        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope"}, "needs kv_levels=FILE"),
+        ({"pretrained": "m", "kv_quantize_pivot": True}, "does nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_quantize_pivot": True, "pivot": "none"}, "kv_quantize_pivot: does nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_group_size": 32}, "kv_group_size and kv_residual_length: do nothing"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope", "kv_residual_length": 32}, "kv_group_size and kv_residual_length"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_residual_length": 100}, "kv_residual_length=100 is no multiple"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_residual_length": 0}, "kv_residual_length=0"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_group_size": 1}, "kv_group_size=1"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "channel_key", "kv_codebook": "f"}, "no other takes it"),
+        ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "pre_rope"}, "needs kv_codebook=FILE"),
         ({"pretrained": "m", "kv_bits": 4, "kv_scheme": "chanel_key"}, "kv_scheme='chanel_key'"),
         ({"config": 5}, "no such cell"),
         ({"pretrained": "m", "pivot": "none", "intact": True}, "contradict"),
@@ -106,13 +106,13 @@ def test_a_replaced_choice_takes_its_details_with_it(tmp_path):
 
 def test_kv_schemes(tmp_path):
     cell = cell_from_args({"pretrained": "m", "kv_bits": 2, "kv_scheme": "channel_key"})
-    assert (cell.kv.group, cell.kv.recent) == (32, 128)
-    assert cell_from_args({"pretrained": "m", "kv_bits": 2}).kv.group is None
+    assert (cell.kv.group_size, cell.kv.residual_length) == (32, 128)
+    assert cell_from_args({"pretrained": "m", "kv_bits": 2}).kv.group_size is None
     file = tmp_path / "cell.yaml"
-    file.write_text("pretrained: m\nkv_bits: 2\nkv_scheme: channel_key\nkv_group: 64\nkv_exempt: false\n")
-    replaced = {"kv_scheme": "pre_rope", "kv_levels": "f.safetensors"}
+    file.write_text("pretrained: m\nkv_bits: 2\nkv_scheme: channel_key\nkv_group: 64\nkv_quantize_pivot: true\n")
+    replaced = {"kv_scheme": "pre_rope", "kv_codebook": "f.safetensors"}
     kv = cell_from_args({"config": str(file), **replaced}).kv
-    assert (kv.bits, kv.group, kv.levels, kv.exempt) == (2, None, "f.safetensors", False)
+    assert (kv.bits, kv.group_size, kv.codebook, not kv.quantize_pivot) == (2, None, "f.safetensors", False)
     baseline = cell_from_args({"config": str(file), "pivot": "none"}).kv
     assert (baseline.group, baseline.exempt) == (64, True)
     assert cell_from_args({"config": str(file), "intact": False}).kv == baseline
@@ -162,7 +162,7 @@ def test_token_lists():
 
 
 def test_a_cell_is_frozen_and_survives_json():
-    cell = cell_from_args({**RTN, "kv_bits": 3, "kv_keep": 1})
+    cell = cell_from_args({**RTN, "kv_bits": 3, "kv_sink_tokens": 1})
     assert CellSpec.model_validate_json(cell.model_dump_json()) == cell
     with pytest.raises(ValueError, match="frozen"):
         cell.backend = "dense"

@@ -29,8 +29,8 @@ def loads_nothing(monkeypatch):
     def load(*_arguments, **_named):
         raise AssertionError("a model was loaded")
 
-    for module in ("command", "pivots_command", "calibrate_command", "figures_command", "kv_levels_command"):
-        monkeypatch.setattr(f"intactkv_eval.harness.{module}.IntactKVLM", load)
+    for module in ("capture", "find_pivots", "calibrate", "figures", "kv_codebook"):
+        monkeypatch.setattr(f"intactkv_eval.commands.{module}.IntactKVLM", load)
 
 
 @pytest.fixture
@@ -55,10 +55,10 @@ def commands(place, out):
     cell = f"pretrained={model},weights=rtn,bits=4,group_size=32"
     if ending == ".safetensors":
         yield ["capture", model]
-        yield ["kv-levels", model, "--data", text]
+        yield ["kv-codebook", model, "--data", text]
         yield ["calibrate", "--model_args", cell, "--data", str(place / "talks.jsonl")]
     elif ending == ".json":
-        yield ["pivots", model, "--text", text]
+        yield ["pivots", model, "--data", text]
     if ending in {".md", ".json", ".csv", ".tex", ".html"}:
         yield ["report", str(place / "results")]
 
@@ -133,7 +133,7 @@ def test_the_answers_of_a_calibration_are_not_written_over_its_questions(place):
         f"pretrained={place / 'llama'},weights=rtn,bits=4",
         "--data",
         talks,
-        "--answer",
+        "--generate-answers",
         "8",
     ]
     refused(call, place / "p.safetensors", r"p\.answers\.jsonl: is the input")
@@ -202,7 +202,7 @@ def test_figures_of_another_are_not_drawn_over(place):
         "figures",
         "--model_args",
         f"pretrained={place / 'llama'},weights=rtn,bits=4",
-        "--text",
+        "--data",
         str(place / "text.txt"),
     ]
     refused(call, folder, r"attention\.png: is there already")

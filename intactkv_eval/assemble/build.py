@@ -22,8 +22,8 @@ from intactkv_eval.assemble.checks import (
     check_belongs,
     check_cache,
     check_calibrated,
+    check_codebook,
     check_kept_rows,
-    check_levels,
     check_origin,
 )
 from intactkv_eval.assemble.model_cache import Shelf
@@ -36,7 +36,7 @@ from intactkv_eval.compat.tensor_parts import weight_hash
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.inference.causality import check_causal
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.linear import backends_of, quantized_layers
 from intactkv_eval.model.loading import quantized_model
@@ -91,7 +91,7 @@ def build(
         else tokens_in_front(cell, tokenizer, vocabulary, load, quantization, chat, changed)
     )
     check_kept_rows(cell, len(token_ids))
-    levels = KVLevels.load(Path(cell.kv.levels)) if cell.kv.levels is not None else None
+    codebook = Codebook.load(Path(cell.kv.codebook)) if cell.kv.codebook is not None else None
     pivot = from_file
     if cell.pivot.intact and pivot is None and cell.model.reference:
         pivot = pivot_of_reference(cell, cell.model.reference, token_ids, load, config, changed)
@@ -103,8 +103,8 @@ def build(
     if pivot is not None:
         pivot, compared = check_belongs(pivot, model, cell, quantization, rotation)
         pivot, residual = _in_basis(pivot, model, cell, quantization, rotation, compared, load)
-    if levels is not None:
-        check_levels(levels, model, cell, quantization)
+    if codebook is not None:
+        check_codebook(codebook, model, cell, quantization)
     source_hash = _source_hash(model)
     if search is not None:
         model = _scaled(model, cell, search, pivot, shelf)
@@ -119,7 +119,7 @@ def build(
         check_calibrated(from_file, model, cell, tokenizer)
     front = pivot if cell.pivot.intact else None
     own = PivotedModel(model, token_ids, None) if front and _computes_itself(front, cell, quantization) else None
-    pivoted = PivotedModel(model, token_ids, front, cell.kv, levels, own)
+    pivoted = PivotedModel(model, token_ids, front, cell.kv, codebook, own)
     check_cache(pivoted)
     digest = search.digest if search else None
     return Built(pivoted, source_hash, quantization, backends_of(model), residual, digest)

@@ -1,4 +1,4 @@
-"""Whether what a cell asks for belongs together: checkpoint, pivot, levels and cache, each error with its fix.
+"""Whether what a cell asks for belongs together: checkpoint, pivot, codebook and cache, each error with its fix.
 
 Knows cells and loaded models; changes neither.
 """
@@ -18,7 +18,7 @@ from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.inference.grouped_kv_probe import check_groups
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.capture import computed, embedding_hash, embedding_sample, fingerprint_of
 from intactkv_eval.pivot.kv import ROUNDING, Computed, PivotKV
@@ -169,38 +169,42 @@ def _check_conversations(pivot: PivotKV, source: str, tokenizer: Any) -> None:
 
 def check_kept_rows(cell: CellSpec, pivot: int) -> None:
     """Each switch of rows that are left alone must leave other rows alone than without it."""
-    keep = cell.kv.keep
+    keep = cell.kv.sink_tokens
     if not cell.pivot.intact or keep == 0:
         return
-    if cell.kv.exempt and keep <= pivot:
-        raise ConfigError(f"kv_keep={keep}: does nothing, the {pivot} intact pivot rows are exempt already")
-    if not cell.kv.exempt and keep >= pivot:
-        raise ConfigError(f"kv_exempt=false: does nothing, kv_keep={keep} leaves all {pivot} pivot rows alone")
+    if not cell.kv.quantize_pivot and keep <= pivot:
+        raise ConfigError(f"kv_sink_tokens={keep}: does nothing, the {pivot} intact pivot rows are exempt already")
+    if cell.kv.quantize_pivot and keep >= pivot:
+        raise ConfigError(
+            f"kv_quantize_pivot=true: does nothing, kv_sink_tokens={keep} leaves all {pivot} pivot rows alone"
+        )
 
 
 def check_cache(pivoted: PivotedModel) -> None:
     """The cache's quantizer must fit the model and the rows that it is given."""
-    if pivoted.levels is not None:
-        pivoted.levels.check_calibrated(pivoted.token_ids, pivoted.exempt)
+    if pivoted.codebook is not None:
+        pivoted.codebook.check_calibrated(pivoted.token_ids, pivoted.exempt)
     if pivoted.writer is not None and pivoted.writer.in_groups:
         check_groups(pivoted)
 
 
-def check_levels(levels: KVLevels, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None) -> None:
+def check_codebook(
+    codebook: Codebook, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None
+) -> None:
     """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings.
 
     And there must be a range for each channel of its keys.
     """
     if cell.weights.rotate:
-        raise ConfigError("kv_scheme=pre_rope: its levels are those of values that are not rotated; drop rotate")
-    of, dtype = levels.fingerprint, str(model.dtype).removeprefix("torch.")
+        raise ConfigError("kv_scheme=pre_rope: its codebook are those of values that are not rotated; drop rotate")
+    of, dtype = codebook.fingerprint, str(model.dtype).removeprefix("torch.")
     if cell.model.reference is None and quantization is None and of.dtype == dtype:
         same = of.weight_hash == fingerprint_of(model, cell.model.revision).weight_hash
     else:
         same = of.embeddings_differ(embedding_hash(model), embedding_sample(model)) <= ROUNDING
     if not same:
         raise ConfigError(
-            f"kv_levels={cell.kv.levels}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
-            f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-levels"
+            f"kv_codebook={cell.kv.codebook}: calibrated on {of.model} ({of.dtype}), whose weights are not those of "
+            f"{cell.model.pretrained}; calibrate on the full-precision model of this cell: intactkv kv-codebook"
         )
-    levels.check_fits(computed(model, (0,)).keys)
+    codebook.check_fits(computed(model, (0,)).keys)

@@ -1,1 +1,1 @@
-"""A cell: what is evaluated, as a frozen value, its flat arguments and its YAML files. Knows nothing of torch or lm_eval."""
+"""What is evaluated, as a frozen value, with its flat arguments and YAML files. Knows nothing of torch or lm_eval."""

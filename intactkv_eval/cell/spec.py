@@ -1,5 +1,5 @@
 """A cell: model x weights x activations x KV cache x pivot, frozen and checked. How flat arguments become one is in
-cell_arguments.py. Knows no torch.
+cell/arguments.py. Knows no torch.
 """
 
 import re
@@ -79,32 +79,41 @@ class KVSpec(Spec):
     """How the KV cache is quantized at the moment of writing; bits 16 is off.
 
     token_head: asymmetric, an integer zero point for each token's head_dim, keys after RoPE (the IntactKV paper's).
-    channel_key: keys by channel over `group` tokens, values by token (KIVI's). Of T tokens in front of a query the
-    newest T mod `recent` keys and the newest `recent` values are in full.
-    pre_rope: keys before RoPE, at the uneven `levels` of a calibration file (KVQuant's).
-    `keep` first tokens are left alone although the evaluated model computed them; `exempt`: intact pivot rows are.
+    channel_key: keys by channel over `group_size` tokens, values by token (KIVI's). Of T tokens in front of a query the
+    newest T mod `residual_length` keys and the newest `residual_length` values are in full.
+    pre_rope: keys before RoPE, at the uneven levels of a calibrated `codebook` (KVQuant's).
+    sink_tokens: the number of leading tokens that are never quantized. quantize_pivot: intact pivot rows are, too.
     rotate: keys are quantized behind a Hadamard transform of head_dim, as QuaRot does; clip: the share of each row's
     range that is kept. Both are of token_head, and either of them makes its range QuaRot's.
     """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8, 16] = 16
     scheme: Literal["token_head", "channel_key", "pre_rope"] = "token_head"
-    keep: int = Field(default=0, ge=0)
-    group: int | None = Field(default=None, ge=2)
-    recent: int | None = Field(default=None, ge=1)
-    levels: str | None = None
-    exempt: bool = True
+    sink_tokens: int = Field(default=0, ge=0)
+    group_size: int | None = Field(default=None, ge=2)
+    residual_length: int | None = Field(default=None, ge=1)
+    codebook: str | None = None
+    quantize_pivot: bool = False
     rotate: bool = False
     clip: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _whole(self) -> "KVSpec":
-        if any((self.scheme == "channel_key") != (value is not None) for value in (self.group, self.recent)):
-            raise ValueError("kv_group and kv_recent: do nothing without kv_scheme=channel_key, which needs both")
-        if self.group and self.recent and self.recent % self.group:
-            raise ValueError(f"kv_recent={self.recent} is no multiple of kv_group={self.group}: choose one that is")
-        if (self.scheme == "pre_rope") != (self.levels is not None):
-            raise ValueError("kv_scheme=pre_rope needs kv_levels=FILE (intactkv kv-levels makes it); no other takes it")
+        if any(
+            (self.scheme == "channel_key") != (value is not None) for value in (self.group_size, self.residual_length)
+        ):
+            raise ValueError(
+                "kv_group_size and kv_residual_length: do nothing without kv_scheme=channel_key, which needs both"
+            )
+        if self.group_size and self.residual_length and self.residual_length % self.group_size:
+            raise ValueError(
+                f"kv_residual_length={self.residual_length} is no multiple of kv_group_size={self.group_size}: "
+                "choose one that is"
+            )
+        if (self.scheme == "pre_rope") != (self.codebook is not None):
+            raise ValueError(
+                "kv_scheme=pre_rope needs kv_codebook=FILE (intactkv kv-codebook makes it); no other takes it"
+            )
         if self.scheme != "token_head" and (self.rotate or self.clip < 1):
             raise ValueError(f"kv_rotate and kv_clip: do nothing with kv_scheme={self.scheme}, only with token_head")
         return self

@@ -5,7 +5,8 @@
     .txt     one text; texts have no roles, all of their tokens count
     NAME     a data set of the hub with one of these columns, NAME:SPLIT for another split than train
 
-A conversation whose user has the last word waits for an answer (commands/answer_questions.py). Knows no tokens and no models.
+A conversation whose user has the last word waits for an answer (commands/answer_questions.py).
+Knows no tokens and no models.
 """
 
 import json

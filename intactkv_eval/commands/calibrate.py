@@ -1,7 +1,7 @@
 """What `intactkv calibrate` does: a cell and conversations in, the PivotKV that was trained for that cell out.
 
-The full-precision model is asked first and freed, where its outputs fit the budget; then the quantized one is built and
-frozen. What a killed run had reached lies beside the output, and the same command goes on with it.
+The full-precision model runs first and is freed, where its outputs fit the disk budget; then the quantized one is built
+and frozen. What a killed run had reached lies beside the output, and the same command continues with it.
 """
 
 import gc
@@ -23,7 +23,6 @@ from intactkv_eval.chat.conversations import Conversations, load_conversations
 from intactkv_eval.chat.messages import waits
 from intactkv_eval.chat.vicuna import is_vicuna
 from intactkv_eval.commands.answer_questions import answered
-from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.commands.reference_cell import (
     check_same_source,
     full_arguments,
@@ -39,36 +38,44 @@ from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.linear import quantized_digest
 from intactkv_eval.pivot.identity import Calibrated
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.storage.files import locked
+from intactkv_eval.storage.files import check_writable, locked
 from intactkv_eval.training.distributed import Ranks
 from intactkv_eval.training.examples import Example, digest_of_examples, examples_of
 from intactkv_eval.training.run_state import RunState
 from intactkv_eval.training.student import Quality, Student, check_recompute
-from intactkv_eval.training.teacher import KeptTargets, bytes_of, full_nats, layer_outputs
+from intactkv_eval.training.teacher import KeptTargets, bytes_of, full_nll, layer_outputs
 from intactkv_eval.training.trainable_kv import TrainedRows
-from intactkv_eval.training.trainer import Settings, TargetsOf, Trainer, split
+from intactkv_eval.training.trainer import TargetsOf, Trainer, TrainingArguments, split
 
 
-class Asked(NamedTuple):
-    """data: conversations. answer: the full-precision model answers those that wait, in so many tokens; 0 is no.
+class CalibrateOptions(NamedTuple):
+    """What `intactkv calibrate` trains on, beside the arguments of training.
 
-    conversations: so many, drawn by the seed; all if None. tokens: of one at most; assistant: more than so many.
-    budget: bytes on disk for full-precision outputs. recompute: see student.py. master: dtype of the trained copy.
+    Args:
+        data: The conversations.
+        generate_answers: The full-precision model answers those that wait, in so many tokens; 0 is no.
+        max_tokens: The tokens of a conversation that are kept.
+        min_assistant_tokens: Conversations without more assistant tokens are left out.
+        disk_budget: Bytes on disk for full-precision outputs; beyond, they are computed again.
+        recompute: Whether one layer's activations are in memory at a time (training/student.py).
+        param_dtype: The dtype of the trained copy, float32 or bfloat16.
+        tensorboard: Whether the log goes to TensorBoard too.
+        conversations: So many, drawn by the seed; all if None.
     """
 
     data: str
-    answer: int = 0
-    tokens: int = 1024
-    assistant: int = 50
-    budget: int = 32 * 2**30
+    generate_answers: int = 0
+    max_tokens: int = 1024
+    min_assistant_tokens: int = 50
+    disk_budget: int = 32 * 10**9
     recompute: bool = True
-    master: str = "float32"
+    param_dtype: str = "float32"
     tensorboard: bool = False
     conversations: int | None = None
 
 
 class Result(NamedTuple):
-    """What came of it: held-out quality before and after, nats of the full-precision model, and the run's log.
+    """What came of it: held-out quality before and after, nll of the full-precision model, and the run's log.
 
     first: whether this process, of several, is the one that writes and speaks.
     """
@@ -76,7 +83,7 @@ class Result(NamedTuple):
     pivot: PivotKV
     before: Quality
     after: Quality
-    full_nats: float
+    full_nll: float
     log: Path
     best_epoch: int
     examples: int
@@ -84,7 +91,11 @@ class Result(NamedTuple):
 
 
 def calibrate_to_file(
-    arguments: dict[str, Any], loading: dict[str, Any], asked: Asked, settings: Settings, out: Path
+    arguments: dict[str, Any],
+    loading: dict[str, Any],
+    options: CalibrateOptions,
+    training: TrainingArguments,
+    out: Path,
 ) -> Result:
     """Train the pivot's rows of the cell of `arguments`, and save them with what they were trained for.
 
@@ -95,12 +106,12 @@ def calibrate_to_file(
     cell = checked_cell(arguments, loading)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
-    if asked.master not in {"float32", "bfloat16"}:
-        raise ConfigError(f"--master {asked.master}: use float32 or bfloat16")
+    if options.param_dtype not in {"float32", "bfloat16"}:
+        raise ConfigError(f"--param-dtype {options.param_dtype}: use float32 or bfloat16")
     check_writable(out.parent)
     _check_cell(cell)
     with moment_of_run(date_of(cell.pivot)):  # both models render the same prompts, also where midnight lies between
-        return _calibrated(cell, arguments, reference, loading, asked, settings, out)
+        return _calibrated(cell, arguments, reference, loading, options, training, out)
 
 
 def _calibrated(
@@ -108,32 +119,34 @@ def _calibrated(
     arguments: dict[str, Any],
     reference: str | None,
     loading: dict[str, Any],
-    asked: Asked,
-    settings: Settings,
+    options: CalibrateOptions,
+    training: TrainingArguments,
     out: Path,
 ) -> Result:
-    conversations = load_conversations(asked.data).drawn(asked.conversations, settings.seed)
+    conversations = load_conversations(options.data).drawn(options.conversations, training.seed)
     folder = out.parent / f".{out.name}.calibration"
     full = IntactKVLM(**full_arguments(cell, reference), **{"batch_size": "auto", **loading})
     assert full.pivoted_model.pivot is not None
     check_same_source(cell, full.pivoted_model.pivot, reference)
-    check_recompute(full.pivoted_model.model, asked.recompute)
+    check_recompute(full.pivoted_model.model, options.recompute)
     ranks = Ranks(full.rank, full.world_size)
     with writing_alone(out, ranks):
-        wanted = None if any(map(waits, conversations.texts)) else asked.conversations  # questions are counted already
-        conversations = _answered(full, conversations, asked.answer, out, ranks)
-        longest = min(asked.tokens, full.max_length)
+        wanted = (
+            None if any(map(waits, conversations.texts)) else options.conversations
+        )  # questions are counted already
+        conversations = _answered(full, conversations, options.generate_answers, out, ranks)
+        longest = min(options.max_tokens, full.max_length)
         _check_frequencies(full.pivoted_model, longest)
         examples = examples_of(
-            conversations, full.tokenizer, full.framing.body, longest, asked.assistant, wanted, full.chat
+            conversations, full.tokenizer, full.framing.body, longest, options.min_assistant_tokens, wanted, full.chat
         )
-        held_out = [examples[place] for place in split(len(examples), settings)[1]]
-        nats = full_nats(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
-        targets = _targets(full, examples, cell, asked, folder, ranks)
+        held_out = [examples[place] for place in split(len(examples), training)[1]]
+        nll = full_nll(full.pivoted_model.model, full.pivoted_model.pivot, held_out)
+        targets = _targets(full, examples, cell, options, folder, ranks)
         del full
         gc.collect()
         lm = IntactKVLM(**arguments, **loading)
-        return _train(lm, conversations, examples, targets, nats, asked, settings, folder, out, ranks)
+        return _train(lm, conversations, examples, targets, nll, options, training, folder, out, ranks)
 
 
 @contextmanager
@@ -159,7 +172,7 @@ def _check_frequencies(pivoted: PivotedModel, longest: int) -> None:
         raise ConfigError(
             f"conversations of up to {longest} tokens: {type(pivoted.model).__name__} has other RoPE frequencies "
             f"beyond {border} positions, and rows are trained for one set of them: "
-            f"use --tokens {border - len(pivoted.token_ids)}"
+            f"use --max-tokens {border - len(pivoted.token_ids)}"
         )
 
 
@@ -168,20 +181,28 @@ def _train(
     conversations: Conversations,
     examples: Sequence[Example],
     targets: TargetsOf,
-    full_nats: float,
-    asked: Asked,
-    settings: Settings,
+    full_nll: float,
+    options: CalibrateOptions,
+    training: TrainingArguments,
     folder: Path,
     out: Path,
     ranks: Ranks,
 ) -> Result:
     pivoted = lm.pivoted_model
     assert pivoted.pivot is not None
-    rows = TrainedRows(pivoted.pivot, getattr(torch, asked.master), pivoted.devices)
-    record: dict[str, str | int | float | bool] = {**asdict(settings), "tokens": asked.tokens, "master": asked.master}
-    record |= {"assistant": asked.assistant, "recompute": asked.recompute, "processes": ranks.world}
-    if asked.conversations is not None:
-        record["conversations"] = asked.conversations
+    rows = TrainedRows(pivoted.pivot, getattr(torch, options.param_dtype), pivoted.devices)
+    record: dict[str, str | int | float | bool] = {
+        **asdict(training),
+        "max_tokens": options.max_tokens,
+        "param_dtype": options.param_dtype,
+    }
+    record |= {
+        "min_assistant_tokens": options.min_assistant_tokens,
+        "recompute": options.recompute,
+        "processes": ranks.world,
+    }
+    if options.conversations is not None:
+        record["conversations"] = options.conversations
     if is_vicuna(lm.tokenizer):
         record["targets"] = "released"
     if bos_changes_tokens(lm.tokenizer):
@@ -192,15 +213,15 @@ def _train(
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
     job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),
            "quantized": digest, "pivot": first, "dtype": str(pivoted.model.dtype)}  # fmt: skip
-    board = out.with_suffix(".tensorboard") if asked.tensorboard else None
+    board = out.with_suffix(".tensorboard") if options.tensorboard else None
     state = RunState(folder, job, ranks.rank == 0, board)
     ranks.wait()  # all have read where they go on before the first one writes
-    student = Student(pivoted.model, rows, asked.recompute)
-    before, after = Trainer(student, examples, targets, settings, state, ranks).run()
+    student = Student(pivoted.model, rows, options.recompute)
+    before, after = Trainer(student, examples, targets, training, state, ranks).run()
     measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}
     made = Calibrated(
         quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured,
-        full_nats=full_nats,
+        full_nll=full_nll,
     )  # fmt: skip
     state.close()
     pivot = rows.as_pivot()
@@ -211,7 +232,7 @@ def _train(
         pivot.save(out)
         shutil.copyfile(state.log_path, log)
         shutil.rmtree(folder)
-    return Result(pivot, before, after, full_nats, log, state.best_epoch, len(examples), ranks.rank == 0)
+    return Result(pivot, before, after, full_nll, log, state.best_epoch, len(examples), ranks.rank == 0)
 
 
 def _check_cell(cell: CellSpec) -> None:
@@ -227,7 +248,7 @@ def _targets(
     full: IntactKVLM,
     examples: Sequence[Example],
     cell: CellSpec,
-    asked: Asked,
+    options: CalibrateOptions,
     folder: Path,
     ranks: Ranks,
 ) -> TargetsOf:
@@ -238,7 +259,7 @@ def _targets(
     seed = rotation_seed(cell)
     pivot = turned_alike(model, pivot, seed)
     needed = bytes_of(model, examples)
-    if needed > asked.budget:
+    if needed > options.disk_budget:
         return lambda place: layer_outputs(model, pivot, examples[place])
     said = json.dumps([full.built.source_hash, str(model.dtype), seed, list(pivot.token_ids)])
     tokens = hashlib.sha256(said.encode())
@@ -262,13 +283,17 @@ def _answered(full: IntactKVLM, found: Conversations, tokens: int, out: Path, ra
     waiting = sum(map(waits, found.texts))
     if not waiting:
         if tokens:
-            raise ConfigError(f"--answer: does nothing, all conversations of {found.source} have their answers")
+            raise ConfigError(
+                f"--generate-answers: does nothing, all conversations of {found.source} have their answers"
+            )
         return found
     if not tokens:
         raise DataError(
             f"{found.source}: {waiting} of {len(found.texts)} conversations have a question without an answer; "
-            "--answer 256 lets the full-precision model answer them"
+            "--generate-answers 256 lets the full-precision model answer them"
         )
     if ranks.world > 1:
-        raise ConfigError("--answer: answer in one process first; the answers' file is then the --data of several")
+        raise ConfigError(
+            "--generate-answers: answer in one process first; the answers' file is then the --data of several"
+        )
     return answered(full, found, tokens, out.with_suffix(".answers.jsonl"))

@@ -1,20 +1,17 @@
-"""What `intactkv eval` and `intactkv capture` do: lm_eval's own command line with our model and tasks filled in.
+"""What `intactkv eval` does: lm_eval's own command line with our model and tasks filled in.
 
 Everything that can be checked is checked before a model is loaded, so that a bad call ends at once with one message.
 """
 
 import os
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, stamps_of_results
-from intactkv_eval.errors import ConfigError, PivotError
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.batch_size import check_batch_size
-from intactkv_eval.lm.evaluate_task import cache_explained, check_known, check_written, results_below, task_manager
+from intactkv_eval.lm.evaluate_task import cache_explained, check_known, check_tasks, check_written, results_below
 from intactkv_eval.lm.harness_flags import (
     check_device_flag,
     check_flag_names,
@@ -23,10 +20,8 @@ from intactkv_eval.lm.harness_flags import (
     read_flags_file,
 )
 from intactkv_eval.lm.hf_arguments import checked_cell, split_model_args
-from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.lm.plugin import NAME
-from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.storage.files import shipped_folder
+from intactkv_eval.storage.files import check_writable, shipped_folder
 
 
 def run_lm_eval(arguments: list[str]) -> None:
@@ -47,30 +42,6 @@ def run_lm_eval(arguments: list[str]) -> None:
         command.execute(parsed)
     if out is not None and os.environ.get("RANK", "0") == "0":
         check_written(out, before, bool(getattr(parsed, "log_samples", False)), stamps)
-
-
-def capture_to_file(arguments: dict[str, Any], loading: dict[str, Any], out: Path) -> PivotKV:
-    """Capture the pivot of a full-precision model and save it. Raises ConfigError, PivotError or OSError."""
-    checked_cell(arguments, loading)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out {out}: a PivotKV file ends in .safetensors")
-    check_writable(out.parent)
-    lm = IntactKVLM(**arguments, **loading)
-    pivot = lm.pivoted_model.pivot
-    if pivot is None:
-        raise PivotError("pivot=none has no KV to save: name bos, prompt or tokens:...")
-    pivot.save(out)
-    return pivot
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ConfigError where nothing can be written in `folder`, or where it cannot be made. Leaves nothing behind."""
-    try:
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
 
 
 def _with_default_model(arguments: list[str]) -> list[str]:
@@ -115,19 +86,3 @@ def _check(parsed: Namespace) -> None:
     listed = settings.get("tasks") or []
     names = [part.strip() for task in ([listed] if isinstance(listed, str) else listed) for part in task.split(",")]
     check_tasks([name for name in names if name], settings["include_path"])
-
-
-def check_tasks(names: Sequence[str], folders: Sequence[str] = ()) -> None:
-    """Raise ConfigError unless lm_eval knows every task; `folders` are searched after ours."""
-    if not names:
-        raise ConfigError("--tasks: no task named; for instance --tasks ppl_wikitext2,arc_easy (lm_eval ls tasks)")
-    manager = task_manager(names, folders=folders)
-    known = set(manager.all_tasks)
-    unknown = [
-        name
-        for name in names
-        # the newest lm_eval gives back what it does not know, and takes `task@format`
-        if not os.path.exists(name) and not known & {one.partition("@")[0] for one in manager.match_tasks([name])}
-    ]
-    if unknown:
-        raise ConfigError(f"--tasks: unknown: {', '.join(unknown)}; lm_eval ls tasks --include_path $(intactkv tasks)")

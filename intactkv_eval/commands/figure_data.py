@@ -1,7 +1,7 @@
 """The numbers behind the figures of one cell: outliers, attention, what each intact row gives back, the KV cache.
 
     magnitudes [L, T], surface [T, C], attention [N, T, T]     the full-precision model on the pivot and a text
-    loss_last, loss_all, nats [P + 1, S]                       0, 1, ... P of the pivot's rows intact, on S texts
+    loss_last, loss_all, nll [P + 1, S]                       0, 1, ... P of the pivot's rows intact, on S texts
     keys, values [2, T, H*D]                                   of one layer, before and after the KV quantizer
 
 They are saved as they are, so that a figure can be drawn again, otherwise, without a model. Draws nothing.
@@ -25,7 +25,7 @@ from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.discover import observe
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.pivot.prefix_choice import nats_of
+from intactkv_eval.pivot.prefix_choice import nll_of
 from intactkv_eval.training.student import distance
 from intactkv_eval.training.trainable_kv import Rows, run_behind
 
@@ -77,20 +77,20 @@ def by_intact_rows(
     expected: Sequence[Outputs],
     writer: Writer | None = None,
 ) -> dict[str, Array]:
-    """Loss and nats of the quantized `model` with 0, 1, ... P rows of the pivot intact and the others computed.
+    """Loss and nll of the quantized `model` with 0, 1, ... P rows of the pivot intact and the others computed.
 
     writer: what quantizes the KV cache, but for the intact rows; none that quantizes in groups.
     """
     sizes = range(len(pivot) + 1)
-    last, whole, nats = (np.zeros((len(sizes), len(texts))) for _ in range(3))
+    last, whole, nll = (np.zeros((len(sizes), len(texts))) for _ in range(3))
     for size in tqdm(sizes, desc="Sizes of the pivot"):
         for place, (text, wanted) in enumerate(zip(texts, expected, strict=True)):
             found = _behind(model, pivot, size, text, writer)
             losses = [float(distance(*pair)) for pair in zip(found.layers, wanted.layers, strict=True)]
             last[size, place], whole[size, place] = losses[-1], sum(losses)
-            nats[size, place] = _nats(found.logits, text)
-    full = np.array([_nats(one.logits, text) for one, text in zip(expected, texts, strict=True)])
-    return {"loss_last": last, "loss_all": whole, "nats": nats, "nats_full": full}
+            nll[size, place] = _nll(found.logits, text)
+    full = np.array([_nll(one.logits, text) for one, text in zip(expected, texts, strict=True)])
+    return {"loss_last": last, "loss_all": whole, "nll": nll, "nll_full": full}
 
 
 def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[str, Array]:
@@ -126,8 +126,8 @@ def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, w
     return Outputs([hidden_of(one)[0, start:] for one in outputs], logits[start:])
 
 
-def _nats(logits: Tensor, text: Tensor) -> float:
-    return float(nats_of(logits[:-1], text[1:]).mean())
+def _nll(logits: Tensor, text: Tensor) -> float:
+    return float(nll_of(logits[:-1], text[1:]).mean())
 
 
 def _flat(rows: Tensor) -> Array:

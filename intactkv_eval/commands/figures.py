@@ -9,7 +9,6 @@ import numpy as np
 
 from intactkv_eval.assemble.chat_date import date_of, moment_of_run
 from intactkv_eval.cell.spec import CellSpec
-from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.commands.figure_data import (
     SHOWN,
     attention_maps,
@@ -30,13 +29,13 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.sanitize import struck_record
-from intactkv_eval.storage.files import write_atomic
+from intactkv_eval.storage.files import check_writable, write_atomic
 
 
-class Shown(NamedTuple):
-    """text, samples, length, seed: what is looked at. layers, head: of attention; layer: of outputs and cache."""
+class FigureOptions(NamedTuple):
+    """data, samples, length, seed: what is looked at. layers, head: of attention; layer: of outputs and cache."""
 
-    text: str
+    data: str
     samples: int = 8
     length: int = 256
     seed: int = 0
@@ -45,8 +44,8 @@ class Shown(NamedTuple):
     layer: int | None = None
 
 
-def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown: Shown, out: Path) -> None:
-    """Compute what the figures of a cell show, and save it as report/figures.py reads it.
+def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], options: FigureOptions, out: Path) -> None:
+    """Compute what the figures of a cell show, and save it as report/plots.py reads it.
 
     Raises ConfigError, DataError, PivotError, CheckpointError or UnsupportedModelError.
     """
@@ -55,10 +54,12 @@ def numbers_to_folder(arguments: dict[str, Any], loading: dict[str, Any], shown:
     check_writable(out)
     if not cell.pivot.intact:
         raise ConfigError("figures: show what intact pivot rows do; drop pivot=none or intact=false")
-    if cell.kv.scheme == "channel_key" or not cell.kv.exempt:
-        raise ConfigError("figures: intact rows are counted one by one; drop kv_scheme=channel_key and kv_exempt=false")
+    if cell.kv.scheme == "channel_key" or cell.kv.quantize_pivot:
+        raise ConfigError(
+            "figures: intact rows are counted one by one; drop kv_scheme=channel_key and kv_quantize_pivot=true"
+        )
     with moment_of_run(date_of(cell.pivot)):
-        _numbers_to_folder(cell, arguments, reference, loading, shown, out, asked)
+        _numbers_to_folder(cell, arguments, reference, loading, options, out, asked)
 
 
 def _numbers_to_folder(
@@ -66,7 +67,7 @@ def _numbers_to_folder(
     arguments: dict[str, Any],
     reference: str | None,
     loading: dict[str, Any],
-    shown: Shown,
+    options: FigureOptions,
     out: Path,
     asked: dict[str, Any],
 ) -> None:
@@ -75,15 +76,15 @@ def _numbers_to_folder(
     assert pivot is not None
     check_same_source(cell, pivot, reference)
     count = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    layers = tuple(sorted(set(shown.layers or (0, count // 3, 2 * count // 3, count - 1))))  # as they are computed
+    layers = tuple(sorted(set(options.layers or (0, count // 3, 2 * count // 3, count - 1))))  # as they are computed
     heads = int(model.config.get_text_config(decoder=True).num_attention_heads)
-    if shown.head is not None and shown.head >= heads:
-        raise ConfigError(f"--head {shown.head}: this model has {heads}, 0 to {heads - 1}")
-    _check_layers((*layers, *([] if shown.layer is None else [shown.layer])), count)
-    samples = load_samples(shown.text, full.tokenizer, shown.samples, shown.length, shown.seed)
+    if options.head is not None and options.head >= heads:
+        raise ConfigError(f"--head {options.head}: this model has {heads}, 0 to {heads - 1}")
+    _check_layers((*layers, *([] if options.layer is None else [options.layer])), count)
+    samples = load_samples(options.data, full.tokenizer, options.samples, options.length, options.seed)
     ids = [*pivot.token_ids, *samples.tokens[0].tolist()][: max(SHOWN, len(pivot) + 8)]
-    numbers = outliers(model, ids, shown.layer)
-    numbers["attention"] = attention_maps(model, ids, layers, shown.head)
+    numbers = outliers(model, ids, options.layer)
+    numbers["attention"] = attention_maps(model, ids, layers, options.head)
     pivot = turned_alike(model, pivot, rotation_seed(cell))
     expected = expected_outputs(model, pivot, samples.tokens)
     del full, model
@@ -93,15 +94,15 @@ def _numbers_to_folder(
     assert pivoted.pivot is not None
     if reference or _changes_outputs(cell):
         numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected, pivoted.writer)
-    layer = count // 2 if shown.layer is None else shown.layer
+    layer = count // 2 if options.layer is None else options.layer
     if pivoted.writer is not None:
         numbers |= cache_rows(pivoted, samples.tokens[0][:SHOWN].tolist(), layer)
     said = {
-        "settings": _settings(asked, shown, samples.digest),
+        "settings": _settings(asked, options, samples.digest),
         "words": [tokenizer.decode([token]) for token in ids],
         "pivot_words": [tokenizer.decode([token]) for token in pivoted.token_ids],
         "layers": list(layers),
-        "head": "mean of heads" if shown.head is None else f"head {shown.head}",
+        "head": "mean of heads" if options.head is None else f"head {options.head}",
         "cache_layer": layer,
     }
     _save(out, numbers, said)
@@ -117,10 +118,10 @@ def _save(out: Path, numbers: dict[str, Any], said: dict[str, Any]) -> None:
     write_atomic(out / "figures.json", lambda partial: partial.write_text(content, encoding="utf-8"))
 
 
-def _settings(arguments: dict[str, Any], shown: Shown, digest: str) -> str:
+def _settings(arguments: dict[str, Any], options: FigureOptions, digest: str) -> str:
     cell = ", ".join(f"{key}={Path(str(value)).name if key in {'pretrained', 'reference'} else value}"
                      for key, value in arguments.items())  # fmt: skip
-    text = f"{shown.samples} pieces of {shown.length} tokens of {Path(shown.text).name}, seed {shown.seed}"
+    text = f"{options.samples} pieces of {options.length} tokens of {Path(options.data).name}, seed {options.seed}"
     return f"{cell}; {text} (sha256 {digest[:12]})"
 
 

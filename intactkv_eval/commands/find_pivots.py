@@ -9,7 +9,6 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.hf_arguments import checked_cell
@@ -17,6 +16,7 @@ from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.auto import Search, control, search_prefix
 from intactkv_eval.pivot.discover import Found, find, observe
+from intactkv_eval.storage.files import check_writable
 
 
 def pivots_of(
@@ -31,7 +31,7 @@ def pivots_of(
     assert lm.built is not None
     if lm.built.quantization is not None:
         raise ConfigError(f"{arguments['pretrained']} is quantized: pivots are found in the full-precision model")
-    samples = load_samples(search.text, lm.tokenizer, search.samples, search.length, search.seed)
+    samples = load_samples(search.data, lm.tokenizer, search.samples, search.length, search.seed)
     model, first = lm.pivoted_model.model, lm.pivoted_model.token_ids
     found = found_in(model, first, samples, search, attention)
     made = search_prefix(model, lm.tokenizer, first, samples, search)

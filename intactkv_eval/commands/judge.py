@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.judge.client import Judge, Settings
+from intactkv_eval.judge.client import Judge, JudgeServer
 from intactkv_eval.judge.cost import BudgetTracker
 from intactkv_eval.judge.entries import Entry, check_models, load_entries
 from intactkv_eval.judge.journal import opened
@@ -20,7 +20,7 @@ from intactkv_eval.mt_bench.questions import load_prompts, load_questions
 
 
 def judge_command(
-    sources: Sequence[Path], settings: Settings, options: JudgeOptions, out: Path, say: Callable[[str], None]
+    sources: Sequence[Path], settings: JudgeServer, options: JudgeOptions, out: Path, say: Callable[[str], None]
 ) -> JudgeReport:
     """Judge what has no verdict yet; the table of scores, or of wins in pairs.
 
@@ -37,7 +37,7 @@ def judge_command(
         left = missing(journal, settings, every)
         budget = BudgetTracker(options.prices, options.cap, journal.spent(options.prices))
         counted = len(every) - len(left)
-        say(f"{len(every)} to judge, {counted} have their verdict; {budget.estimate(left, settings.most_tokens)}")
+        say(f"{len(every)} to judge, {counted} have their verdict; {budget.estimate(left, settings.max_tokens)}")
         if options.dry:
             return JudgeReport("nothing was asked (--dry-run)")
         worker = Worker(journal, Judge(settings), budget, options.attempts)

@@ -1,71 +1,63 @@
-"""What `intactkv kv-levels` does: a full-precision model and samples in, a file of KV levels out."""
+"""What `intactkv kv-codebook` does: a full-precision model and samples in, a file with a KV codebook out."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from intactkv_eval.commands.evaluate import check_writable
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.kv_quant.codebook import KVLevels
-from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
+from intactkv_eval.kv_quant.codebook import Codebook
+from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import fingerprint_of
+from intactkv_eval.storage.files import check_writable
 
 
-def levels_to_file(
-    arguments: dict[str, Any],
-    loading: dict[str, Any],
-    bits: int,
-    samples: Callable[[Any], Sequence[Tensor]],
-    origin: str,
-    out: Path,
-    keep: int = 0,
-    exempt: bool = True,
-) -> KVLevels:
-    """Calibrate levels as a cell with these `arguments` (pretrained, revision, dtype, pivot, chat_template) runs; save.
+class CodebookOptions(NamedTuple):
+    """The text that a codebook is calibrated on, and what of a cell its ranges depend on.
 
-    samples: tokenizer -> token ids [T] each. keep, exempt: kv_keep and kv_exempt of the cell.
+    Args:
+        data: The text, as data/calibration_text.py takes it.
+        bits: kv_bits of the cell.
+        samples: The number of random pieces of the text.
+        length: The number of tokens of a piece.
+        seed: Of the pieces.
+        sink_tokens: kv_sink_tokens of the cell.
+        quantize_pivot: kv_quantize_pivot of the cell.
+    """
+
+    data: str
+    bits: int = 4
+    samples: int = 16
+    length: int = 512
+    seed: int = 0
+    sink_tokens: int = 0
+    quantize_pivot: bool = False
+
+
+def codebook_of_text(
+    arguments: dict[str, Any], loading: dict[str, Any], options: CodebookOptions, out: Path
+) -> Codebook:
+    """Calibrate a codebook as a cell with these `arguments` (pretrained, revision, dtype, pivot, chat_template) runs.
+
     Raises ConfigError, CheckpointError, PivotError, DataError or OSError, before anything is written.
     """
     checked_cell(arguments, loading)
     if out.suffix != ".safetensors":
-        raise ConfigError(f"--out {out}: a file of KV levels ends in .safetensors")
+        raise ConfigError(f"--out {out}: a file with a KV codebook ends in .safetensors")
     check_writable(out.parent)
     lm = IntactKVLM(**arguments, **loading)
     assert lm.built is not None
     if lm.built.quantization is not None:
-        raise ConfigError(f"{arguments['pretrained']} is quantized: KV levels are those of the full-precision model")
+        raise ConfigError(f"{arguments['pretrained']} is quantized: a KV codebook is of the full-precision model")
     pivoted = lm.pivoted_model
-    if not exempt and pivoted.pivot is None:
-        raise ConfigError("--no-exempt: does nothing with --pivot none, whose rows are no intact ones")
-    left_out = max(len(pivoted.token_ids) if pivoted.pivot is not None and exempt else 0, keep)
+    if options.quantize_pivot and pivoted.pivot is None:
+        raise ConfigError("--quantize-pivot: does nothing with --pivot none, whose rows are no intact ones")
+    intact = len(pivoted.token_ids) if pivoted.pivot is not None and not options.quantize_pivot else 0
     fingerprint = fingerprint_of(pivoted.model, lm.cell.model.revision)
-    texts = samples(lm.tokenizer)
-    levels = calibrate_levels(pivoted.model, texts, bits, fingerprint, pivoted.token_ids, left_out, origin)
-    levels.save(out)
-    return levels
-
-
-def levels_of_text(
-    arguments: dict[str, Any],
-    loading: dict[str, Any],
-    bits: int,
-    data: str,
-    count: int,
-    length: int,
-    seed: int,
-    out: Path,
-    keep: int,
-    exempt: bool,
-) -> KVLevels:
-    """`levels_to_file` on calibration samples (data/calibration_text.py)."""
-    origin = f"{Path(data).name}: {count} samples of {length} tokens, seed {seed}"
-
-    def samples(tokenizer: Any) -> Sequence[Tensor]:
-        return load_samples(data, tokenizer, count, length, seed).tokens
-
-    return levels_to_file(arguments, loading, bits, samples, origin, out, keep, exempt)
+    texts = load_samples(options.data, lm.tokenizer, options.samples, options.length, options.seed).tokens
+    origin = f"{Path(options.data).name}: {options.samples} samples of {options.length} tokens, seed {options.seed}"
+    left_out = max(intact, options.sink_tokens)
+    codebook = calibrate_codebook(pivoted.model, texts, options.bits, fingerprint, pivoted.token_ids, left_out, origin)
+    codebook.save(out)
+    return codebook

@@ -64,8 +64,8 @@ def _matches(pattern: bytes) -> Callable[[bytes, Path], bool]:
 
 
 PIVOT = Kind("a PivotKV", _tensors("intactkv-pivot-"))
-LEVELS = Kind("KV levels", _tensors("intactkv-kv-levels-"))
-PREFIX = Kind("a prefix of `intactkv pivots`", _matches(rb'\s*\{\s*"format":\s*"intactkv-pivots-'))
+CODEBOOK = Kind("a KV codebook", _tensors("intactkv-kv-codebook-"))
+PREFIX = Kind("a prefix of `intactkv pivots`", _matches(rb'\s*\{\s*"format":\s*"intactkv-prefix-'))
 LOG = Kind("the log of a calibration", _begins(b"epoch,step,loss,held_out_blocks"))
 CONVERSATIONS = Kind("answered conversations of a calibration", _matches(rb'\{"messages": \[[^\n]*\]\}\r?\n'))
 ANSWERS = Kind("answers in FastChat's layout", _matches(rb'\{"question_id": [0-9]+, "answer_id": "'))

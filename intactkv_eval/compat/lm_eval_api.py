@@ -13,11 +13,13 @@ package imports lm_eval from here alone. Knows no model and no task of ours.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import MISSING
 from functools import wraps
 from importlib import import_module
+from io import StringIO
 from typing import Any
 
 from lm_eval import simple_evaluate
@@ -44,6 +46,7 @@ __all__ = [
     "TaskManager",
     "default_seeds",
     "hash_args",
+    "help_of_run",
     "make_request",
     "normalize_gen_kwargs",
     "rolling_text",
@@ -67,6 +70,19 @@ SEED_NAMES = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_
 def default_seeds() -> dict[str, int]:
     """The seeds that lm_eval's command line sets where none is named, as arguments of `simple_evaluate`."""
     return dict(zip(SEED_NAMES, EvaluatorConfig().seed, strict=True))
+
+
+def help_of_run() -> str:
+    """The help text of `lm_eval run`."""
+    text = StringIO()
+    arguments = sys.argv
+    sys.argv = ["lm_eval", "run", "--help"]
+    try:
+        with redirect_stdout(text), suppress(SystemExit):
+            HarnessCLI().parse_args()
+    finally:
+        sys.argv = arguments
+    return text.getvalue()
 
 
 def make_request(

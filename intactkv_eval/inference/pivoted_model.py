@@ -27,7 +27,7 @@ from intactkv_eval.errors import PivotError
 from intactkv_eval.inference.padding_probe import Columns
 from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
 from intactkv_eval.kv_cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.kv_quant.quantizer import LayerKV, Writer, writer_of
 from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
@@ -39,7 +39,7 @@ _PIECE = 512  # tokens of a prompt that are computed at once in front of a cache
 class PivotedModel:
     """`model` with P pivot tokens in front. `pivot` is their full-precision KV, or None where it is not intact.
 
-    levels: what kv_scheme=pre_rope rounds to. in_long_texts: the same in front of texts that are so long that the RoPE
+    codebook: what kv_scheme=pre_rope rounds to. in_long_texts: the same in front of texts so long that the RoPE
     frequencies are others, where it is not this pivot's own rows for these. Raises PivotError where the PivotKV is of
     other tokens, or of another number of layers; ConfigError or UnsupportedModelError where the scheme of the KV cache
     does not fit.
@@ -51,15 +51,15 @@ class PivotedModel:
         token_ids: tuple[int, ...],
         pivot: PivotKV | None,
         kv: KVSpec | None = None,
-        levels: KVLevels | None = None,
+        codebook: Codebook | None = None,
         in_long_texts: "PivotedModel | None" = None,
     ) -> None:
         if pivot is not None and pivot.token_ids != token_ids:
             raise PivotError(f"PivotKV of tokens {list(pivot.token_ids)} given for tokens {list(token_ids)}")
         self.model, self.token_ids, self.pivot = model, token_ids, pivot
-        self.kv, self.levels = kv or KVSpec(), levels
+        self.kv, self.codebook = kv or KVSpec(), codebook
         self.rope, self._in_long_texts = rope_by_length(model.config), in_long_texts
-        self.writer: Writer | None = writer_of(self.kv, model, levels)  # at once: it may try the model
+        self.writer: Writer | None = writer_of(self.kv, model, codebook)  # at once: it may try the model
         if pivot is not None and len(pivot.keys) != len(self.devices):
             raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
 
@@ -100,13 +100,13 @@ class PivotedModel:
                 f"{self.rope.border} tokens, and {type(self.model).__name__} has other frequencies beyond: its rows "
                 "would be wrong there. Score shorter texts (max_length, fewer shots), or use pivot=bos or intact=false"
             )
-        return _InLongTexts(self.model, self.token_ids, rows, self.kv, self.levels)
+        return _InLongTexts(self.model, self.token_ids, rows, self.kv, self.codebook)
 
     @property
     def exempt(self) -> int:
         """The first tokens of a row whose KV is never quantized."""
-        intact = len(self.token_ids) if self.pivot is not None and self.kv.exempt else 0
-        return max(intact, self.kv.keep)
+        intact = len(self.token_ids) if self.pivot is not None and not self.kv.quantize_pivot else 0
+        return max(intact, self.kv.sink_tokens)
 
     @cached_property
     def front_rows(self) -> FrontRows | None:
@@ -114,7 +114,7 @@ class PivotedModel:
 
         Rows that are quantized in groups stay exact here: their group is quantized when it is old enough.
         """
-        if self.pivot is None or self.kv.exempt or self.writer is None or self.writer.in_groups:
+        if self.pivot is None or not self.kv.quantize_pivot or self.writer is None or self.writer.in_groups:
             return self.pivot
         return QuantizedRows.of(self.pivot, self.writer, self.devices)
 

@@ -47,21 +47,30 @@ class NoReply(Exception):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of requests. seconds: until one is given up. rate: most requests a minute. retries: of one that fails."""
+class JudgeServer:
+    """The judge and its server: where requests go, and how.
+
+    Args:
+        model: The judge, as the server names it.
+        base_url: The server; None for OpenAI's.
+        max_tokens: The largest number of tokens of a reply.
+        timeout: Seconds until a request is given up.
+        retries: Retries of a request that the server or the network fails.
+        requests_per_minute: The largest number of requests a minute; None for no limit.
+    """
 
     model: str
     base_url: str | None = None
-    most_tokens: int = 2048
-    seconds: float = 120.0
+    max_tokens: int = 2048
+    timeout: float = 120.0
     retries: int = 8
-    rate: float | None = None
+    requests_per_minute: float | None = None
 
 
 class Judge:
     """One model at one place. Used by several threads. Raises ConfigError where there is no key and one is needed."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: JudgeServer) -> None:
         _check_url(settings.base_url)
         self.settings = settings
         self.spelling = Spelling(is_anthropic=speaks_anthropic(settings.base_url))
@@ -76,7 +85,7 @@ class Judge:
         self._client = openai.OpenAI(
             api_key=self._key or _NO_KEY,
             base_url=anthropic_base(settings.base_url or "") if anthropic else settings.base_url,
-            timeout=settings.seconds,
+            timeout=settings.timeout,
             max_retries=0,
         )
 
@@ -88,7 +97,7 @@ class Judge:
         self._wait()
         spelling = self.spelling
         while True:
-            body = spelling.body(self.settings.model, messages, self.settings.most_tokens)
+            body = spelling.body(self.settings.model, messages, self.settings.max_tokens)
             try:
                 data = self._client.post(spelling.path, cast_to=object, body=body, options={"headers": self._headers})
             except openai.BadRequestError as error:
@@ -129,12 +138,12 @@ class Judge:
 
     def _wait(self) -> None:
         """Until this thread's turn by `rate`."""
-        if not self.settings.rate:
+        if not self.settings.requests_per_minute:
             return
         with self._turn:
             now = time.monotonic()
             at = max(now, self._free)
-            self._free = at + 60 / self.settings.rate
+            self._free = at + 60 / self.settings.requests_per_minute
         time.sleep(at - now)
 
 

@@ -44,9 +44,9 @@ def estimated(match: Match) -> Tokens:
     return sum(len(text) for _, text in match.messages) // _LETTERS + 1, _REPLY
 
 
-def most(match: Match, most_tokens: int) -> Tokens:
+def most(match: Match, max_tokens: int) -> Tokens:
     """The most tokens that a request and its reply can have."""
-    return sum(len(text.encode()) + _AROUND for _, text in match.messages) + _AROUND, most_tokens
+    return sum(len(text.encode()) + _AROUND for _, text in match.messages) + _AROUND, max_tokens
 
 
 class BudgetTracker:
@@ -91,13 +91,13 @@ class BudgetTracker:
     def _fits(self, price: float) -> bool:
         return self.cap is None or self.spent + sum(self._in_flight) + price <= self.cap
 
-    def estimate(self, matches: Sequence[Match], most_tokens: int) -> str:
+    def estimate(self, matches: Sequence[Match], max_tokens: int) -> str:
         """A line for the user. Raises ConfigError where the estimate is above a cap of which nothing is spent yet."""
         asked, replied = _sum([estimated(match) for match in matches])
         money = self.prices.of((asked, replied))
         line = f"{len(matches)} requests, about {asked:,} tokens in and {replied:,} out"
         if self.prices.are_given:
-            highest = self.prices.of(_sum([most(match, most_tokens) for match in matches]))
+            highest = self.prices.of(_sum([most(match, max_tokens) for match in matches]))
             line += f", about {money:.2f} USD (at most {highest:.2f}, were each asked once)"
         if self.before:
             line += f"; {self.before:.2f} USD were spent before"

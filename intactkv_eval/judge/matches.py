@@ -52,9 +52,9 @@ class Match:
     messages: tuple[tuple[str, str], ...]
     references: str | None = None
 
-    def key(self, judge: str, server: str | None, most_tokens: int) -> MatchKey:
+    def key(self, judge: str, server: str | None, max_tokens: int) -> MatchKey:
         """A reply is kept for as long as nothing of it changes."""
-        sent = json.dumps([judge, server, most_tokens, self.messages])
+        sent = json.dumps([judge, server, max_tokens, self.messages])
         return MatchKey(hashlib.sha256(sent.encode()).hexdigest(), self.models, self.choice)
 
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.judge.client import Failure, Judge, NoReply, Settings
+from intactkv_eval.judge.client import Failure, Judge, JudgeServer, NoReply
 from intactkv_eval.judge.cost import BudgetTracker, Tokens, most
 from intactkv_eval.judge.journal import Journal, Line
 from intactkv_eval.judge.matches import Match, MatchKey
@@ -65,7 +65,7 @@ class Worker:
 
     def _reply(self, match: Match, attempt: int) -> tuple[Reply, float]:
         """One reply and what it costs; a failure that may pass is tried again. Raises NoReply."""
-        price = most(match, self.judge.settings.most_tokens)
+        price = most(match, self.judge.settings.max_tokens)
         tries = 0
         while True:
             if not self.budget.reserve(price):
@@ -123,7 +123,7 @@ class Worker:
         )
 
 
-def missing(journal: Journal, settings: Settings, matches: Sequence[Match]) -> list[Match]:
+def missing(journal: Journal, settings: JudgeServer, matches: Sequence[Match]) -> list[Match]:
     """The matches that have no verdict in the journal, each once."""
     keys = {key_of(settings, match): match for match in matches}
     return [match for key, match in keys.items() if not journal.has_verdict(key)]
@@ -158,6 +158,6 @@ def judge_all(worker: Worker, matches: Sequence[Match], concurrency: int, done: 
     return outcome
 
 
-def key_of(settings: Settings, match: Match) -> MatchKey:
+def key_of(settings: JudgeServer, match: Match) -> MatchKey:
     """What a reply to the match is known by."""
-    return match.key(settings.model, settings.base_url, settings.most_tokens)
+    return match.key(settings.model, settings.base_url, settings.max_tokens)

@@ -57,7 +57,7 @@ class Spelling:
         """Below the server's address."""
         return _MESSAGES if self.is_anthropic else "/chat/completions"
 
-    def body(self, model: str, messages: Messages, most_tokens: int) -> dict[str, Any]:
+    def body(self, model: str, messages: Messages, max_tokens: int) -> dict[str, Any]:
         """What is sent."""
         system = "\n\n".join(text for role, text in messages if role == "system") if self.is_anthropic else ""
         listed = [{"role": role, "content": text} for role, text in messages if not (system and role == "system")]
@@ -65,7 +65,7 @@ class Spelling:
             "model": model,
             **({"system": system} if system else {}),
             "messages": listed,
-            self.limit: most_tokens,
+            self.limit: max_tokens,
             **({} if self.temperature is None else {"temperature": self.temperature}),
         }
 

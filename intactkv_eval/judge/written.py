@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from intactkv_eval.judge.client import Settings
+from intactkv_eval.judge.client import JudgeServer
 from intactkv_eval.judge.entries import Entry
 from intactkv_eval.judge.fastchat import Judged, pair_rows, single_rows, write_rows
 from intactkv_eval.judge.journal import Journal
@@ -64,7 +64,7 @@ class Judgement:
         return JudgeRecord(self.options.bench, self.judge, self.name, self.bench.references.label, digest)
 
 
-def written(judgement: Judgement, groups: Groups, journal: Journal, settings: Settings) -> JudgeReport:
+def written(judgement: Judgement, groups: Groups, journal: Journal, settings: JudgeServer) -> JudgeReport:
     """Write what the journal holds of these matches, and make the table."""
     judged = {
         name: [(match, journal.reply_to(key_of(settings, match))) for match in part] for name, part in groups.items()

@@ -1,4 +1,4 @@
-"""KVLevels: what `pre_rope` calibrates, as a value and a file.
+"""Codebook: the uneven levels that `pre_rope` calibrates, as a value and a file.
 
 A file is one safetensors: `key_levels`, `value_levels` [L, 2**bits], `low.L`, `high.L` [H, D] for each layer L, and as
 metadata the fingerprint of the model, the bits, and how it was calibrated. Knows no model.
@@ -21,9 +21,9 @@ from intactkv_eval.pivot.identity import Fingerprint
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.tensor_file import read_tensor_file, write_tensor_file
 
-FORMAT = "intactkv-kv-levels-1"
+FORMAT = "intactkv-kv-codebook-1"
 _FORMULA = "codebook"
-_FIX = "the file is damaged or another model's. Calibrate anew: intactkv kv-levels"
+_FIX = "the file is damaged or another model's. Calibrate anew: intactkv kv-codebook"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Calibration:
 
 
 @dataclass(frozen=True, eq=False)
-class KVLevels:
+class Codebook:
     """key_levels, value_levels: [L, 2**bits], sorted, in [-1, 1]. low, high: the range of each key channel [H, D].
 
     Raises ConfigError for tensors that do not fit together or are not finite.
@@ -107,9 +107,9 @@ class KVLevels:
         done = self.calibration
         if (done.front, done.left_out) != (front, exempt):
             raise ConfigError(
-                f"kv_levels: calibrated behind tokens {list(done.front)} with the rows of the first {done.left_out} "
+                f"kv_codebook: calibrated behind tokens {list(done.front)} with the rows of the first {done.left_out} "
                 f"left out; this cell has {list(front)} in front and {exempt} exempt rows, so other ranges. Calibrate "
-                "as the cell runs: intactkv kv-levels --pivot ... (--no-exempt, --keep)"
+                "as the cell runs: intactkv kv-codebook --pivot ... (--quantize-pivot, --sink-tokens)"
             )
 
     def check_fits(self, keys: Sequence[Tensor]) -> None:
@@ -118,12 +118,12 @@ class KVLevels:
         Fewer heads would be stretched over all of them without a word.
         """
         if len(keys) != len(self.low):
-            raise ConfigError(f"kv_levels: of {len(self.low)} layers, this model caches keys in {len(keys)}: {_FIX}")
+            raise ConfigError(f"kv_codebook: of {len(self.low)} layers, this model caches keys in {len(keys)}: {_FIX}")
         for layer, (low, rows) in enumerate(zip(self.low, keys, strict=True)):
             expected = (rows.shape[0], rows.shape[2])
             if tuple(low.shape) != expected:
                 raise ConfigError(
-                    f"kv_levels: layer {layer} has ranges for (heads, width) {tuple(low.shape)}, this model's "
+                    f"kv_codebook: layer {layer} has ranges for (heads, width) {tuple(low.shape)}, this model's "
                     f"keys there are {expected}: {_FIX}"
                 )
 
@@ -142,23 +142,23 @@ class KVLevels:
         write_tensor_file(path, tensors, metadata)
 
     @classmethod
-    def load(cls, path: Path) -> "KVLevels":
+    def load(cls, path: Path) -> "Codebook":
         """Read what `save` wrote. Raises ConfigError for a missing, damaged or foreign file."""
         if not path.is_file():
-            raise ConfigError(f"kv_levels={path}: no such file; intactkv kv-levels writes it")
+            raise ConfigError(f"kv_codebook={path}: no such file; intactkv kv-codebook writes it")
         try:
             metadata, tensors = read_tensor_file(path, floats=True)
         except CheckpointError as error:
-            raise ConfigError(f"kv_levels={path}: cannot be read ({error}); calibrate anew") from None
+            raise ConfigError(f"kv_codebook={path}: cannot be read ({error}); calibrate anew") from None
         if metadata.get("format") != FORMAT:
             found = metadata.get("format")
-            raise ConfigError(f"kv_levels={path}: no file of levels (format {found!r}, expected {FORMAT!r})")
+            raise ConfigError(f"kv_codebook={path}: no file with a KV codebook (format {found!r}, expected {FORMAT!r})")
         try:
             layers = sum(key.startswith("low.") for key in tensors)
             done = parse_json(metadata["calibration"])
             old = stale(recorded([_FORMULA], parse_json(metadata.get("formulas", "{}"))))
             if old:
-                raise ConfigError(f"kv_levels={path}: made by the formula {old[0]}; calibrate anew")
+                raise ConfigError(f"kv_codebook={path}: made by the formula {old[0]}; calibrate anew")
             return cls(
                 bits=int(metadata["bits"]),
                 key_levels=tensors["key_levels"],
@@ -169,4 +169,4 @@ class KVLevels:
                 calibration=Calibration(**{**done, "front": tuple(done["front"])}),
             )
         except (KeyError, TypeError, ValueError, ValidationError) as error:
-            raise ConfigError(f"kv_levels={path}: damaged ({error}); calibrate anew") from None
+            raise ConfigError(f"kv_codebook={path}: damaged ({error}); calibrate anew") from None

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.kv_quant.codebook import Calibration, KVLevels
+from intactkv_eval.kv_quant.codebook import Calibration, Codebook
 from intactkv_eval.kv_quant.quantizer import LayerKV
 from intactkv_eval.kv_quant.rotary import find_rotary
 from intactkv_eval.kv_quant.scheme import working
@@ -33,7 +33,7 @@ Seen = Callable[[Tensor, Tensor, int], None]
 """(keys before RoPE, values) [1, H, T, D] of rows that count, and their layer."""
 
 
-def calibrate_levels(
+def calibrate_codebook(
     model: PreTrainedModel,
     samples: Iterable[Tensor],
     bits: int,
@@ -41,7 +41,7 @@ def calibrate_levels(
     front: tuple[int, ...] = (),
     left_out: int = 0,
     origin: str = "",
-) -> KVLevels:
+) -> Codebook:
     """The levels of `model` in `bits` bits. samples: token ids [T] each, computed behind the tokens `front`.
 
     left_out: first rows, of front and sample together, that do not count since a cell exempts them.
@@ -77,7 +77,7 @@ def calibrate_levels(
         _each(model, texts, front, left_out, seen, bar)
     bar.close()
     digest = digest_of(text.numpy() for text in texts)
-    return KVLevels(
+    return Codebook(
         bits=bits,
         key_levels=torch.stack([k_means(counts, 2**bits) for counts in of_keys]),
         value_levels=torch.stack([k_means(counts, 2**bits) for counts in of_values]),

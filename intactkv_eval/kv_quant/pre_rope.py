@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.kv_quant.rotary import Rotary, find_rotary
 from intactkv_eval.kv_quant.scheme import working
 from intactkv_eval.model.structure import cache_devices
@@ -23,10 +23,12 @@ class PreRope:
     group = 1
     recent = 0
 
-    def __init__(self, levels: KVLevels, model: PreTrainedModel) -> None:
+    def __init__(self, levels: Codebook, model: PreTrainedModel) -> None:
         devices = cache_devices(model)
         if len(devices) != len(levels.low):
-            raise ConfigError(f"kv_levels: of {len(levels.low)} layers, this model has {len(devices)}: another model's")
+            raise ConfigError(
+                f"kv_codebook: of {len(levels.low)} layers, this model has {len(devices)}: another model's"
+            )
         self.rotary: Rotary = find_rotary(model)
         self._low = [low[:, None].to(device) for low, device in zip(levels.low, devices, strict=True)]
         self._high = [high[:, None].to(device) for high, device in zip(levels.high, devices, strict=True)]

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.kv_quant.channel_key import ChannelKey
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.kv_quant.latent import check_keys_are_cached
 from intactkv_eval.kv_quant.pre_rope import PreRope
 from intactkv_eval.kv_quant.scheme import Scheme
@@ -20,22 +20,22 @@ LayerKV = tuple[Tensor, Tensor]
 """Keys and values [B, H, T, D] of one layer."""
 
 
-def _channel_key(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> Scheme:
-    if spec.group is None or spec.recent is None:
-        raise ConfigError("kv_scheme=channel_key needs kv_group and kv_recent")
+def _channel_key(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> Scheme:
+    if spec.group_size is None or spec.residual_length is None:
+        raise ConfigError("kv_scheme=channel_key needs kv_group_size and kv_residual_length")
     check_keys_are_cached(model, "channel_key")
-    return ChannelKey(spec.bits, spec.group, spec.recent)
+    return ChannelKey(spec.bits, spec.group_size, spec.residual_length)
 
 
-def _pre_rope(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None) -> Scheme:
-    if levels is None or levels.bits != spec.bits:
-        held = "none" if levels is None else f"those of {levels.bits} bits"
-        raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs levels of {spec.bits} bits, got {held}")
-    return PreRope(levels, model)
+def _pre_rope(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> Scheme:
+    if codebook is None or codebook.bits != spec.bits:
+        held = "none" if codebook is None else f"those of {codebook.bits} bits"
+        raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs codebook of {spec.bits} bits, got {held}")
+    return PreRope(codebook, model)
 
 
-SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, KVLevels | None], Scheme]] = {
-    "token_head": lambda spec, model, levels: TokenHead(spec.bits, spec.rotate, spec.clip),
+SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, Codebook | None], Scheme]] = {
+    "token_head": lambda spec, model, codebook: TokenHead(spec.bits, spec.rotate, spec.clip),
     "channel_key": _channel_key,
     "pre_rope": _pre_rope,
 }
@@ -62,10 +62,10 @@ class Writer:
         return torch.where(kept, keys, fake[0]), torch.where(kept, values, fake[1])
 
 
-def writer_of(spec: KVSpec, model: PreTrainedModel, levels: KVLevels | None = None) -> Writer | None:
+def writer_of(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None = None) -> Writer | None:
     """The writer of a cell on `model`, None where its KV cache is not quantized.
 
-    Raises ConfigError for levels that are missing or do not fit, UnsupportedModelError where the scheme does not fit
+    Raises ConfigError for codebook that are missing or do not fit, UnsupportedModelError where the scheme does not fit
     the model.
     """
-    return None if spec.bits == 16 else Writer(SCHEMES[spec.scheme](spec, model, levels), spec.keep)
+    return None if spec.bits == 16 else Writer(SCHEMES[spec.scheme](spec, model, codebook), spec.sink_tokens)

@@ -109,3 +109,19 @@ def evaluate_task(
     for name in results["configs"]:
         tracker.save_results_samples(task_name=name, samples=samples[name])
     check_written(out, {}, samples=True)
+
+
+def check_tasks(names: Sequence[str], folders: Sequence[str] = ()) -> None:
+    """Raise ConfigError unless lm_eval knows every task; `folders` are searched after ours."""
+    if not names:
+        raise ConfigError("--tasks: no task named; for instance --tasks ppl_wikitext2,arc_easy (lm_eval ls tasks)")
+    manager = task_manager(names, folders=folders)
+    known = set(manager.all_tasks)
+    unknown = [
+        name
+        for name in names
+        # the newest lm_eval gives back what it does not know, and takes `task@format`
+        if not os.path.exists(name) and not known & {one.partition("@")[0] for one in manager.match_tasks([name])}
+    ]
+    if unknown:
+        raise ConfigError(f"--tasks: unknown: {', '.join(unknown)}; lm_eval ls tasks --include_path $(intactkv tasks)")

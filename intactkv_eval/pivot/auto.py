@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 class Search(NamedTuple):
     """Where pivots are looked for, and what counts as one. See pivot/discover.py and pivot/prefix_choice.py."""
 
-    text: str = "wikitext2"
+    data: str = "wikitext2"
     samples: int = 16
     length: int = 256
     seed: int = 0
     threshold: float = 8.0
-    most: int = 4
-    least: float = 0.2
+    max_prefix_tokens: int = 4
+    min_reduction: float = 0.2
 
     def check(self) -> None:
         """Raise ConfigError for what is no setting."""
@@ -43,8 +43,11 @@ class Search(NamedTuple):
             raise ConfigError(f"--threshold {self.threshold}: a pivot is larger than the median, so more than 1")
         if self.samples < 2:
             raise ConfigError(f"--samples {self.samples}: one half is searched, the other judges: at least 2")
-        if self.most < 1 or not 0 < self.least < 1:
-            raise ConfigError(f"--most {self.most}, --least {self.least}: at least 1 token, and a share within 0 and 1")
+        if self.max_prefix_tokens < 1 or not 0 < self.min_reduction < 1:
+            raise ConfigError(
+                f"--max-prefix-tokens {self.max_prefix_tokens}, --min-reduction {self.min_reduction}: use at least 1 "
+                "token, and a share between 0 and 1"
+            )
 
 
 def search_prefix(
@@ -54,15 +57,24 @@ def search_prefix(
     check_supported(model)
     layers = list(decoder_layers(model)[1])
     with tqdm(desc="Searching a prefix", unit=" texts") as bar:
-        chosen = choose(model, layers, first, samples.tokens, search.threshold, search.most, search.least, bar.update)
+        chosen = choose(
+            model,
+            layers,
+            first,
+            samples.tokens,
+            search.threshold,
+            search.max_prefix_tokens,
+            search.min_reduction,
+            bar.update,
+        )
     searched = Searched(
         model=model.name_or_path or type(model).__name__,
         weight_hash=weight_hash(model.named_parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         samples=samples.record(),
         threshold=search.threshold,
-        most=search.most,
-        least=search.least,
+        max_prefix_tokens=search.max_prefix_tokens,
+        min_reduction=search.min_reduction,
     )
     words = tuple(tokenizer.decode([token]) for token in chosen.prefix)
     return ChoiceFile(tokens=chosen.prefix, text=words, searched=searched, choice=chosen)
@@ -107,7 +119,7 @@ def automatic_tokens(
     if identity is not None and path.is_file():
         return ChoiceFile.load(path).tokens
     model = load()
-    samples = load_samples(search.text, tokenizer, search.samples, search.length, search.seed)
+    samples = load_samples(search.data, tokenizer, search.samples, search.length, search.seed)
     made = search_prefix(model, tokenizer, first, samples, search)
     logger.info("pivot=auto: %s; %s", json.dumps(made.text, ensure_ascii=False), control(made))
     if identity is not None:
@@ -125,7 +137,7 @@ def control(made: ChoiceFile) -> str:
     before, after = made.choice.before, made.choice.after
     if before.prefix == after.prefix:
         return f"{before.pivots:.1f} pivots a thousand tokens behind it; no token in front removes enough of them"
-    differences = [a - b for a, b in zip(after.nats, before.nats, strict=True)]
+    differences = [a - b for a, b in zip(after.nll, before.nll, strict=True)]
     mean = sum(differences) / len(differences)
     spread = sum((one - mean) ** 2 for one in differences)
     error = sqrt(spread / max(len(differences) - 1, 1) / len(differences))
@@ -137,4 +149,4 @@ def control(made: ChoiceFile) -> str:
 
 
 def _perplexity(evidence: Evidence) -> float:
-    return exp(sum(evidence.nats) / len(evidence.nats))
+    return exp(sum(evidence.nll) / len(evidence.nll))

@@ -14,7 +14,7 @@ class Calibrated(BaseModel):
     """What a PivotKV was trained for, and how. It belongs to that quantized model alone.
 
     quantized: digest of all its packed weights. cell: how it is called. data: SHA-256 of the conversations.
-    settings: of the training; held_out: its measures before and after; full_nats: one of them in full precision.
+    settings: of the training; held_out: its measures before and after; full_nll: one of them in full precision.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -24,7 +24,7 @@ class Calibrated(BaseModel):
     data: str
     settings: dict[str, str | int | float | bool]
     held_out: dict[str, tuple[float, float]]
-    full_nats: float | None = None
+    full_nll: float | None = None
 
 
 class ChatHead(BaseModel):

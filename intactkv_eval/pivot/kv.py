@@ -20,7 +20,7 @@ from intactkv_eval.pivot.identity import ChatHead, Fingerprint
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.tensor_file import read_metadata, read_tensor_file, write_tensor_file
 
-FORMAT = "intactkv-pivot-1"
+FORMAT = "intactkv-pivot-2"
 ROUNDING = 2**-7  # rounded to fp16 by the one and to bf16 by the other
 
 _WEIGHTS, _LONG = "weights.", "long."

@@ -1,7 +1,7 @@
 """pivot=auto: BOS, and the few tokens whose presence in front keeps later tokens from becoming pivots.
 
     candidates: the tokens that are pivots behind [BOS], by how many there are in the texts that are searched
-    each round: the candidate that leaves the fewest pivots behind it joins, while it removes `least` of them
+    each round: the candidate that leaves the fewest pivots behind it joins, while it removes `min_reduction` of them
 
 Nothing is chosen for a figure that it is judged by: the search sees one half of the texts, the evidence is of the
 other. Knows no tokenizer and no text.
@@ -26,13 +26,13 @@ _CANDIDATES = 6
 class Evidence:
     """What a prefix does on texts that it was not chosen on.
 
-    pivots: tokens behind the prefix that are pivots, a thousand tokens. nats: of each text, the mean over its tokens,
+    pivots: tokens behind the prefix that are pivots, a thousand tokens. nll: of each text, the mean over its tokens,
     from the full-precision model behind the prefix.
     """
 
     prefix: tuple[int, ...]
     pivots: float
-    nats: tuple[float, ...]
+    nll: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ def choose(
     first: tuple[int, ...],
     texts: Sequence[Tensor],
     threshold: float,
-    most: int = 4,
-    least: float = 0.2,
+    max_tokens: int = 4,
+    min_reduction: float = 0.2,
     done: Callable[[], object] = lambda: None,
 ) -> Choice:
-    """A prefix of at most `most` tokens that begins with `first`. texts: [T] each; every other one is searched.
+    """A prefix of at most `max_tokens` tokens that begins with `first`. texts: [T] each; every other one is searched.
 
-    threshold: of discover.find. least: the share of pivots that a token must remove to join. done: after each text.
+    threshold: of discover.find. min_reduction: the share of pivots that a token must remove to join. done: called after
+    each text.
     """
     searched, held_out = texts[::2], texts[1::2]
 
@@ -75,18 +76,18 @@ def choose(
     counts = behind(first, searched)
     steps = [(first, rate(counts, searched))]
     prefix = first
-    while len(prefix) < most and counts:
+    while len(prefix) < max_tokens and counts:
         tried = {(*prefix, token): None for token, _ in counts.most_common(_CANDIDATES)}
         seen = {one: behind(one, searched) for one in tried}
         best = min(seen, key=lambda one: (sum(seen[one].values()), one))
-        if rate(seen[best], searched) > (1 - least) * steps[-1][1]:
+        if rate(seen[best], searched) > (1 - min_reduction) * steps[-1][1]:
             break
         prefix, counts = best, seen[best]
         steps.append((prefix, rate(counts, searched)))
 
     def evidence(one: tuple[int, ...]) -> Evidence:
-        nats = tuple(mean_nats(model, one, text) for text in held_out)
-        return Evidence(one, rate(behind(one, held_out), held_out), nats)
+        nll = tuple(mean_nll(model, one, text) for text in held_out)
+        return Evidence(one, rate(behind(one, held_out), held_out), nll)
 
     before = evidence(first)
     return Choice(prefix, before, before if prefix == first else evidence(prefix), tuple(steps))
@@ -101,14 +102,14 @@ def pivots_behind(
 
 
 @torch.no_grad()
-def mean_nats(model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor) -> float:
+def mean_nll(model: PreTrainedModel, prefix: tuple[int, ...], text: Tensor) -> float:
     """Of each token of `text` [T] behind the prefix, on average; all but the first, which nothing of it foretells."""
     ids = torch.cat([torch.tensor(prefix, dtype=torch.long), text]).to(model.get_input_embeddings().weight.device)
     logits = model(input_ids=ids[None], **cache_argument(model, None)).logits[0, len(prefix) : -1]
-    return float(nats_of(logits, ids[len(prefix) + 1 :]).mean())
+    return float(nll_of(logits, ids[len(prefix) + 1 :]).mean())
 
 
-def nats_of(logits: Tensor, words: Tensor) -> Tensor:
-    """logits [N, V] -> the nats [N] (fp64) of the words [N] that came."""
+def nll_of(logits: Tensor, words: Tensor) -> Tensor:
+    """logits [N, V] -> the nll [N] (fp64) of the words [N] that came."""
     scores = logits.float().log_softmax(dim=-1).gather(1, words[:, None].to(logits.device))
     return -scores[:, 0].double()

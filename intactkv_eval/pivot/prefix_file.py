@@ -11,7 +11,7 @@ from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.limits import read_bytes
 
-FORMAT = "intactkv-pivots-1"
+FORMAT = "intactkv-prefix-2"
 
 
 class Searched(BaseModel):
@@ -24,8 +24,8 @@ class Searched(BaseModel):
     dtype: str
     samples: dict[str, Any]
     threshold: float
-    most: int
-    least: float
+    max_prefix_tokens: int
+    min_reduction: float
 
 
 class ChoiceFile(BaseModel):

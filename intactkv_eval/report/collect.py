@@ -152,12 +152,12 @@ def _text(value: Any) -> str | None:
 
 
 def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
-    """KV levels are what they were calibrated on, not where they lie: a cell and its baseline have a file each."""
-    levels = record.get("kv_levels")
-    if levels is None:
+    """KV codebook are what they were calibrated on, not where they lie: a cell and its baseline have a file each."""
+    codebook = record.get("kv_codebook")
+    if codebook is None:
         return cell
-    named = f"{levels['fingerprint']['weight_hash']} {levels['samples']}"
-    return cell.model_copy(update={"kv": cell.kv.model_copy(update={"levels": named})})
+    named = f"{codebook['fingerprint']['weight_hash']} {codebook['samples']}"
+    return cell.model_copy(update={"kv": cell.kv.model_copy(update={"codebook": named})})
 
 
 def read_run(path: Path, leaves: bool = False, shared: SharedSettings | None = None) -> Run | None:

@@ -238,7 +238,7 @@ def _by_cell(runs: Sequence[Run]) -> list[tuple[Identity, dict[Column, Run]]]:
     def place(item: tuple[_Cell, object]) -> tuple[object, ...]:
         identity, cell = item[0][0], item[0][0].cell
         weights = (not identity.is_full_precision, cell.weights.method, -(cell.weights.bits or 16))
-        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits, cell.kv.scheme, cell.kv.keep)
+        stages = (-cell.activations.bits, cell.weights.rotate, -cell.kv.bits, cell.kv.scheme, cell.kv.sink_tokens)
         pivot = (cell.pivot.source != "bos", cell.pivot.source, cell.pivot.intact)
         return cell.model.pretrained, *weights, *stages, *pivot, str(item[0])
 

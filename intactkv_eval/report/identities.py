@@ -38,7 +38,7 @@ def baseline_of(identity: Identity) -> Identity:
     cell = identity.cell
     pivot = cell.pivot.model_copy(update={"intact": False, "source": BOS, "transfer": False})
     model = cell.model.model_copy(update={"reference": None})
-    kv = cell.kv.model_copy(update={"exempt": True})  # of intact rows alone
+    kv = cell.kv.model_copy(update={"quantize_pivot": False})  # of intact rows alone
     formulas = tuple(one for one in identity.formulas if not one[0].startswith("calibration"))  # of the intact rows
     cell = cell.model_copy(update={"pivot": pivot, "model": model, "kv": kv})
     return replace(identity, cell=cell, formulas=formulas)

@@ -48,7 +48,7 @@ def _labels(identity: Identity) -> tuple[str, str, str, str]:
 
 
 def _kv_label(kv: KVSpec) -> str:
-    sizes = f" g{kv.group} recent {kv.recent}" if kv.group is not None else ""
-    kept = f" keep {kv.keep}" if kv.keep else ""
+    sizes = f" g{kv.group_size} residual {kv.residual_length}" if kv.group_size is not None else ""
+    kept = f" sink {kv.sink_tokens}" if kv.sink_tokens else ""
     turned = (" rotated" if kv.rotate else "") + (f" clip {kv.clip:g}" if kv.clip < 1 else "")
-    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{'' if kv.exempt else ' pivot too'}"
+    return f"{kv.bits} {kv.scheme}{sizes}{kept}{turned}{' pivot too' if kv.quantize_pivot else ''}"

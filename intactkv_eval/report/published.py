@@ -137,7 +137,7 @@ def _unlike_theirs(identity: Identity, one: Published) -> list[str]:
         said.append("ours: calibrated behind the pivot")
     rotated = one.key[1] == "quarot"
     if cell.kv.bits < 16 and (
-        (cell.kv.scheme, cell.kv.keep, cell.kv.exempt) != ("token_head", 0, True)
+        (cell.kv.scheme, cell.kv.sink_tokens, cell.kv.quantize_pivot) != ("token_head", 0, False)
         or (cell.kv.rotate, cell.kv.clip) != (rotated, _QUAROT_KV_CLIP if rotated else 1.0)
     ):
         said.append("ours: another KV scheme")

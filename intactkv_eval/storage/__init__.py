@@ -1,1 +1,1 @@
-"""Files: documents of strangers, limits of what is read, atomic writes, tensor files. Knows nothing of models or cells."""
+"""Files: strangers' documents, limits of reading, atomic writes, tensor files. Knows nothing of models or cells."""

@@ -48,6 +48,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("INTACTKV_CACHE") or Path.home() / ".cache" / "intactkv")
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError where nothing can be written in `folder`, or where it cannot be made. Leaves nothing behind."""
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from None
+
+
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to disk, then rename it into place.
 

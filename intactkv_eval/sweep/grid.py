@@ -22,12 +22,12 @@ from intactkv_eval.lm import run_record
 from intactkv_eval.lm.hf_arguments import KNOWN, check_names, checked_cell, split_model_args
 from intactkv_eval.mt_bench.sources import PUBLISHED
 from intactkv_eval.sweep.identity import key_of
-from intactkv_eval.sweep.preparation import MADE, Calibrate, Levels, Preparation, Quantize
+from intactkv_eval.sweep.preparation import MADE, Calibrate, KVCodebook, Preparation, Quantize
 from intactkv_eval.sweep.spec import (
     CalibrateSpec,
+    CodebookSpec,
     Entry,
     GridSpec,
-    LevelsSpec,
     QuantizeSpec,
     SweepSpec,
     TaskSpec,
@@ -41,14 +41,14 @@ MOST_CELLS = 10_000
 versions = cache(run_record.versions)  # reading them takes longer than all else that a cell's key needs
 _MADE: tuple[tuple[str, str, type[Spec]], ...] = (
     ("weights", "quantize", QuantizeSpec),
-    ("kv", "levels", LevelsSpec),
+    ("kv", "codebook", CodebookSpec),
     ("pivots", "calibrate", CalibrateSpec),
 )
 _OF = {
     "weights": ("weights", "bits", "group_size", "symmetric", "awq_search", "rotate", "backend", "quantize"),
     "activations": ("act_bits", "act_scheme", "act_symmetric", "act_clip"),
-    "kv": ("kv_bits", "kv_scheme", "kv_keep", "kv_group", "kv_recent", "kv_exempt", "kv_rotate", "kv_clip", "kv_levels",
-           "levels"),
+    "kv": ("kv_bits", "kv_scheme", "kv_sink_tokens", "kv_group_size", "kv_residual_length", "kv_quantize_pivot",
+           "kv_rotate", "kv_clip", "kv_codebook", "codebook"),
     "pivots": ("pivot", "intact", "pivot_transfer", "chat_template", "chat_date", "calibrate"),
 }  # fmt: skip
 _OF_PIVOT = ("pivot", "intact", "chat_template", "chat_date")
@@ -103,7 +103,7 @@ class Unit:
         cell, quantize = self.cell, self.quantize
         weights = quantize.label if quantize else _weights(cell)
         kv = "kv16" if cell.kv.bits == 16 else f"kv{cell.kv.bits} {cell.kv.scheme}"
-        kv += f" keep {cell.kv.keep}" if cell.kv.keep else ""
+        kv += f" sink {cell.kv.sink_tokens}" if cell.kv.sink_tokens else ""
         trained = any(isinstance(one, Calibrate) for one in self.preparations)
         named = "calibrated" if trained else PurePath(cell.pivot.source).name
         pivot = named if cell.pivot.intact else "none" if named == "bos" else f"{named} computed"
@@ -211,7 +211,7 @@ def _excluded(flat: Entry, task: TaskSpec, seed: int | None, rules: Sequence[Ent
     said = {**flat, "task": task.task, "seed": seed}
     if isinstance(flat.get("quantize"), Mapping):
         said["quantize"] = flat["quantize"].get("preset") or flat["quantize"].get("method", "rtn")
-    said |= {key: value is not None for key, value in said.items() if key in {"levels", "calibrate"}}
+    said |= {key: value is not None for key, value in said.items() if key in {"codebook", "calibrate"}}
     return any(all(said.get(key) in (value if isinstance(value, list) else [value]) for key, value in rule.items())
                for rule in rules)  # fmt: skip
 
@@ -220,12 +220,12 @@ def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]
     """Arguments of the model class, and what must be made for them; checked."""
     arguments = dict(flat)
     made: list[Preparation] = []
-    quantize, levels, calibrate = (arguments.pop(key, None) for key in ("quantize", "levels", "calibrate"))
+    quantize, codebook, calibrate = (arguments.pop(key, None) for key in ("quantize", "codebook", "calibrate"))
     intact = str(arguments.get("pivot", "bos")).lower() != "none" and arguments.get("intact", True)
     try:
-        if levels is not None:
-            made.append(_levels(LevelsSpec.model_validate(levels), model, arguments))
-            arguments["kv_levels"] = MADE + made[-1].name
+        if codebook is not None:
+            made.append(_codebook(CodebookSpec.model_validate(codebook), model, arguments))
+            arguments["kv_codebook"] = MADE + made[-1].name
         if quantize is not None:
             made.append(_quantize(QuantizeSpec.model_validate(quantize), model))
             arguments |= {"pretrained": MADE + made[-1].name, "reference": model["pretrained"]}
@@ -252,12 +252,12 @@ def _quantize(asked: QuantizeSpec, model: Entry) -> Quantize:
     return made
 
 
-def _levels(asked: LevelsSpec, model: Entry, arguments: Entry) -> Levels:
+def _codebook(asked: CodebookSpec, model: Entry, arguments: Entry) -> KVCodebook:
     if arguments.get("kv_scheme") != "pre_rope":
-        raise ConfigError("levels: does nothing without kv_scheme: pre_rope")
+        raise ConfigError("codebook: does nothing without kv_scheme: pre_rope")
     pivot = {key: arguments[key] for key in _OF_PIVOT if key in arguments}
-    kv = cell_from_args({key: arguments[key] for key in arguments if key in CELL_KEYS} | {"kv_levels": MADE}).kv
-    return Levels(model, pivot, kv.bits, kv.keep, kv.exempt, asked)
+    kv = cell_from_args({key: arguments[key] for key in arguments if key in CELL_KEYS} | {"kv_codebook": MADE}).kv
+    return KVCodebook(model, pivot, kv.bits, kv.sink_tokens, kv.quantize_pivot, asked)
 
 
 def _weights(cell: CellSpec) -> str:

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-_PLACES = {"pretrained", "reference", "tokenizer", "peft", "delta", "awq_search", "kv_levels", "pivot", "chat_template",
-           "data", "questions"}  # fmt: skip
+_PLACES = {"pretrained", "reference", "tokenizer", "peft", "delta", "awq_search", "kv_codebook", "pivot",
+           "chat_template", "data", "questions"}  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _SETTINGS = ("*.json", "*.model")  # a SentencePiece model is all of a tokenizer that Vicuna ships
 _ENDS = 2**20  # bytes that are read of each end of a weight file

@@ -20,9 +20,9 @@ from intactkv_eval.model.devices import check_device
 from intactkv_eval.sanitize import clean_logs
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
-from intactkv_eval.sweep.pool import Ended
+from intactkv_eval.sweep.pool import JobResult
 from intactkv_eval.sweep.spec import RunSpec
-from intactkv_eval.sweep.work import Place, Workshop, last_lines, print_into
+from intactkv_eval.sweep.work import WorkerSlot, Workshop, last_lines, print_into
 
 _GOODBYE = 10.0  # seconds for an idle process to end by itself
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
@@ -52,7 +52,7 @@ class LocalPool:
         self._begun[slot] = unit, time.monotonic()
         self._slots[slot].pipe.send(unit)
 
-    def wait(self, seconds: float) -> list[Ended]:
+    def wait(self, seconds: float) -> list[JobResult]:
         """What ended within `seconds`."""
         pipes = {self._slots[slot].pipe: slot for slot in self._begun}
         ready = [pipes[pipe] for pipe in wait(list(pipes), seconds) if isinstance(pipe, Connection)]
@@ -76,7 +76,7 @@ class LocalPool:
         theirs.close()
         return _Slot(process, ours)
 
-    def _ended(self, slot: int) -> Ended:
+    def _ended(self, slot: int) -> JobResult:
         unit, begun = self._begun.pop(slot)
         seconds = time.monotonic() - begun
         try:
@@ -86,9 +86,9 @@ class LocalPool:
             process.join()
             code = process.exitcode or 0
             if code < 0:
-                return Ended(slot, f"its process was killed (signal {-code})", seconds, died=True)
-            return Ended(slot, last_lines(self._folder.log(unit.key)) or f"its process ended with {code}", seconds)
-        return Ended(slot, error, seconds)
+                return JobResult(slot, f"its process was killed (signal {-code})", seconds, died=True)
+            return JobResult(slot, last_lines(self._folder.log(unit.key)) or f"its process ended with {code}", seconds)
+        return JobResult(slot, error, seconds)
 
 
 def check_slots(devices: Sequence[str]) -> None:
@@ -130,10 +130,10 @@ def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> No
                 return
             responses = folder.responses(unit.key) if run.use_cache else None
             print_into(folder.log(unit.key))
-            pipe.send(_tried(workshop, unit, Place(device, folder.made, responses), folder))
+            pipe.send(_tried(workshop, unit, WorkerSlot(device, folder.made, responses), folder))
 
 
-def _tried(workshop: Workshop, unit: Unit, place: Place, folder: SweepFolder) -> str | None:
+def _tried(workshop: Workshop, unit: Unit, place: WorkerSlot, folder: SweepFolder) -> str | None:
     begun = time.monotonic()  # a clock may go back
     try:
         workshop.run(unit, place, folder.start(unit.key))

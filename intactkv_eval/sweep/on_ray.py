@@ -22,9 +22,9 @@ from intactkv_eval.storage.files import cache_folder
 from intactkv_eval.sweep.archive import unpack
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
-from intactkv_eval.sweep.pool import Ended
+from intactkv_eval.sweep.pool import JobResult
 from intactkv_eval.sweep.spec import RunSpec
-from intactkv_eval.sweep.work import Place, Workshop, last_lines, print_into
+from intactkv_eval.sweep.work import WorkerSlot, Workshop, last_lines, print_into
 
 _SECONDS = 10.0  # for a cluster to answer
 _PASSED_ON = ("INTACTKV_", "HF_", "TRANSFORMERS_", "OMP_", "TOKENIZERS_")  # environment of the driver
@@ -72,7 +72,7 @@ class RayPool:
             self._actors[slot] = actor.remote(self._run, self._made)
         self._begun[slot] = unit, time.monotonic(), self._actors[slot].run.remote(unit)
 
-    def wait(self, seconds: float) -> list[Ended]:
+    def wait(self, seconds: float) -> list[JobResult]:
         """What ended within `seconds`."""
         slots = {asked: slot for slot, (_, _, asked) in self._begun.items()}
         ready, _ = self._ray.wait(list(slots), num_returns=1, timeout=seconds)
@@ -84,29 +84,29 @@ class RayPool:
             self._ray.kill(actor)
         self._ray.shutdown()
 
-    def _ended(self, slot: int, asked: Any) -> Ended:
+    def _ended(self, slot: int, asked: Any) -> JobResult:
         unit, begun, _ = self._begun.pop(slot)
         errors = self._ray.exceptions
         try:
             found: _Found = self._ray.get(asked)
         except errors.RayTaskError as error:
             self._ray.kill(self._actors.pop(slot))  # what it holds may be in any state
-            return Ended(slot, "\n".join(str(error).strip().splitlines()[-6:]), time.monotonic() - begun)
+            return JobResult(slot, "\n".join(str(error).strip().splitlines()[-6:]), time.monotonic() - begun)
         except errors.RayError as error:  # the actor, its node, or what it sent back is gone
             self._actors.pop(slot)
-            return Ended(slot, f"its actor was lost ({type(error).__name__})", time.monotonic() - begun, died=True)
+            return JobResult(slot, f"its actor was lost ({type(error).__name__})", time.monotonic() - begun, died=True)
         seconds = time.monotonic() - begun
         log = self._folder.log(unit.key)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(found.log, encoding="utf-8")
         if found.results is None:
-            return Ended(slot, found.error, seconds)
+            return JobResult(slot, found.error, seconds)
         try:
             unpack(found.results, self._folder.start(unit.key))
         except DataError as error:
-            return Ended(slot, f"{found.node} sent back no results of a run ({error})", seconds)
+            return JobResult(slot, f"{found.node} sent back no results of a run ({error})", seconds)
         self._folder.place(unit.key, {"unit": unit.label, "seconds": seconds, "device": found.node})
-        return Ended(slot, None, seconds)
+        return JobResult(slot, None, seconds)
 
 
 class _Actor:
@@ -128,7 +128,7 @@ class _Actor:
             device = "cuda" if self._run.resources.get("num_gpus") else "cpu"
             responses = self._made / "responses" / unit.key if self._run.use_cache else None
             try:
-                self._workshop.run(unit, Place(device, self._made, responses), out)
+                self._workshop.run(unit, WorkerSlot(device, self._made, responses), out)
             except IntactKVError as error:
                 return _Found(None, str(error), last_lines(log, 10**6), os.uname().nodename)
             packed = io.BytesIO()

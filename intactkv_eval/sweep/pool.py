@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 from intactkv_eval.sweep.grid import Unit
 
 
-class Ended(NamedTuple):
+class JobResult(NamedTuple):
     """How a unit ended in a slot."""
 
     slot: int
@@ -30,7 +30,7 @@ class Pool(Protocol):
     def submit(self, slot: int, unit: Unit) -> None:
         """Begin; the slot must be idle."""
 
-    def wait(self, seconds: float) -> list[Ended]:
+    def wait(self, seconds: float) -> list[JobResult]:
         """What ended, as soon as something has, or nothing after `seconds`."""
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What is made once for many cells: a quantized checkpoint, levels of the KV cache, a trained pivot.
+"""What is made once for many cells: a quantized checkpoint, a codebook of the KV cache, a trained pivot.
 
 A preparation is a value; `make` does it, in this process, into a folder where all of a sweep's lie. Its name holds the
 digest of all that decides its bytes. Processes that need the same one wait for each other, and a killed one goes on
@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from intactkv_eval.cell.formulas import current, names_of_job
-from intactkv_eval.commands.calibrate import Asked, calibrate_to_file
-from intactkv_eval.commands.kv_codebook import levels_of_text
+from intactkv_eval.commands.calibrate import CalibrateOptions, calibrate_to_file
+from intactkv_eval.commands.kv_codebook import CodebookOptions, codebook_of_text
 from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.lm.hf_arguments import split_model_args
 from intactkv_eval.quantize.job import Job, job_from
 from intactkv_eval.storage.files import locked
 from intactkv_eval.sweep.identity import key_of
-from intactkv_eval.sweep.spec import CalibrateSpec, LevelsSpec, QuantizeSpec
-from intactkv_eval.training.trainer import Settings
+from intactkv_eval.sweep.spec import CalibrateSpec, CodebookSpec, QuantizeSpec
+from intactkv_eval.training.trainer import TrainingArguments
 
 MADE = "@made/"
 """Stands for the folder where preparations lie, which each machine has its own of."""
@@ -71,30 +71,29 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class Levels:
-    """`intactkv kv-levels` for cells of `model` behind `pivot`."""
+class KVCodebook:
+    """`intactkv kv-codebook` for cells of `model` behind `pivot`."""
 
     model: Mapping[str, Any]
     pivot: Mapping[str, Any]
     bits: int
-    keep: int
-    exempt: bool
-    asked: LevelsSpec
+    sink_tokens: int
+    quantize_pivot: bool
+    asked: CodebookSpec
 
     @property
     def name(self) -> str:
-        """The file of the levels."""
-        said = {"model": self.model, "pivot": self.pivot, "bits": self.bits, "keep": self.keep, "exempt": self.exempt}
+        """The file of the codebook."""
+        said = {"model": self.model, "pivot": self.pivot, "bits": self.bits}
+        said |= {"sink_tokens": self.sink_tokens, "quantize_pivot": self.quantize_pivot}
         return f"kv{self.bits}-{key_of({**said, **self.asked.model_dump(), **_made_by('codebook')})}.safetensors"
 
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
         cell, loading = split_model_args({**self.model, **self.pivot})
-        asked = self.asked
-        levels_of_text(
-            cell, {**loading, "device": device}, self.bits, asked.data, asked.samples, asked.length, asked.seed, out,
-            self.keep, self.exempt,
-        )  # fmt: skip
+        asked, front = self.asked, (self.sink_tokens, self.quantize_pivot)
+        options = CodebookOptions(asked.data, self.bits, asked.samples, asked.length, asked.seed, *front)
+        codebook_of_text(cell, {**loading, "device": device}, options, out)
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,16 @@ class Calibrate:
     def make(self, out: Path, device: str) -> None:
         """Raises IntactKVError."""
         cell, loading = split_model_args(placed(self.arguments, out.parent))
-        given, of_training = self.asked.model_dump(exclude_none=True), {field.name for field in fields(Settings)}
-        settings = Settings(**{key: value for key, value in given.items() if key in of_training})
-        asked = Asked(**{key: value for key, value in given.items() if key not in of_training})
-        calibrate_to_file(cell, {**loading, "device": device}, asked, settings, out)
+        given, of_training = (
+            self.asked.model_dump(exclude_none=True),
+            {field.name for field in fields(TrainingArguments)},
+        )
+        training = TrainingArguments(**{key: value for key, value in given.items() if key in of_training})
+        options = CalibrateOptions(**{key: value for key, value in given.items() if key not in of_training})
+        calibrate_to_file(cell, {**loading, "device": device}, options, training, out)
 
 
-Preparation = Quantize | Levels | Calibrate
+Preparation = Quantize | KVCodebook | Calibrate
 
 
 def placed(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from intactkv_eval.sanitize import clean, on_one_line
 from intactkv_eval.sweep.grid import Unit
-from intactkv_eval.sweep.schedule import Happened, State
+from intactkv_eval.sweep.schedule import State, UnitFinished
 
 _SHOWN = 8
 
@@ -23,7 +23,7 @@ class Progress:
     def __init__(self, names: Sequence[str], total: int, figure: Callable[[str], str]) -> None:
         self._names, self._total, self._figure = names, total, figure
         self._begun = time.monotonic()
-        self._ended: list[Happened] = []
+        self._ended: list[UnitFinished] = []
         self._since: dict[str, float] = {}
         self._state = State({}, total)
         self._console = Console(stderr=True, highlight=False)
@@ -39,7 +39,7 @@ class Progress:
             self._live.refresh()
             self._live.stop()
 
-    def happened(self, end: Happened) -> None:
+    def happened(self, end: UnitFinished) -> None:
         """A unit has ended."""
         self._ended.append(end)
         if not self._live.is_started:
@@ -53,7 +53,7 @@ class Progress:
         if self._live.is_started:
             self._live.refresh()
 
-    def _line(self, end: Happened) -> str:
+    def _line(self, end: UnitFinished) -> str:
         said = self._figure(end.unit.key) if end.error is None else f"FAILED {end.error.splitlines()[-1]}"
         return clean(f"{end.unit.label}: {said} ({end.seconds:.0f} s)")
 

@@ -12,8 +12,8 @@ from intactkv_eval.assemble.chat_date import moment_of_run
 from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.cell.formulas import current, names_of_cell, names_of_job
 from intactkv_eval.cell.trust import TRUST
-from intactkv_eval.commands.evaluate import check_tasks
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.lm.evaluate_task import check_tasks
 from intactkv_eval.lm.hf_arguments import check_names, split_model_args
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.storage.files import shipped_folder
@@ -26,11 +26,11 @@ from intactkv_eval.sweep.on_ray import RayPool
 from intactkv_eval.sweep.pool import Pool
 from intactkv_eval.sweep.preparation import Quantize, placed
 from intactkv_eval.sweep.progress import Progress
-from intactkv_eval.sweep.schedule import Happened, run_units
+from intactkv_eval.sweep.schedule import UnitFinished, run_units
 from intactkv_eval.sweep.spec import GridSpec, RunSpec, SweepSpec, read_sweep
 
 
-class Where(NamedTuple):
+class RunLocation(NamedTuple):
     """executor: local or ray. devices: of local slots. address, made, workers: of Ray (on_ray.py)."""
 
     executor: str = "local"
@@ -78,7 +78,7 @@ class Sweep:
         ]
         return "\n".join([*lines, "", *estimate(self.waiting, self.units, self.folder, slots)])
 
-    def run(self, where: Where) -> list[Happened]:
+    def run(self, where: RunLocation) -> list[UnitFinished]:
         """Run what waits; how each unit of it ended. Raises ConfigError where nothing can be run."""
         if where.executor == "local":
             check_slots(devices_here(where.devices))
@@ -123,7 +123,7 @@ def devices_here(asked: str | None) -> list[str]:
 
 
 @contextmanager
-def _pool(where: Where, folder: SweepFolder, run: RunSpec, waiting: int) -> Iterator[Pool]:
+def _pool(where: RunLocation, folder: SweepFolder, run: RunSpec, waiting: int) -> Iterator[Pool]:
     pool: LocalPool | RayPool
     if where.executor == "ray":
         pool = RayPool(where.address, folder, run, where.made, min(where.workers or waiting, waiting))

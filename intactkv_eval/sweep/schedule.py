@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
-from intactkv_eval.sweep.pool import Ended, Pool
+from intactkv_eval.sweep.pool import JobResult, Pool
 
 Group = tuple[int, tuple[bool, int, int]]
 _TICK = 1.0  # seconds between two looks at the slots
 
 
-class Happened(NamedTuple):
+class UnitFinished(NamedTuple):
     """A unit that ended for good. error: None where it is done."""
 
     unit: Unit
@@ -47,9 +47,9 @@ def run_units(
     pool: Pool,
     folder: SweepFolder,
     retries: int,
-    happened: Callable[[Happened], None],
+    happened: Callable[[UnitFinished], None],
     look: Callable[[State], None],
-) -> list[Happened]:
+) -> list[UnitFinished]:
     """Run all units; how each ended, in the order of their ends. A failed one is kept as such in `folder`."""
     waiting, ended, tried = list(units), [], dict.fromkeys((unit.key for unit in units), 0)
     running: dict[int, Unit] = {}
@@ -68,7 +68,7 @@ def run_units(
             if end.died and tried[unit.key] <= retries:
                 waiting.insert(0, unit)
                 continue
-            found = Happened(unit, _why(end, tried[unit.key]), end.seconds)
+            found = UnitFinished(unit, _why(end, tried[unit.key]), end.seconds)
             if found.error is not None:
                 folder.fail(unit.key, found.error)
             ended.append(found)
@@ -77,7 +77,7 @@ def run_units(
     return ended
 
 
-def _why(end: Ended, times: int) -> str | None:
+def _why(end: JobResult, times: int) -> str | None:
     return f"{end.error}, {times} times" if end.died and times > 1 else end.error
 
 

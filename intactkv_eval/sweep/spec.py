@@ -3,8 +3,8 @@
     models x weights x activations x kv x pivots x tasks x seeds
 
 An entry of the first five is a mapping of model arguments (README); a bare word is short for `pretrained` among models,
-for `pivot` among pivots, for `task` among tasks. Besides, weights may be made (`quantize`), levels of `pre_rope`
-calibrated (`levels`) and a pivot trained (`calibrate`): each once, for all cells that need it. A table that is no
+for `pivot` among pivots, for `task` among tasks. Besides, weights may be made (`quantize`), a codebook of `pre_rope`
+calibrated (`codebook`) and a pivot trained (`calibrate`): each once, for all cells that need it. A table that is no
 product is `grids`, a list of mappings: each a grid of its own, with the lists beside `grids` where it has none.
 """
 
@@ -21,7 +21,7 @@ from intactkv_eval.storage.documents import parse_yaml
 Entry = dict[str, Any]
 
 
-class LevelsSpec(Spec):
+class CodebookSpec(Spec):
     """Calibration of kv_scheme=pre_rope: `samples` random pieces of `data`, of `length` tokens."""
 
     data: str
@@ -57,19 +57,19 @@ class CalibrateSpec(Spec):
     """Training of the pivot's rows: options of `intactkv calibrate` by name; its own defaults hold where None."""
 
     data: str
-    answer: int | None = Field(default=None, ge=0)
-    rate: float | None = None
-    batch: int | None = None
+    generate_answers: int | None = Field(default=None, ge=0)
+    learning_rate: float | None = None
+    batch_size: int | None = None
     epochs: int | None = None
-    clip: float | None = None
+    max_grad_norm: float | None = None
     held_out: float | None = None
     patience: int | None = None
     seed: int | None = None
-    tokens: int | None = Field(default=None, ge=2)
-    assistant: int | None = Field(default=None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=2)
+    min_assistant_tokens: int | None = Field(default=None, ge=0)
     conversations: int | None = Field(default=None, ge=2)
     recompute: bool | None = None
-    master: str | None = None
+    param_dtype: str | None = None
 
 
 class TaskSpec(Spec):
@@ -149,7 +149,7 @@ _FIELDS = {
     "grids": [*GridSpec.model_fields, "grids", "run"],
     "tasks": list(TaskSpec.model_fields),
     "run": list(RunSpec.model_fields),
-    **{spec.__name__: list(spec.model_fields) for spec in (LevelsSpec, QuantizeSpec, CalibrateSpec)},
+    **{spec.__name__: list(spec.model_fields) for spec in (CodebookSpec, QuantizeSpec, CalibrateSpec)},
 }
 """The keys of a sweep's mappings: by the list or key that they stand in, or by the name of what is read alone."""
 

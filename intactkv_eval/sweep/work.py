@@ -19,7 +19,7 @@ from intactkv_eval.sweep.preparation import placed, prepare
 from intactkv_eval.sweep.spec import RunSpec
 
 
-class Place(NamedTuple):
+class WorkerSlot(NamedTuple):
     """Where a unit is run: device in torch's words, the folder of what is made, and of this unit's response cache."""
 
     device: str
@@ -44,12 +44,12 @@ class Workshop:
         if self._run.share:
             self._shelf.__exit__(kind, error, at)
 
-    def run(self, unit: Unit, place: Place, out: Path) -> None:
+    def run(self, unit: Unit, place: WorkerSlot, out: Path) -> None:
         """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
         with moment_of_run(unit.begun, chosen=False):
             self._run_now(unit, place, out)
 
-    def _run_now(self, unit: Unit, place: Place, out: Path) -> None:
+    def _run_now(self, unit: Unit, place: WorkerSlot, out: Path) -> None:
         self._prepare(unit, place)
         seeded = {} if unit.seed is None else {"seed": unit.seed}
         arguments = placed(unit.arguments, place.made)
@@ -57,7 +57,7 @@ class Workshop:
         evaluate_task(arguments, unit.task.task, out, unit.seed, metadata, **_settings(unit, place, self._run))
         gc.collect()
 
-    def _prepare(self, unit: Unit, place: Place) -> None:
+    def _prepare(self, unit: Unit, place: WorkerSlot) -> None:
         for preparation in unit.preparations:
             name = preparation.name
             if name in self._failed:
@@ -74,7 +74,7 @@ class Workshop:
                 raise
 
 
-def _settings(unit: Unit, place: Place, run: RunSpec) -> dict[str, Any]:
+def _settings(unit: Unit, place: WorkerSlot, run: RunSpec) -> dict[str, Any]:
     """Of lm_eval's `simple_evaluate`."""
     task = unit.task
     return {

@@ -20,7 +20,7 @@ from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.chat.vicuna import is_vicuna, released_tokens
 from intactkv_eval.data.hub import digest_of
 from intactkv_eval.errors import DataError
-from intactkv_eval.pivot.prefix_choice import nats_of
+from intactkv_eval.pivot.prefix_choice import nll_of
 
 Body = Callable[[Sequence[int]], list[int]]
 """The tokens of a row -> those behind the pivot."""
@@ -63,7 +63,8 @@ def examples_of(
     if not kept or count is not None:
         raise DataError(
             f"{conversations.source}: {len(kept)} of {looked} conversations have more than {least_counted} assistant "
-            f"tokens among the first {most_tokens}, {count or 2} are needed; questions without answers need --answer"
+            f"tokens among the first {most_tokens}, {count or 2} are needed; questions without answers need "
+            "--generate-answers"
         )
     return kept
 
@@ -73,11 +74,11 @@ def digest_of_examples(examples: Sequence[Example]) -> str:
     return digest_of(part for example in examples for part in (example.body.numpy(), example.counted.numpy()))
 
 
-def counted_nats(logits: Tensor, example: Example) -> Tensor:
-    """The nats [N] of the counted tokens, from logits [T, V] behind the body's tokens; none of the first one's."""
+def counted_nll(logits: Tensor, example: Example) -> Tensor:
+    """The nll [N] of the counted tokens, from logits [T, V] behind the body's tokens; none of the first one's."""
     places = example.counted.nonzero()[:, 0]
     places = places[places > 0].to(logits.device)
-    return nats_of(logits[places - 1], example.body[places.to(example.body.device)])
+    return nll_of(logits[places - 1], example.body[places.to(example.body.device)])
 
 
 def _windows(text: str, tokenizer: Any, size: int) -> list[Example]:

@@ -20,7 +20,7 @@ from intactkv_eval.storage.torch_pickle import read_torch_file
 from intactkv_eval.training.student import Quality
 
 _EVERY = 10  # steps between two saves inside of an epoch
-_COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_out_nats")
+_COLUMNS = ("epoch", "step", "loss", "held_out_blocks", "held_out_last", "held_out_nll")
 
 
 class RunState:

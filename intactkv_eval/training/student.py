@@ -21,7 +21,7 @@ from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.model.hooks import hidden_of, watched
 from intactkv_eval.model.layer_calls import LayerCall
 from intactkv_eval.model.structure import cache_devices, decoder_layers
-from intactkv_eval.training.examples import Example, counted_nats
+from intactkv_eval.training.examples import Example, counted_nll
 from intactkv_eval.training.trainable_kv import TrainedRows, run_behind
 
 Targets = Sequence[Tensor]
@@ -29,11 +29,11 @@ Targets = Sequence[Tensor]
 
 
 class Quality(NamedTuple):
-    """Means over examples. blocks: the loss; last: that of the last layer; nats: of the assistant's tokens, each."""
+    """Means over examples. blocks: the loss; last: that of the last layer; nll: of the assistant's tokens, each."""
 
     blocks: float
     last: float
-    nats: float
+    nll: float
 
 
 class Student:
@@ -69,15 +69,15 @@ class Student:
     @torch.no_grad()
     def quality(self, examples: Sequence[Example], targets: Iterator[Targets]) -> Quality:
         """How near the model is to the full-precision one on `examples`."""
-        losses, nats, tokens = torch.zeros(len(self._layers), dtype=torch.float64), 0.0, 0
+        losses, nll, tokens = torch.zeros(len(self._layers), dtype=torch.float64), 0.0, 0
         for example, wanted in zip(examples, targets, strict=True):
             with self._losses(wanted, example) as found:
                 logits = self._run(self.model, example).logits[0]
             losses += torch.stack(found).double().cpu()
-            of_tokens = counted_nats(logits, example)
-            nats, tokens = nats + float(of_tokens.sum()), tokens + len(of_tokens)
+            of_tokens = counted_nll(logits, example)
+            nll, tokens = nll + float(of_tokens.sum()), tokens + len(of_tokens)
         losses /= len(examples)
-        return Quality(float(losses.sum()), float(losses[-1]), nats / max(tokens, 1))
+        return Quality(float(losses.sum()), float(losses[-1]), nll / max(tokens, 1))
 
     def _run(self, module: Any, example: Example) -> Any:
         return run_behind(module, self.model, self.rows.cast(self.model.dtype), self._devices, example.body)

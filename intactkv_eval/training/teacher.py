@@ -20,7 +20,7 @@ from intactkv_eval.model.structure import cache_devices, decoder_layers, text_co
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.tensor_file import save_tensors
-from intactkv_eval.training.examples import Example, counted_nats
+from intactkv_eval.training.examples import Example, counted_nll
 from intactkv_eval.training.trainable_kv import Rows, run_behind
 
 
@@ -47,12 +47,12 @@ def layer_outputs(model: PreTrainedModel, pivot: PivotKV, example: Example) -> l
 
 
 @torch.no_grad()
-def full_nats(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
+def full_nll(model: PreTrainedModel, pivot: PivotKV, examples: Sequence[Example]) -> float:
     """Of the counted tokens of all examples, each: what a quantized model may come to."""
     rows, devices = Rows(pivot.keys, pivot.values), cache_devices(model)
     runs = (run_behind(model, model, rows, devices, one.body).logits[0] for one in examples)
-    nats = torch.cat([counted_nats(logits, one) for logits, one in zip(runs, examples, strict=True)])
-    return float(nats.sum()) / max(len(nats), 1)
+    nll = torch.cat([counted_nll(logits, one) for logits, one in zip(runs, examples, strict=True)])
+    return float(nll.sum()) / max(len(nll), 1)
 
 
 def bytes_of(model: PreTrainedModel, examples: Sequence[Example]) -> int:

@@ -26,30 +26,42 @@ from intactkv_eval.training.student import Quality, Student, Targets
 
 
 @dataclass(frozen=True)
-class Settings:
-    """rate: of AdamW. batch: examples a step. epochs: at most. clip: of the gradient's norm; 0 is none.
+class TrainingArguments:
+    """How rows are trained.
 
-    held_out: the share of examples that is never trained on. patience: epochs without a better held-out loss.
+    Args:
+        learning_rate: The constant learning rate of AdamW.
+        batch_size: Examples of a step.
+        epochs: The largest number of epochs.
+        max_grad_norm: The norm to which a step's gradient is clipped; 0 for no clipping.
+        held_out: The share of examples that is never trained on.
+        patience: Epochs without a better held-out loss before training ends.
+        seed: Of what is held out, and of the order.
+
+    Raises:
+        ConfigError: For a value out of its range.
     """
 
-    rate: float = 2e-4
-    batch: int = 16
+    learning_rate: float = 2e-4
+    batch_size: int = 16
     epochs: int = 20
-    clip: float = 0.3
+    max_grad_norm: float = 0.3
     held_out: float = 0.2
     patience: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("rate", 0.0), ("batch", 1), ("epochs", 1), ("clip", 0.0), ("patience", 1)):
+        smallest = {"learning_rate": 0.0, "batch_size": 1, "epochs": 1, "max_grad_norm": 0.0, "patience": 1}
+        for name, least in smallest.items():
             value = getattr(self, name)
-            if not math.isfinite(value) or value < least or (name == "rate" and value <= 0):
-                raise ConfigError(f"--{name} {value}: use a number above 0" + (" or 0 for none" * (name == "clip")))
+            if not math.isfinite(value) or value < least or (name == "learning_rate" and value <= 0):
+                flag, none = name.replace("_", "-"), " or 0 for none" * (name == "max_grad_norm")
+                raise ConfigError(f"--{flag} {value}: use a number above 0{none}")
         if not 0 < self.held_out < 1:
             raise ConfigError(f"--held-out {self.held_out}: the share that is held out lies between 0 and 1")
 
 
-def split(examples: int, settings: Settings) -> tuple[list[int], list[int]]:
+def split(examples: int, settings: TrainingArguments) -> tuple[list[int], list[int]]:
     """The places of the examples that are trained on, and of those held out. Raises ConfigError for less than two."""
     if examples < 2:
         raise ConfigError(f"calibration: {examples} example; one at least is trained on and one held out")
@@ -67,14 +79,14 @@ class Trainer:
     """Trains the rows of `student` on `examples`, and remembers the best of them in `state`."""
 
     def __init__(
-        self, student: Student, examples: Sequence[Example], targets: TargetsOf, settings: Settings, state: RunState,
-        ranks: Ranks | None = None,
+        self, student: Student, examples: Sequence[Example], targets: TargetsOf, settings: TrainingArguments,
+        state: RunState, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         self._student, self._examples, self._targets = student, examples, targets
         self._settings, self._state, self._ranks = settings, state, ranks or Ranks()
         self._training, self._held_out = split(len(examples), settings)
         self._parameters = student.rows.parameters()
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.rate, weight_decay=0.0)
+        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0.0)
 
     def run(self) -> tuple[Quality, Quality]:
         """Train to the end; the rows are then the best ones. The held-out quality before, and with these rows.
@@ -110,9 +122,9 @@ class Trainer:
         settings, state = self._settings, self._state
         order = list(self._training)
         random.Random(f"{settings.seed} {epoch}").shuffle(order)
-        batches = [order[start : start + settings.batch] for start in range(0, len(order), settings.batch)]
+        batches = [order[start : start + settings.batch_size] for start in range(0, len(order), settings.batch_size)]
         bar = tqdm(total=len(order), desc=f"Calibrating, epoch {epoch + 1}/{settings.epochs}", disable=not state.writes)
-        bar.update(min(state.batch * settings.batch, len(order)))
+        bar.update(min(state.batch * settings.batch_size, len(order)))
         for number in range(state.batch, len(batches)):
             loss = self._step(batches[number], bar)
             state.end_step(epoch, number, loss)
@@ -131,12 +143,13 @@ class Trainer:
         norm = _norm(self._parameters)
         if not math.isfinite(norm):
             raise PivotError(
-                "calibration: the gradient is not finite; train with dtype=bfloat16 or float32, or a smaller --rate"
+                "calibration: the gradient is not finite; train with dtype=bfloat16 or float32, or a smaller "
+                "--learning-rate"
             )
-        if self._settings.clip and norm > self._settings.clip:
+        if self._settings.max_grad_norm and norm > self._settings.max_grad_norm:
             for parameter in self._parameters:
                 assert parameter.grad is not None
-                parameter.grad.mul_(self._settings.clip / norm)
+                parameter.grad.mul_(self._settings.max_grad_norm / norm)
         self._optimizer.step()
         bar.update(len(batch) - len(losses))
         return total / len(batch)

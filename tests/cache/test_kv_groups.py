@@ -11,7 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.inference import pivoted_model as pivoted_model
+from intactkv_eval.inference import pivoted_model
 from intactkv_eval.inference.generation.generate import generate
 from intactkv_eval.inference.generation.prefix_cache import SharedStart
 from intactkv_eval.inference.grouped_kv_probe import check_groups
@@ -25,8 +25,8 @@ TOKENS = (BOS, 7, 30)
 GROUP = 4
 CELLS = {
     "intact": (True, KVSpec(bits=2, **CHANNEL_KEY)),
-    "intact, pivot too": (True, KVSpec(bits=2, **CHANNEL_KEY, exempt=False)),
-    "computed": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "group": 3, "recent": 3})),
+    "intact, pivot too": (True, KVSpec(bits=2, **CHANNEL_KEY, quantize_pivot=True)),
+    "computed": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "group_size": 3, "residual_length": 3})),
     "computed, keep 2": (False, KVSpec(bits=2, **{**CHANNEL_KEY, "recent": 8}, keep=2)),
 }
 BODY = torch.randint(0, 256, (23,), generator=torch.Generator().manual_seed(3))
@@ -43,12 +43,12 @@ def as_stored(keys, values, column, exempt, kv):
     """What a query in `column` sees of full rows [1, H, S, D]."""
     older = max(column - exempt, 0)
     keys, values = keys.clone(), values.clone()
-    for first in range(exempt, exempt + older - older % kv.recent, kv.group):
-        block = slice(first, first + kv.group)
+    for first in range(exempt, exempt + older - older % kv.residual_length, kv.group_size):
+        block = slice(first, first + kv.group_size)
         keys[:, :, block] = rounded(keys[:, :, block], kv.bits, 2)
-    block = slice(exempt, max(exempt, exempt + older - kv.recent))
-    for at in range(0, values.shape[3], kv.group):
-        values[:, :, block, at : at + kv.group] = rounded(values[:, :, block, at : at + kv.group], kv.bits, 3)
+    block = slice(exempt, max(exempt, exempt + older - kv.residual_length))
+    for at in range(0, values.shape[3], kv.group_size):
+        values[:, :, block, at : at + kv.group_size] = rounded(values[:, :, block, at : at + kv.group_size], kv.bits, 3)
     return keys, values
 
 
@@ -84,7 +84,7 @@ def test_scoring_is_decoding(family, cell, monkeypatch):
     whole = torch.cat([torch.tensor(TOKENS), BODY])
     expected = decoded(made, whole[len(TOKENS) - front :], EXEMPT[cell])
     plain = PivotedModel(made.model, TOKENS, made.pivot).body_logits(BODY[None])[0]
-    if made.window is None or made.kv.recent < made.window:
+    if made.window is None or made.kv.residual_length < made.window:
         assert (expected[front:] - plain).abs().max() > 1e-2, "quantization is to be seen"
     padded = torch.full((3, len(BODY)), PAD)
     for row, length in enumerate((len(BODY), 5, 14)):

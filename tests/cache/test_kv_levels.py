@@ -11,11 +11,11 @@ from tiny import BOS, build_model
 from typer.testing import CliRunner
 
 from intactkv_eval.cli import app
-from intactkv_eval.commands.kv_codebook import levels_of_text
+from intactkv_eval.commands.kv_codebook import CodebookOptions, codebook_of_text
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError
-from intactkv_eval.kv_quant.codebook import KVLevels
-from intactkv_eval.kv_quant.codebook_calibration import BINS, calibrate_levels, k_means
+from intactkv_eval.kv_quant.codebook import Codebook
+from intactkv_eval.kv_quant.codebook_calibration import BINS, calibrate_codebook, k_means
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import fingerprint_of
 
@@ -69,7 +69,7 @@ def test_ranges_are_those_of_the_rows_that_count(left_out):
     """GPT-2 has no RoPE: its cached keys are what is ranged."""
     model = build_model("gpt2")
     texts = samples(2, 30)
-    levels = calibrate_levels(model, texts, 3, fingerprint_of(model, "main"), (BOS,), left_out)
+    levels = calibrate_codebook(model, texts, 3, fingerprint_of(model, "main"), (BOS,), left_out)
     keys = []
     for text in texts:
         with torch.no_grad():
@@ -85,7 +85,7 @@ def test_ranges_are_those_of_the_rows_that_count(left_out):
 
 
 def test_samples_are_taken_once_and_may_be_a_generator(llama):
-    made = calibrate_levels(llama, (text for text in samples()), 3, fingerprint_of(llama, "main"), (BOS,), 1)
+    made = calibrate_codebook(llama, (text for text in samples()), 3, fingerprint_of(llama, "main"), (BOS,), 1)
     assert made.digest == levels_of(llama, (BOS,), 1).digest
     assert made.digest != levels_of(llama, (BOS,), 0).digest
 
@@ -99,43 +99,43 @@ def test_bad_samples(llama):
         ([torch.zeros(128, dtype=torch.long)], "at most 128"),
     ]:
         with pytest.raises(ConfigError, match=said):
-            calibrate_levels(llama, texts, 3, mark, (BOS,), 1)
+            calibrate_codebook(llama, texts, 3, mark, (BOS,), 1)
     with torch.no_grad():
         llama.model.layers[1].self_attn.k_proj.weight[0] = float("nan")
     with pytest.raises(CheckpointError, match="layer 1"):
-        calibrate_levels(llama, samples(), 3, mark)
+        calibrate_codebook(llama, samples(), 3, mark)
 
 
 def test_the_file(llama, tmp_path):
     levels, file = levels_of(llama, (BOS,), 1), tmp_path / "l.safetensors"
     levels.save(file)
-    again = KVLevels.load(file)
+    again = Codebook.load(file)
     assert (again.digest, again.calibration, again.fingerprint) == (
         levels.digest,
         levels.calibration,
         levels.fingerprint,
     )
     with pytest.raises(ConfigError, match="no such file"):
-        KVLevels.load(tmp_path / "none.safetensors")
+        Codebook.load(tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(ConfigError, match="cannot be read"):
-        KVLevels.load(tmp_path / "bad.safetensors")
+        Codebook.load(tmp_path / "bad.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="no file of levels"):
-        KVLevels.load(tmp_path / "other.safetensors")
+        Codebook.load(tmp_path / "other.safetensors")
     tensors = load_file(file)
     tensors["key_levels"] = tensors["key_levels"][:, :5].contiguous()
-    metadata = {"format": "intactkv-kv-levels-1", "bits": "3", "fingerprint": levels.fingerprint.model_dump_json(), "calibration": json.dumps(vars(levels.calibration))}  # fmt: skip
+    metadata = {"format": "intactkv-kv-codebook-1", "bits": "3", "fingerprint": levels.fingerprint.model_dump_json(), "calibration": json.dumps(vars(levels.calibration))}  # fmt: skip
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ConfigError, match=r"key_levels \(3, 5\) should be \(3, 8\)"):
-        KVLevels.load(file)
+        Codebook.load(file)
     save_file(tensors, file, metadata={**metadata, "bits": "100000000000"})  # whose power of two is 12 GB of digits
     with pytest.raises(ConfigError, match="expected 2 to 8 bits"):
-        KVLevels.load(file)
+        Codebook.load(file)
     tensors["low.0"] = tensors["low.0"].to(torch.float8_e4m3fn)
     save_file(tensors, file, metadata=metadata)
     with pytest.raises(ConfigError, match=r"low\.0 is of torch\.float8_e4m3fn"):
-        KVLevels.load(file)
+        Codebook.load(file)
 
 
 def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
@@ -146,17 +146,18 @@ def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
     )
     file, loading = tmp_path / "l.safetensors", {"device": "cpu"}
     arguments = {"pretrained": str(saved_llama), "dtype": "float32", "pivot": "bos"}
-    made = levels_of_text(arguments, loading, 3, text, 4, 50, 0, file, 0, True)
+    options = CodebookOptions(str(text), 3, samples=4, length=50)
+    made = codebook_of_text(arguments, loading, options, file)
     assert (made.calibration.front, made.calibration.left_out, made.calibration.tokens) == ((BOS,), 1, 200)
-    cell = {"kv_bits": 3, "kv_scheme": "pre_rope", "kv_levels": str(file)}
+    cell = {"kv_bits": 3, "kv_scheme": "pre_rope", "kv_codebook": str(file)}
     lm = IntactKVLM(**arguments, **loading, **cell, weights="rtn", bits=4, group_size=32)
-    assert lm.cell_record()["kv_levels"]["digest"] == made.digest
+    assert lm.cell_record()["kv_codebook"]["digest"] == made.digest
     with pytest.raises(ConfigError, match="drop rotate"):
         IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", rotate=True, **cell)
     for changed, said in [
         ({"kv_bits": 4}, "got those of 3 bits"),
         ({"pivot": "none"}, "calibrated behind"),
-        ({"kv_exempt": False}, "calibrated behind"),
+        ({"kv_quantize_pivot": True}, "calibrated behind"),
         ({"pivot": "tokens:3"}, "calibrated behind"),
     ]:
         with pytest.raises(ConfigError, match=said):
@@ -168,17 +169,17 @@ def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
         with pytest.raises(ConfigError, match="whose weights are not those"):
             IntactKVLM(**{**arguments, "pretrained": str(other), "dtype": dtype}, **loading, **cell)
     IntactKVLM(**{**arguments, "dtype": "bfloat16"}, **loading, **cell)
-    with pytest.raises(ConfigError, match="--no-exempt"):
-        levels_of_text({**arguments, "pivot": "none"}, loading, 3, text, 4, 50, 0, file, 0, False)
+    with pytest.raises(ConfigError, match="--quantize-pivot"):
+        codebook_of_text({**arguments, "pivot": "none"}, loading, options._replace(quantize_pivot=True), file)
     with pytest.raises(ConfigError, match="ends in"):
-        levels_of_text(arguments, loading, 3, text, 4, 50, 0, tmp_path / "l.bin", 0, True)
+        codebook_of_text(arguments, loading, options, tmp_path / "l.bin")
 
 
 def test_the_command(saved_llama, tmp_path):
     text, file = tmp_path / "t.txt", tmp_path / "l.safetensors"
     text.write_text("The river rises in the hills and runs to the sea. " * 9)
     asked = [
-        "kv-levels",
+        "kv-codebook",
         str(saved_llama),
         "--data",
         str(text),
@@ -190,12 +191,12 @@ def test_the_command(saved_llama, tmp_path):
         "float32",
     ]
     few = ["--samples", "3", "--length", "40", "--seed", "5"]
-    done = CliRunner().invoke(app, [*asked, *few, "--pivot", "none", "--keep", "2"], catch_exceptions=False)
+    done = CliRunner().invoke(app, [*asked, *few, "--pivot", "none", "--sink-tokens", "2"], catch_exceptions=False)
     assert done.exit_code == 0
     assert "2 bits, 120 tokens of t.txt: 3 samples of 40 tokens, seed 5; first 2 rows left out" in done.output
-    levels = KVLevels.load(file)
+    levels = Codebook.load(file)
     assert (levels.bits, levels.key_levels.shape, levels.calibration.front) == (2, (3, 4), (BOS,))
-    cell = {"kv_bits": 2, "kv_scheme": "pre_rope", "kv_levels": str(file), "kv_keep": 2, "pivot": "none"}
+    cell = {"kv_bits": 2, "kv_scheme": "pre_rope", "kv_codebook": str(file), "kv_sink_tokens": 2, "pivot": "none"}
     IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", **cell)
     with pytest.raises(DataError, match="one window has 512"):
         CliRunner().invoke(app, asked, catch_exceptions=False)

@@ -50,7 +50,7 @@ def test_law_2_exempt_rows_stay_exact(family, scheme):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_pivot_rows_are_quantized_too_where_asked(family, scheme):
     model = build_model(family, dtype=torch.float64)
-    made = pivoted(model, TOKENS, True, spec(scheme, exempt=False))
+    made = pivoted(model, TOKENS, True, spec(scheme, quantize_pivot=True))
     exempt = pivoted(model, TOKENS, True, spec(scheme))
     for layer, keys in zip(rows_after(made), made.pivot.keys, strict=True):
         assert not torch.isclose(layer.keys[0, :, : len(TOKENS)], keys).all(dim=-1).any()

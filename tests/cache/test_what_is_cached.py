@@ -7,7 +7,7 @@ from tiny import _SHAPE, BOS, build_model, uneven
 from transformers import AutoModelForCausalLM
 
 from intactkv_eval.cell.spec import KVSpec
-from intactkv_eval.commands.kv_codebook import levels_to_file
+from intactkv_eval.commands.kv_codebook import CodebookOptions, codebook_of_text
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.kv_quant.latent import holds_latent
@@ -21,7 +21,7 @@ LATENT = {"num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 24, "qk_n
           "qk_rope_head_dim": 8, "v_head_dim": 16}  # fmt: skip
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 32,
            "n_group": 1, "topk_group": 1}  # fmt: skip
-CHANNEL_KEY = KVSpec(bits=4, scheme="channel_key", group=4, recent=8)
+CHANNEL_KEY = KVSpec(bits=4, scheme="channel_key", group_size=4, residual_length=8)
 
 
 def build(name, dtype=torch.float32, **more):
@@ -187,7 +187,8 @@ def test_token_head_rounds_a_latent_and_the_record_says_so(tokenizer, tmp_path):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "levels.safetensors"
+    text = tmp_path / "text.txt"
+    text.write_text("The river rises in the hills and runs to the sea. " * 90)
     with pytest.raises(UnsupportedModelError, match="latent row"):
-        levels_to_file({"pretrained": str(tmp_path / "model")}, {"device": "cpu"}, 4, lambda _: [torch.arange(9)], "x",
-                       out)  # fmt: skip
+        codebook_of_text({"pretrained": str(tmp_path / "model")}, {"device": "cpu"}, CodebookOptions(str(text), 4), out)
     assert not out.exists()

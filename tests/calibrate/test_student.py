@@ -11,7 +11,7 @@ from intactkv_eval.model.structure import decoder_layers, layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.training.examples import Example
 from intactkv_eval.training.student import Student
-from intactkv_eval.training.teacher import KeptTargets, full_nats, layer_outputs
+from intactkv_eval.training.teacher import KeptTargets, full_nll, layer_outputs
 from intactkv_eval.training.trainable_kv import TrainedRows
 
 PIVOT = (BOS, 7, 99)
@@ -59,7 +59,7 @@ def test_nats_are_those_of_the_counted_tokens_behind_the_pivots_text():
             lost = torch.nn.functional.cross_entropy(full(ids[None]).logits[0, :-1], ids[1:], reduction="none")
         expected.append(lost[len(PIVOT) - 1 :][one.counted])
     assert not talks[0].counted[0], "whose first token is foretold by the pivot alone, and so is not counted"
-    assert full_nats(full, pivot, talks) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
+    assert full_nll(full, pivot, talks) == pytest.approx(float(torch.cat(expected).mean()), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -156,7 +156,7 @@ def test_nothing_is_left_in_the_model(recompute):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in quantized.modules())
 
 
-def test_quality_is_loss_and_nats(tmp_path):
+def test_quality_is_loss_and_nll(tmp_path):
     full, pivot, quantized, rows = pair("llama", torch.float32)
     examples = [example(seed, 10 + seed) for seed in range(3)]
     kept = KeptTargets(tmp_path)
@@ -173,4 +173,4 @@ def test_quality_is_loss_and_nats(tmp_path):
                 nats, tokens = nats - float(logits[place - 1, one.body[place]]), tokens + 1
     assert found.blocks == pytest.approx(float(losses.sum()), rel=1e-5)
     assert found.last == pytest.approx(float(losses[-1]), rel=1e-5)
-    assert found.nats == pytest.approx(nats / tokens, rel=1e-5)
+    assert found.nll == pytest.approx(nats / tokens, rel=1e-5)

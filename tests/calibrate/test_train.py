@@ -18,12 +18,14 @@ from intactkv_eval.training.run_state import RunState
 from intactkv_eval.training.student import Student
 from intactkv_eval.training.teacher import layer_outputs
 from intactkv_eval.training.trainable_kv import TrainedRows
-from intactkv_eval.training.trainer import Settings, Trainer, split
+from intactkv_eval.training.trainer import Trainer, TrainingArguments, split
 
 EXAMPLES = [
     example(seed, 8 + seed % 3, words=9) for seed in range(12)
 ]  # of few words, so that they have much in common
-SETTINGS = Settings(rate=1e-2, batch=3, epochs=4, held_out=0.4)  # 7 are trained on: steps of 3, 3 and 1
+SETTINGS = TrainingArguments(
+    learning_rate=1e-2, batch_size=3, epochs=4, held_out=0.4
+)  # 7 are trained on: steps of 3, 3 and 1
 
 
 class Killed(Exception):
@@ -99,7 +101,9 @@ def test_another_job_or_a_damaged_state_is_refused(models, tmp_path):
 
 def test_it_stops_when_nothing_gets_better(models, tmp_path):
     """A rate that throws the rows far away: no epoch is better, so the first rows come back."""
-    made, rows, state = trainer(models, tmp_path, Settings(rate=50.0, batch=4, epochs=9, patience=2, held_out=0.3))
+    made, rows, state = trainer(
+        models, tmp_path, TrainingArguments(learning_rate=50.0, batch_size=4, epochs=9, patience=2, held_out=0.3)
+    )
     first = [parameter.detach().clone() for parameter in rows.parameters()]
     before, after = made.run()
     assert (before, state.best_epoch, state.epoch) == (after, 0, 2)
@@ -110,7 +114,9 @@ def test_gradients_are_clipped_as_one(models, tmp_path):
     steps = {}
     for clip in (0.0, 1e-3):
         made, rows, _ = trainer(
-            models, tmp_path / str(clip), Settings(rate=1e-2, batch=3, epochs=1, clip=clip, held_out=0.3)
+            models,
+            tmp_path / str(clip),
+            TrainingArguments(learning_rate=1e-2, batch_size=3, epochs=1, max_grad_norm=clip, held_out=0.3),
         )
         made._step([0, 1, 2], type("Bar", (), {"update": lambda self, n: None})())
         steps[clip] = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
@@ -122,7 +128,7 @@ def test_a_steps_gradient_is_the_mean_of_its_examples(models, tmp_path):
     """Of the two that the last batch of an epoch has too, not of as many as a full one."""
     found = {}
     for places in ((0, 1), (0,), (1,)):
-        settings = Settings(rate=1e-2, batch=4, epochs=1, clip=0.0, held_out=0.3)
+        settings = TrainingArguments(learning_rate=1e-2, batch_size=4, epochs=1, max_grad_norm=0.0, held_out=0.3)
         made, rows, _ = trainer(models, tmp_path / str(places), settings)
         made._step(list(places), type("Bar", (), {"update": lambda self, n: None})())
         found[places] = torch.cat([parameter.grad.flatten() for parameter in rows.parameters()])
@@ -142,7 +148,7 @@ def test_tensorboard_is_told_each_step_once(models, tmp_path):
     read = EventAccumulator(str(tmp_path / "board")).Reload()
     with (tmp_path / "state" / "log.csv").open() as file:
         logged = list(csv.DictReader(file))
-    for name in ("loss", "held_out_blocks", "held_out_last", "held_out_nats"):
+    for name in ("loss", "held_out_blocks", "held_out_last", "held_out_nll"):
         expected = {int(row["step"]): float(row[name]) for row in logged if row[name]}
         found = read.Scalars(name)
         assert len(found) == len(expected) > 1
@@ -157,24 +163,24 @@ def test_a_gradient_that_is_no_number_ends_it(models, tmp_path):
 
 
 def test_split_and_settings():
-    training, held_out = split(10, Settings(held_out=0.2))
+    training, held_out = split(10, TrainingArguments(held_out=0.2))
     assert sorted(training + held_out) == list(range(10))
     assert len(held_out) == 2
-    assert split(10, Settings(seed=1))[1] != held_out
-    assert len(split(2, Settings(held_out=0.01))[1]) == 1
+    assert split(10, TrainingArguments(seed=1))[1] != held_out
+    assert len(split(2, TrainingArguments(held_out=0.01))[1]) == 1
     with pytest.raises(ConfigError, match="held out"):
-        split(1, Settings())
+        split(1, TrainingArguments())
     for bad in (
-        {"rate": 0},
-        {"rate": float("nan")},
-        {"batch": 0},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"batch_size": 0},
         {"epochs": 0},
-        {"clip": -1},
+        {"max_grad_norm": -1},
         {"held_out": 1.0},
         {"patience": 0},
     ):
         with pytest.raises(ConfigError, match=next(iter(bad)).replace("_", "-")):
-            Settings(**bad)
+            TrainingArguments(**bad)
 
 
 def test_two_processes_take_the_steps_of_one(models, tmp_path):

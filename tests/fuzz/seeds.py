@@ -7,7 +7,7 @@ import torch
 from tiny import build_model
 
 from intactkv_eval.commands.quantize import Source, quantize_to_folder
-from intactkv_eval.kv_quant.codebook_calibration import calibrate_levels
+from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.prefix_choice import Choice, Evidence
@@ -25,7 +25,7 @@ def make_seeds(folder: Path, tokenizer) -> None:
     fingerprint = fingerprint_of(model, "main")
     capture(model, (256, 7), fingerprint).save(folder / "pivot.safetensors")
     texts = [torch.randint(0, 200, (32,), generator=torch.Generator().manual_seed(place)) for place in range(4)]
-    calibrate_levels(model, texts, 3, fingerprint, (256,), 1, "seed").save(folder / "levels.safetensors")
+    calibrate_codebook(model, texts, 3, fingerprint, (256,), 1, "seed").save(folder / "levels.safetensors")
     before, after = Evidence((256,), 3.0, (2.0, 2.1)), Evidence((256, 7), 1.0, (2.0, 2.2))
     choice = Choice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
     searched = Searched(model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, most=4, least=0.2)

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.chat.conversations import load_conversations
-from intactkv_eval.kv_quant.codebook import KVLevels
+from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.prefix_file import ChoiceFile
@@ -172,7 +172,7 @@ def _tensor_files(folder: Path) -> dict[str, Target]:
         ),
         "levels": Target(
             lambda draw: mutate.of_bytes(seeds["levels.safetensors"], draw),
-            file_read(folder, "two.safetensors", KVLevels.load),
+            file_read(folder, "two.safetensors", Codebook.load),
         ),
     }
 

@@ -120,7 +120,7 @@ def test_rows_that_were_trained_before_are_refused(folder, legacy, tmp_path):
     line = json.dumps({"messages": [{"role": role, "content": text} for role, text in row]})
     data.write_text("\n".join([line] * 6))
     cell = f"pretrained={folder},dtype=float32,weights=rtn,bits=3,group_size=16,pivot=bos"
-    options = ["--epochs", 1, "--batch", 2, "--assistant", 2, "--tokens", 60]
+    options = ["--epochs", 1, "--batch-size", 2, "--min-assistant-tokens", 2, "--max-tokens", 60]
     done = CliRunner().invoke(
         app, ["calibrate", *map(str, ["--model_args", cell, "--data", data, "--out", out, *options])]
     )

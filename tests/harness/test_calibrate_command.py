@@ -17,7 +17,7 @@ from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.kv import PivotKV
 
 CELL = "dtype=float32,weights=rtn,bits=3,group_size=32"
-FAST = ["--epochs", 2, "--batch", 4, "--rate", "1e-2", "--assistant", 3, "--tokens", 60]
+FAST = ["--epochs", 2, "--batch-size", 4, "--learning-rate", "1e-2", "--min-assistant-tokens", 3, "--max-tokens", 60]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
     before, after = said.held_out["blocks"]
     assert after < before
     assert f"{after:.4g}" in result.output
-    assert f"(full precision {said.full_nats:.4g})" in result.output
-    assert said.full_nats == pytest.approx(said.held_out["nats"][0], abs=0.05), "a model that was never trained"
+    assert f"(full precision {said.full_nll:.4g})" in result.output
+    assert said.full_nll == pytest.approx(said.held_out["nats"][0], abs=0.05), "a model that was never trained"
     assert (tmp_path / "p.csv").read_text().startswith("epoch,step,loss")
     assert not list(tmp_path.glob(".p*"))
     captured = IntactKVLM(str(saved_llama), dtype="float32", pivot=pivot, device="cpu").pivoted_model.pivot
@@ -76,7 +76,7 @@ def test_a_file_tells_that_vicunas_targets_are_the_released_ones(saved_llama, ta
         (saved_llama / name).write_text(json.dumps(content))
     for template, said in ((None, None), ("vicuna_v1.1", "released")):
         cell = f"pretrained={saved_llama},{CELL},pivot=prompt" + (f",chat_template={template}" if template else "")
-        result = calibrate(cell, talks, tmp_path / "p.safetensors", "--tokens", 400)
+        result = calibrate(cell, talks, tmp_path / "p.safetensors", "--max-tokens", 400)
         assert result.exit_code == 0, result.output
         made = PivotKV.load(tmp_path / "p.safetensors").fingerprint.calibrated
         assert made.settings.get("targets") == said
@@ -148,7 +148,7 @@ def test_packed_checkpoints(saved_llama, talks, tmp_path, method):
     drawn = [
         "--model_args",
         on,
-        "--text",
+        "--data",
         tmp_path / "text.txt",
         "--samples",
         2,
@@ -165,7 +165,7 @@ def test_packed_checkpoints(saved_llama, talks, tmp_path, method):
 
 def test_outputs_recomputed_for_want_of_room_are_the_same(saved_llama, talks, tmp_path):
     cell = f"pretrained={saved_llama},{CELL},pivot=prompt"
-    for name, more in (("kept", []), ("again", ["--budget", 0])):
+    for name, more in (("kept", []), ("again", ["--disk-budget", 0])):
         assert calibrate(cell, talks, tmp_path / f"{name}.safetensors", *more).exit_code == 0
     kept, again = (PivotKV.load(tmp_path / f"{name}.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(a, b) for a, b in zip(kept.keys + kept.values, again.keys + again.values, strict=True))
@@ -177,10 +177,10 @@ def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monke
     cell, out = f"pretrained={saved_llama},{CELL},pivot=prompt", tmp_path / "p.safetensors"
     refused = calibrate(cell, tmp_path / "q.jsonl", out)
     assert refused.exit_code != 0
-    assert "--answer" in str(refused.exception)
+    assert "--generate-answers" in str(refused.exception)
     lengths = []
     monkeypatch.setattr(IntactKVLM, "_rows_that_fit", lambda lm, tokens: lengths.append(tokens) or 2)
-    result = calibrate(cell, tmp_path / "q.jsonl", out, "--answer", 8)
+    result = calibrate(cell, tmp_path / "q.jsonl", out, "--generate-answers", 8)
     assert lengths, "as many at a time as fit"
     assert result.exit_code == 0, result.output
     rows = [json.loads(line)["messages"] for line in (tmp_path / "p.answers.jsonl").read_text().splitlines()]
@@ -189,8 +189,10 @@ def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monke
     assert calibrate(cell, tmp_path / "p.answers.jsonl", out).exit_code == 0
     (tmp_path / "p.answers.jsonl").rename(tmp_path / "answered.jsonl")
     with pytest.raises(ConfigError, match="does nothing"):
-        raise calibrate(cell, tmp_path / "answered.jsonl", out, "--answer", 8).exception
-    few = calibrate(cell, tmp_path / "q.jsonl", tmp_path / "few.safetensors", "--answer", 8, "--conversations", 3)
+        raise calibrate(cell, tmp_path / "answered.jsonl", out, "--generate-answers", 8).exception
+    few = calibrate(
+        cell, tmp_path / "q.jsonl", tmp_path / "few.safetensors", "--generate-answers", 8, "--conversations", 3
+    )
     assert few.exit_code == 0, few.output
     assert len((tmp_path / "few.answers.jsonl").read_text().splitlines()) == 3, "no more are answered than are used"
     assert PivotKV.load(tmp_path / "few.safetensors").fingerprint.calibrated.settings["conversations"] == 3
@@ -201,7 +203,7 @@ def test_questions_are_answered_by_the_model_itself(saved_llama, tmp_path, monke
     [
         ("pivot=none", [], "needs intact pivot rows"),
         ("pivot=bos,kv_bits=4", [], "drop kv_bits"),
-        ("pivot=bos", ["--master", "float16"], "float32 or bfloat16"),
+        ("pivot=bos", ["--param-dtype", "float16"], "float32 or bfloat16"),
         ("pivot=bos", ["--held-out", "1"], "between 0 and 1"),
         ("pivot=bos,device=cpu", [], "give it once"),
     ],

@@ -14,9 +14,9 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.pivot.kv import PivotKV, head_of_file
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import expand
-from intactkv_eval.sweep.runner import Sweep, Where
+from intactkv_eval.sweep.runner import RunLocation, Sweep
 from intactkv_eval.sweep.spec import RunSpec, read_sweep
-from intactkv_eval.sweep.work import Place, Workshop
+from intactkv_eval.sweep.work import WorkerSlot, Workshop
 from intactkv_eval.training.trainer import Trainer
 
 DATED = (
@@ -95,7 +95,18 @@ def test_calibration_trains_on_prompts_of_its_date_and_names_it_when_it_goes_on(
     cell = f"pretrained={dated},dtype=float32,weights=rtn,bits=3,group_size=32,pivot=prompt"
 
     def calibrate(cell, out):
-        options = ["--data", tmp_path / "talks.jsonl", "--epochs", 1, "--batch", 4, "--assistant", 3, "--tokens", 90]
+        options = [
+            "--data",
+            tmp_path / "talks.jsonl",
+            "--epochs",
+            1,
+            "--batch-size",
+            4,
+            "--min-assistant-tokens",
+            3,
+            "--max-tokens",
+            90,
+        ]
         return run("calibrate", "--model_args", cell, "--out", tmp_path / out, *options)
 
     first = tmp_path / "first.safetensors"
@@ -135,15 +146,15 @@ def test_a_sweep_that_goes_on_on_another_day_has_one_date(dated, clock, tmp_path
     sweep = qa_units(dated, tmp_path)
     given = []
     monkeypatch.setattr("intactkv_eval.sweep.runner.run_units", lambda units, *rest: given.extend(units) or [])
-    sweep.run(Where(devices="cpu"))
+    sweep.run(RunLocation(devices="cpu"))
     clock.day = 29
-    sweep.run(Where(devices="cpu"))
+    sweep.run(RunLocation(devices="cpu"))
     assert {unit.begun for unit in given} == {"2026-11-28T09:00:00"}
     assert {unit.key for unit in given} == {unit.key for unit in sweep.units}, "the date is no part of the key"
     with Workshop(RunSpec()) as workshop:
         for number, unit in enumerate(given[2:]):
             out = tmp_path / f"unit{number}"
-            workshop.run(unit, Place("cpu", tmp_path / "made"), out)
+            workshop.run(unit, WorkerSlot("cpu", tmp_path / "made"), out)
             (file,) = out.rglob("results_*.json")
             record = json.loads(file.read_text())["config"]["intactkv"]
             assert record["chat_date"] == "2026-11-28"

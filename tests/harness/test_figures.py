@@ -17,7 +17,7 @@ from intactkv_eval.commands.figure_data import attention_maps, by_intact_rows, c
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.report.figures import FIGURES, draw
+from intactkv_eval.report.plots import FIGURES, draw
 
 PIVOT = (256, 7, 99)
 TEXTS = [torch.arange(10, 30), torch.arange(60, 80)]
@@ -39,7 +39,7 @@ def test_nothing_is_lost_where_nothing_is_quantized(models):
     found = by_intact_rows(full, pivot, TEXTS, expected_outputs(full, pivot, TEXTS))
     assert found["loss_all"].shape == (4, 2)
     assert found["loss_all"].max() < 1e-9
-    assert np.allclose(found["nats"], found["nats_full"], atol=1e-5)
+    assert np.allclose(found["nats"], found["nll_full"], atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [16, 3])
@@ -90,7 +90,7 @@ def run(*arguments):
 
 def test_the_command_draws_every_figure_and_they_are_drawn_again_from_the_numbers(saved_llama, tmp_path):
     (tmp_path / "prose.txt").write_text("a few words that are here to be read, and then some more. " * 20)
-    options = ["--text", tmp_path / "prose.txt", "--samples", 2, "--length", 24, "--formats", "png,pdf,svg"]
+    options = ["--data", tmp_path / "prose.txt", "--samples", 2, "--length", 24, "--formats", "png,pdf,svg"]
     out = tmp_path / "figures"
     result = run("--model_args", f"pretrained={saved_llama},{CELL}", "--out", out, *options)
     assert result.exit_code == 0, result.output
@@ -104,14 +104,16 @@ def test_the_command_draws_every_figure_and_they_are_drawn_again_from_the_number
     assert b"perplexity (a token)" in before
     draw(out, ("svg",))
     assert (out / "perplexity-by-size.svg").read_bytes() == before
-    code = "import sys, intactkv_eval.report.figures; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    code = (
+        "import sys, intactkv_eval.report.plots; assert 'torch' not in sys.modules and 'matplotlib' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_maps_are_of_the_layers_that_they_are_called(saved_llama, tmp_path):
     """Typed in any order; they are computed in their own."""
     (tmp_path / "prose.txt").write_text("a few words that are here to be read, and then some more. " * 20)
-    options = ["--text", tmp_path / "prose.txt", "--samples", 2, "--length", 24]
+    options = ["--data", tmp_path / "prose.txt", "--samples", 2, "--length", 24]
     cell = f"pretrained={saved_llama},dtype=float32,pivot=bos,kv_bits=4"
     maps = {}
     for layers in ("2,0,2", "0", "2"):
@@ -136,7 +138,7 @@ def test_maps_are_of_the_layers_that_they_are_called(saved_llama, tmp_path):
 )
 def test_bad_input_is_named(saved_llama, tmp_path, cell, more, said):
     (tmp_path / "prose.txt").write_text("a few words that are here to be read, and then some more. " * 20)
-    options = ["--text", tmp_path / "prose.txt", "--samples", 2, "--length", 24, "--out", tmp_path / "o", *more]
+    options = ["--data", tmp_path / "prose.txt", "--samples", 2, "--length", 24, "--out", tmp_path / "o", *more]
     result = run("--model_args", f"pretrained={saved_llama},dtype=float32,{cell}", *options)
     with pytest.raises(ConfigError, match=said):
         raise result.exception

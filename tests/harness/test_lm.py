@@ -223,7 +223,7 @@ def test_sampling_from_nothing_is_seeded(saved_llama):
         ({"max_length": 1, "pivot": "prompt"}, "max_length"),
         ({"pivot": "missing.safetensors"}, "does not exist"),
         ({"chat_template": "nope"}, "chat_template"),
-        ({"kv_bits": 4, "kv_keep": 1}, "kv_keep=1"),
+        ({"kv_bits": 4, "kv_sink_tokens": 1}, "kv_sink_tokens=1"),
         ({**RTN, "peft": "adapter"}, "adapter"),
         ({"device_map": "auto"}, "parallelize"),
         ({"parallelize": True, "max_cpu_memory": 1}, "offloaded"),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from intactkv_eval.cell.arguments import cell_from_args
-from intactkv_eval.commands.calibrate import Asked, calibrate_to_file
+from intactkv_eval.commands.calibrate import CalibrateOptions, calibrate_to_file
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
@@ -75,7 +75,7 @@ def test_in_a_command(cell, called):
 def test_in_a_command_made_by_python():
     cell = {"pretrained": MODEL, "bits": 4}
     with pytest.raises(ConfigError, match=WRONG):
-        calibrate_to_file(cell, {"weigths": "rtn"}, Asked("/nowhere", master="x"), None, Path("out"))
+        calibrate_to_file(cell, {"weigths": "rtn"}, CalibrateOptions("/nowhere", master="x"), None, Path("out"))
 
 
 def test_in_lm_evals_file(called):
@@ -89,7 +89,7 @@ def test_in_lm_evals_file(called):
     assert (code, "--config run.yaml: unknown argument 'modle_args': did you mean 'model_args'" in said) == (2, True)
 
 
-@pytest.mark.parametrize("beside", [{}, {"bits": 5}, {"device_map": "auto"}, {"device": "gpu"}, {"kv_levels": "f"}])
+@pytest.mark.parametrize("beside", [{}, {"bits": 5}, {"device_map": "auto"}, {"device": "gpu"}, {"kv_codebook": "f"}])
 def test_in_the_file_of_a_cell(beside):
     Path("cell.yaml").write_text("pretrained: m\nbits: 4\nweigths: rtn\nkv_bits: 99\n")
     with pytest.raises(ConfigError, match=rf"config=cell\.yaml: {WRONG}"):

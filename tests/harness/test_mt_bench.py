@@ -217,7 +217,7 @@ def test_a_bench_that_is_not_there(saved_llama, tmp_path, monkeypatch):
 
 
 def test_the_measurement_against_a_plain_loop(saved_llama, bench, monkeypatch):
-    """`intactkv bench talks` shows ratios, and none where answers differ."""
+    """`intactkv bench multi-turn` shows ratios, and none where answers differ."""
     monkeypatch.setenv("INTACTKV_DATA", str(bench))
     monkeypatch.setattr(talks, "CELL", {**talks.CELL, "group_size": 32})
     head, _, *rows = talks.talks(str(saved_llama), 3, 5, 1).splitlines()[2:]

@@ -12,7 +12,7 @@ from intactkv_eval import cli
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.harness_flags import chosen_flags
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.sweep.runner import Sweep, Where
+from intactkv_eval.sweep.runner import RunLocation, Sweep
 
 MODEL = "/nowhere/model"  # whoever looks for it comes to another message
 FULL = ["--model_args", f"pretrained={MODEL},weights=rtn,bits=4"]
@@ -22,9 +22,9 @@ COMMANDS = {
     "eval of hf": ["eval", "--model", "hf", "--tasks", "intactkv_demo_ppl", "--model_args", f"pretrained={MODEL}"],
     "capture": ["capture", MODEL, "--out", "p.safetensors"],
     "quantize": ["quantize", MODEL, "--out", "out", "--method", "rtn", "--bits", "4"],
-    "kv-levels": ["kv-levels", MODEL, "--out", "l.safetensors", *TEXT],
-    "pivots": ["pivots", MODEL, "--text", "/nowhere/text.txt"],
-    "figures": ["figures", *FULL, "--out", "figures", "--text", "/nowhere/text.txt"],
+    "kv-codebook": ["kv-codebook", MODEL, "--out", "l.safetensors", *TEXT],
+    "pivots": ["pivots", MODEL, "--data", "/nowhere/text.txt"],
+    "figures": ["figures", *FULL, "--out", "figures", "--data", "/nowhere/text.txt"],
     "calibrate": ["calibrate", *FULL, "--out", "c.safetensors", *TEXT],
 }
 
@@ -90,7 +90,7 @@ def test_a_slot_of_a_sweep(devices, saved_llama, tmp_path):
         yaml.safe_dump({"models": [str(saved_llama)], "pivots": ["none"], "tasks": ["intactkv_demo_ppl"]})
     )
     with pytest.raises(ConfigError, match=r"--devices cuda:.*cannot be used here.*cuda:0, cuda:1"):
-        Sweep(Path("grid.yaml"), tmp_path / "out", {}).run(Where(devices=devices))
+        Sweep(Path("grid.yaml"), tmp_path / "out", {}).run(RunLocation(devices=devices))
     assert not list((tmp_path / "out").rglob("results_*"))
 
 

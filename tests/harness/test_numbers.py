@@ -100,7 +100,7 @@ def test_no_scheme_of_the_cache_hides_them(tokenizer, tmp_path, scheme, name, va
     if scheme == "pre_rope":
         levels = levels_of(model, (BOS,), 0, 4)
         levels.save(tmp_path / "levels.safetensors")
-        cell |= {"kv_levels": str(tmp_path / "levels.safetensors")}
+        cell |= {"kv_codebook": str(tmp_path / "levels.safetensors")}
     lm = lm_of(model, tokenizer, **cell)
     poison(model, f"model.layers.1.self_attn.{name}.weight", value)
     with pytest.raises(NumericsError, match=rf"in model\.layers\.1\.self_attn\.{name}\.weight"):

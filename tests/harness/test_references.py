@@ -210,7 +210,7 @@ def test_a_reference_beside_a_pivot_file(base, wrong, tmp_path):
     capture(model, (BOS,), fingerprint_of(model, "main")).save(file)
     text.write_text("some words of prose that are here " * 60)
     for command, more in (
-        ("figures", ["--text", text, "--samples", 1, "--length", 24]),
+        ("figures", ["--data", text, "--samples", 1, "--length", 24]),
         ("calibrate", ["--data", text]),
     ):
         out = tmp_path / ("figures" if command == "figures" else "out.safetensors")

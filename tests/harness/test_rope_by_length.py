@@ -85,7 +85,7 @@ def test_the_logits_of_a_row_that_begins_with_the_pivot(name, intact):
 
 def test_a_pivot_that_is_quantized_before_rope_is_so_with_the_frequencies_of_long_texts():
     """The first layer's rows are those that the model quantizes when it computes the same tokens."""
-    kv = spec("pre_rope", exempt=False)
+    kv = spec("pre_rope", quantize_pivot=True)
     made = pivoted(build("phi3"), FRONT, True, kv)
     computing = PivotedModel(made.model, FRONT, None, kv, made.levels)
     cache = computing.new_cache(1)
@@ -134,7 +134,9 @@ def test_both_sets_of_rows_are_in_the_file(tmp_path):
         PivotKV(FRONT, pivot.keys, pivot.values, pivot.logits, pivot.fingerprint, long=pivot.long._replace(keys=()))
 
 
-@pytest.mark.parametrize("kv", [KVSpec(bits=4), spec("pre_rope"), spec("pre_rope", exempt=False), spec("channel_key")])
+@pytest.mark.parametrize(
+    "kv", [KVSpec(bits=4), spec("pre_rope"), spec("pre_rope", quantize_pivot=True), spec("channel_key")]
+)
 def test_rows_together_with_a_quantized_cache_are_those_of_rows_alone(kv):
     """In fp64: another order of summation would put a number on the other side of a step."""
     made = pivoted(build("phi3").double(), FRONT, True, kv)
@@ -222,7 +224,7 @@ def test_samples_of_a_calibration_stand_behind_rows_of_their_frequencies(length,
 def test_conversations_on_both_sides_of_the_border_train_no_rows():
     made = PivotedModel(build("phi3"), FRONT, None)
     _check_frequencies(made, BORDER - 4)
-    with pytest.raises(ConfigError, match=f"--tokens {BORDER - 4}"):
+    with pytest.raises(ConfigError, match=f"--max-tokens {BORDER - 4}"):
         _check_frequencies(made, BORDER - 3)
 
 

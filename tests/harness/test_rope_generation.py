@@ -101,7 +101,10 @@ def test_samples_and_penalties_go_on_behind_the_border(options):
 
 def test_a_quantized_cache_is_quantized_behind_the_border_too():
     """What is generated is what whole forwards behind the pivot say, token by token."""
-    for arguments in ({"kv_bits": 3}, {"kv_bits": 3, "kv_scheme": "channel_key", "kv_group": 4, "kv_recent": 4}):
+    for arguments in (
+        {"kv_bits": 3},
+        {"kv_bits": 3, "kv_scheme": "channel_key", "kv_group_size": 4, "kv_residual_length": 4},
+    ):
         lm = ours("phi3", pivot="bos", batch_size=1, **arguments)
         ids = lm.tok_encode("<s>" + TEXT[: BORDER - 6])
         for _ in range(16):

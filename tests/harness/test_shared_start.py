@@ -14,7 +14,7 @@ from intactkv_eval.pivot.capture import capture, fingerprint_of
 TOKENS = (BOS, 7)
 HEAD = [(37 * place) % 250 for place in range(1, 25)]
 BODIES = [HEAD + rest for rest in ([3], [5, 9, 11, 200, 17], [90, 91, 92, 93, 41, 42, 43, 44])]
-CELLS = {"intact": (True, KVSpec()), "computed": (False, KVSpec()), "computed kv3 keep 4": (False, KVSpec(bits=3, keep=4)),
+CELLS = {"intact": (True, KVSpec()), "computed": (False, KVSpec()), "computed kv3 keep 4": (False, KVSpec(bits=3, sink_tokens=4)),
          "intact kv3": (True, KVSpec(bits=3))}  # fmt: skip
 OPTIONS = {"do_sample": False, "pad_token_id": PAD}
 

@@ -68,7 +68,7 @@ def test_a_pivot_of_tokens_that_the_model_does_not_know(saved_llama, pivot_file,
 def test_levels_for_fewer_channels(saved_llama, llama, tmp_path, part, found):
     file = tmp_path / "l.safetensors"
     levels_of(llama, (BOS,), 1).save(file)
-    cell = {"pivot": "bos", "kv_bits": 3, "kv_scheme": "pre_rope", "kv_levels": str(file)}
+    cell = {"pivot": "bos", "kv_bits": 3, "kv_scheme": "pre_rope", "kv_codebook": str(file)}
     make(saved_llama, **cell)
     changed(file, lambda name, tensor: tensor if name.endswith("levels") else tensor[part])
     with pytest.raises(ConfigError, match=rf"layer 0 has ranges for \(heads, width\) {found}.* are \(2, 16\)"):

@@ -116,8 +116,8 @@ def test_rows_that_act_in_several_layers_are_trained_whole(tokenizer, tmp_path, 
     lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in row]}) for row in rows]
     (tmp_path / "talks.jsonl").write_text("\n".join(lines))
     options = ["--model_args", f"pretrained={tmp_path / 'full'},dtype=float32,act_bits=8,pivot=bos", "--data",
-               tmp_path / "talks.jsonl", "--out", tmp_path / "p.safetensors", "--epochs", 1, "--batch", 4,
-               "--assistant", 3, "--tokens", 60]  # fmt: skip
+               tmp_path / "talks.jsonl", "--out", tmp_path / "p.safetensors", "--epochs", 1, "--batch-size", 4,
+               "--min-assistant-tokens", 3, "--max-tokens", 60]  # fmt: skip
     refused = CliRunner().invoke(app, ["calibrate", *map(str, options)])
     assert isinstance(refused.exception, UnsupportedModelError), refused.exception
     assert "last 3 of its 6 decoder layers" in str(refused.exception)

@@ -3,7 +3,7 @@
 import sys
 
 from intactkv_eval.commands.judge import judge_command
-from intactkv_eval.judge.client import Settings
+from intactkv_eval.judge.client import JudgeServer
 from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.storage.files import read_jsonl
 
@@ -16,7 +16,7 @@ def judged(server, sources, bench, out, model="judge", **options):
     }
     said = []
     made = judge_command(
-        sources, Settings(model, server.url, **settings), JudgeOptions(questions=bench, **options), out, said.append
+        sources, JudgeServer(model, server.url, **settings), JudgeOptions(questions=bench, **options), out, said.append
     )
     return made.table, "\n".join([*said, *made.incomplete])
 

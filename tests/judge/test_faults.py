@@ -15,7 +15,7 @@ from server import CUT, GOOD, completion, rating_of
 
 from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.judge.client import Settings
+from intactkv_eval.judge.client import JudgeServer
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.options import JudgeOptions
 from intactkv_eval.judge.verdict import rating_of as rating_of_reply
@@ -30,7 +30,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=str)
 def test_a_fault_loses_nothing_and_invents_nothing(server, answer_file, bench, tmp_path, fault):
     server.behave = lambda prompt, before: GOOD if before else fault
-    judged(server, [answer_file], bench, tmp_path / "out", seconds=1.0)
+    judged(server, [answer_file], bench, tmp_path / "out", timeout=1.0)
     found = rows(tmp_path / "out")
     assert len(found) == 10
     assert all(row["score"] == rating_of(row["user_prompt"]) for row in found)
@@ -106,7 +106,7 @@ def test_strange_letters_are_kept(server, bench, tmp_path, text):
 def test_an_address_that_is_none(answer_file, bench, tmp_path, url):
     with pytest.raises(ConfigError, match="--base-url"):
         judge_command(
-            [answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
+            [answer_file], JudgeServer("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
         )
 
 
@@ -117,14 +117,14 @@ def test_an_address_with_a_password(answer_file, bench, tmp_path, url):
     """It was kept with every reply."""
     with pytest.raises(ConfigError, match=r"holds a user or password, .*OPENAI_API_KEY") as ended:
         judge_command(
-            [answer_file], Settings("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
+            [answer_file], JudgeServer("judge", url), JudgeOptions(questions=bench), tmp_path / "out", logging.info
         )
     assert "hunter22" not in str(ended.value)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file() and b"hunter22" in path.read_bytes()]
 
 
 def test_a_key_in_an_address_is_not_kept(server, answer_file, bench, tmp_path):
-    settings = Settings("judge", f"{server.url}?api_key=hunter2222", seconds=5.0, retries=0)
+    settings = JudgeServer("judge", f"{server.url}?api_key=hunter2222", timeout=5.0, retries=0)
     judge_command([answer_file], settings, JudgeOptions(questions=bench), tmp_path / "out", logging.info)
     kept = (tmp_path / "out" / "replies.jsonl").read_text()
     assert "hunter2222" not in kept
@@ -182,7 +182,7 @@ def test_160_of_160_through_all_faults_and_a_kill_and_none_twice(server, tmp_pat
     bench = write_bench(tmp_path / "data", 80)
     file = lines(tmp_path / "one.jsonl", answers_of("one", range(1, 81)))
     server.behave, out = mixed, tmp_path / "out"
-    arguments = [*command(server, file, bench, out), "--seconds", "1", "--concurrency", "16"]
+    arguments = [*command(server, file, bench, out), "--timeout", "1", "--concurrency", "16"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         until = time.monotonic() + 60
         while sum(server.served.values()) < 40 and process.poll() is None and time.monotonic() < until:

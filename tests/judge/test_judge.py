@@ -15,7 +15,7 @@ from server import GOOD, completion, honest, rating_of
 
 from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError
-from intactkv_eval.judge.client import KEY, Settings
+from intactkv_eval.judge.client import KEY, JudgeServer
 from intactkv_eval.judge.cost import Prices
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.options import JudgeOptions
@@ -83,7 +83,9 @@ def test_the_key_is_nowhere(server, answer_file, bench, tmp_path):
 def test_no_key_and_no_server(answer_file, bench, tmp_path, monkeypatch):
     monkeypatch.delenv(KEY, raising=False)
     with pytest.raises(ConfigError, match=f"{KEY} is not set"):
-        judge_command([answer_file], Settings("judge"), JudgeOptions(questions=bench), tmp_path / "out", logging.info)
+        judge_command(
+            [answer_file], JudgeServer("judge"), JudgeOptions(questions=bench), tmp_path / "out", logging.info
+        )
 
 
 def test_cost_is_said_and_capped(server, answer_file, bench, tmp_path):
@@ -110,7 +112,7 @@ def test_rate_and_concurrency_are_kept(server, answer_file, bench, tmp_path):
     judged(server, [answer_file], bench, tmp_path / "out", concurrency=3)
     assert 1 < server.most_at_once <= 3
     start = time.monotonic()
-    judged(server, [answer_file], bench, tmp_path / "slow", rate=600.0)
+    judged(server, [answer_file], bench, tmp_path / "slow", requests_per_minute=600.0)
     assert time.monotonic() - start >= 0.9
 
 

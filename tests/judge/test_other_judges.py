@@ -8,7 +8,7 @@ from judging import judged, rows
 from server import GOOD, honest, rating_of
 
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.judge.client import ANTHROPIC_KEY, KEY, Judge, Settings
+from intactkv_eval.judge.client import ANTHROPIC_KEY, KEY, Judge, JudgeServer
 from intactkv_eval.judge.journal import NAME
 from intactkv_eval.judge.wire import Spelling, anthropic_base, speaks_anthropic
 from intactkv_eval.storage.files import read_jsonl
@@ -110,7 +110,7 @@ def test_which_addresses_are_anthropics(monkeypatch):
         "http://localhost:8080/proxy/v1/messages/": "http://localhost:8080/proxy/v1/",
     }.items():
         assert speaks_anthropic(url)
-        assert str(Judge(Settings("claude", url))._client.base_url) == wanted
+        assert str(Judge(JudgeServer("claude", url))._client.base_url) == wanted
     for url in (None, "https://api.openai.com/v1", "http://localhost/messages/v1", "https://notanthropic.com/v1"):
         assert not speaks_anthropic(url)
     assert anthropic_base("http://host/messages") == "http://host/v1"

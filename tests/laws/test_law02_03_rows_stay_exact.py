@@ -102,10 +102,10 @@ def test_a_pivot_is_never_changed(made):
 
 
 def test_kept_tokens_are_left_alone(llama):
-    """kv_keep: the evaluated model's own first rows stay exact, counted from each row's first real token."""
+    """kv_sink_tokens: the evaluated model's own first rows stay exact, counted from each row's first real token."""
     torch.manual_seed(0)
     states = torch.randn(2, 2, 5, 16)
-    cache = PivotCache(llama.config, 2, writer_of(KVSpec(bits=2, keep=2), llama), padding=torch.tensor([0, 1]))
+    cache = PivotCache(llama.config, 2, writer_of(KVSpec(bits=2, sink_tokens=2), llama), padding=torch.tensor([0, 1]))
     keys, _ = cache.update(states, states, 0)
     kept = (keys == states).all(dim=3).all(dim=1)
     assert kept[0].tolist() == [True, True, False, False, False]

@@ -15,7 +15,12 @@ from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7)
 BODIES = [[3], [5, 9, 11, 200, 17, 31, 8, 44, 61, 12, 13], [90, 91, 92, 93], []]
-KV = {"kv16": KVSpec(), "kv3": KVSpec(bits=3), "kv3 keep 3": KVSpec(bits=3, keep=3), "groups": spec("channel_key")}
+KV = {
+    "kv16": KVSpec(),
+    "kv3": KVSpec(bits=3),
+    "kv3 keep 3": KVSpec(bits=3, sink_tokens=3),
+    "groups": spec("channel_key"),
+}
 
 
 @pytest.fixture(params=[True, False], ids=["intact", "computed"])

@@ -11,10 +11,10 @@ from tiny import BOS, FAMILIES, VOCAB, build_model
 
 import intactkv_eval.inference.scoring.lm_head as head_module
 import intactkv_eval.inference.scoring.prefix_sharing as shared_module
+import intactkv_eval.inference.scoring.score as scoring_module
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.padding_probe import TESTED
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.inference.scoring import score
 from intactkv_eval.inference.scoring.lm_head import Head
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.inference.scoring.request_table import Request
@@ -25,8 +25,8 @@ CELLS = {
     "intact": (True, KVSpec()),
     "computed": (False, KVSpec()),
     "intact kv3": (True, KVSpec(bits=3)),
-    "computed kv3 keep 4": (False, KVSpec(bits=3, keep=4)),
-    "intact pre_rope": (True, spec("pre_rope", exempt=False)),
+    "computed kv3 keep 4": (False, KVSpec(bits=3, sink_tokens=4)),
+    "intact pre_rope": (True, spec("pre_rope", quantize_pivot=True)),
 }
 
 
@@ -71,9 +71,9 @@ def assert_same(found, expected):
 def row_size(request, monkeypatch):
     if request.param == "small rows":
         monkeypatch.setattr(head_module, "SLICE_BYTES", 4 * VOCAB * 5)
-        monkeypatch.setattr(score, "CAPACITY", 24)
-        monkeypatch.setattr(score, "OVERHEAD", 4)
-        monkeypatch.setattr(score, "SMALLEST_BATCH", 50)
+        monkeypatch.setattr(scoring_module, "CAPACITY", 24)
+        monkeypatch.setattr(scoring_module, "OVERHEAD", 4)
+        monkeypatch.setattr(scoring_module, "SMALLEST_BATCH", 50)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -251,7 +251,7 @@ def test_a_prefix_that_cannot_be_kept_is_computed_with_each_of_its_users(monkeyp
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
         return forward(self, prefix, rows, keep)
 
-    monkeypatch.setattr(score, "CAPACITY", 24)
+    monkeypatch.setattr(scoring_module, "CAPACITY", 24)
     monkeypatch.setattr(SharedModel, "forward", no_room_for_one)
     assert_same(score(SharedModel(made), requests, lambda tokens: 4), expected)
     assert failed

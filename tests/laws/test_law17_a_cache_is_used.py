@@ -23,7 +23,7 @@ BODY = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0)
 KV = {
     "nothing quantized": None,
     "token_head": KVSpec(bits=4),
-    "in groups": KVSpec(bits=4, scheme="channel_key", group=4, recent=4),
+    "in groups": KVSpec(bits=4, scheme="channel_key", group_size=4, residual_length=4),
 }
 ERROR = "LlamaForCausalLM did not use the KV cache that it was given"
 

@@ -14,7 +14,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.discover import find, observe, received
-from intactkv_eval.pivot.prefix_choice import choose, mean_nats
+from intactkv_eval.pivot.prefix_choice import choose, mean_nll
 from intactkv_eval.pivot.prefix_file import ChoiceFile
 
 WORDS = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -127,9 +127,9 @@ def test_a_prefix_takes_the_tokens_that_leave_no_pivot_behind_them():
     assert found.before.pivots == pytest.approx(2000 / 30)
     assert found.after.pivots == 0
     assert [rate for _, rate in found.steps] == pytest.approx([2000 / 30, 1000 / 30, 0])
-    assert len(found.after.nats) == 4
-    expected = mean_nats(model, found.prefix, texts(210, 220)[1])
-    assert found.after.nats[0] == pytest.approx(expected)
+    assert len(found.after.nll) == 4
+    expected = mean_nll(model, found.prefix, texts(210, 220)[1])
+    assert found.after.nll[0] == pytest.approx(expected)
     assert choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0, most=2).prefix in {(BOS, 210), (BOS, 220)}
 
 
@@ -148,7 +148,7 @@ def test_nats_are_those_of_the_model():
     with torch.no_grad():
         scores = model(torch.tensor([[BOS, *WORDS]])).logits[0].log_softmax(-1)
     expected = -sum(float(scores[i, WORDS[i]]) for i in range(1, len(WORDS))) / (len(WORDS) - 1)
-    assert mean_nats(model, (BOS,), torch.tensor(WORDS)) == pytest.approx(expected, rel=1e-5)
+    assert mean_nll(model, (BOS,), torch.tensor(WORDS)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def prose(tmp_path):
 
 
 def pivots(model, prose, *more):
-    options = ["--text", prose, "--samples", 4, "--length", 40, "--dtype", "float32", *more]
+    options = ["--data", prose, "--samples", 4, "--length", 40, "--dtype", "float32", *more]
     return CliRunner().invoke(app, ["pivots", str(model), *map(str, options)])
 
 
@@ -235,7 +235,7 @@ def test_auto_is_searched_once_and_its_baseline_has_the_same_tokens(saved_llama,
     [
         (["--threshold", 1], "threshold"),
         (["--samples", 1], "samples"),
-        (["--least", 0], "least"),
+        (["--min-reduction", 0], "min-reduction"),
         (["--out", "x.txt"], ".json"),
     ],
 )

@@ -16,8 +16,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-_IMPORTED = ("cli", "harness.command", "harness.quantize_command", "harness.calibrate_command", "judge.command",
-             "sweep.command")  # fmt: skip
+_IMPORTED = ("cli.main", "commands.evaluate", "commands.capture", "commands.quantize", "commands.calibrate",
+             "commands.judge", "sweep.runner")  # fmt: skip
 _parent: list[subprocess.Popen] = []
 
 

@@ -55,7 +55,18 @@ def works(model: Path, server_url: str, bench: Path, answers: Sequence[Path]) ->
         "--length",
         "96",
     ]
-    training = ["--tokens", "96", "--assistant", "10", "--batch", "4", "--epochs", "3", "--rate", "2e-3"]
+    training = [
+        "--max-tokens",
+        "96",
+        "--min-assistant-tokens",
+        "10",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "3",
+        "--learning-rate",
+        "2e-3",
+    ]
     judging = ["--model", "judge", "--base-url", server_url, "--questions", str(bench), "--baseline", str(answers[1])]
 
     def sweep(folder: Path) -> list[str]:

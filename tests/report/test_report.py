@@ -265,11 +265,11 @@ def test_kv_cells_find_their_baseline(tmp_path):
     levels = {"fingerprint": {"weight_hash": "w"}, "samples": "s"}
     pre_rope, groups = {**kv, "kv_scheme": "pre_rope"}, {**kv, "kv_scheme": "channel_key"}
     cells = [
-        ({**pre_rope, "kv_levels": "a.safetensors", "pivot": "none"}, {"kv_levels": levels}),
-        ({**pre_rope, "kv_levels": "b.safetensors"}, {"kv_levels": levels}),
-        ({**pre_rope, "kv_levels": "b.safetensors"}, {"kv_levels": {**levels, "samples": "others"}}),
+        ({**pre_rope, "kv_codebook": "a.safetensors", "pivot": "none"}, {"kv_codebook": levels}),
+        ({**pre_rope, "kv_codebook": "b.safetensors"}, {"kv_codebook": levels}),
+        ({**pre_rope, "kv_codebook": "b.safetensors"}, {"kv_codebook": {**levels, "samples": "others"}}),
         ({**groups, "pivot": "none"}, None),
-        ({**groups, "kv_exempt": False}, None),
+        ({**groups, "kv_quantize_pivot": True}, None),
     ]
     for date, (cell, record) in enumerate(cells, 1):
         write(tmp_path, cell, [3.0 + date, 3.2 + date, 3.1 + date], date, record=record)

@@ -54,7 +54,7 @@ def killed(file: str, folder: Path, cells: int, *more: str) -> None:
 def on_ray(file: str, folder: Path, cells: int, *more: str) -> None:
     """Two workers; one is killed when a third of the cells is done."""
     with ray_cluster(folder) as address:
-        where = ["--executor", "ray", "--address", address, "--made", str(folder / "made")]
+        where = ["--executor", "ray", "--address", address, "--shared-folder", str(folder / "made")]
         process = command(folder, *where, *more, file=file)
         wait_for(cells // 3, folder, process, HOURS)
         workers = ray_workers()

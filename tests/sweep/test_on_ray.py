@@ -17,7 +17,7 @@ from running import command, figures, ray_cluster, ray_workers, wait_for
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.sweep import on_ray
 from intactkv_eval.sweep.folder import SweepFolder
-from intactkv_eval.sweep.runner import Where
+from intactkv_eval.sweep.runner import RunLocation
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
 
@@ -38,9 +38,9 @@ def test_a_killed_actor_changes_nothing(saved_llama, tmp_path, cluster):
     given = grid(saved_llama, weights=[{}, RTN, gptq], kv=[{}, {"kv_bits": 4}, {"kv_bits": 3}, {"kv_bits": 2}])
     calm = tmp_path / "calm"
     calm.mkdir()
-    assert all(end.error is None for end in sweep_of(given, calm).run(Where()))
+    assert all(end.error is None for end in sweep_of(given, calm).run(RunLocation()))
     sweep_of(given, tmp_path)
-    process = command(tmp_path, "--executor", "ray", "--address", cluster, "--made", str(tmp_path / "made"))
+    process = command(tmp_path, "--executor", "ray", "--address", cluster, "--shared-folder", str(tmp_path / "made"))
     wait_for(4, tmp_path, process)
     actors = ray_workers()
     assert len(actors) == 2
@@ -57,15 +57,15 @@ def test_a_killed_actor_changes_nothing(saved_llama, tmp_path, cluster):
 @pytest.mark.slow
 def test_errors_of_a_cluster(saved_llama, tmp_path, cluster, monkeypatch):
     broken = sweep_of(grid(saved_llama, weights=[{"weights": "rtn", "bits": 3, "group_size": 48}, {}]), tmp_path)
-    ended = broken.run(Where("ray", address=cluster, made=tmp_path / "made"))
+    ended = broken.run(RunLocation("ray", address=cluster, made=tmp_path / "made"))
     assert sorted(bool(end.error) for end in ended) == [False, False, True, True]
     assert all("group_size=48" in end.error for end in ended if end.error)
     large = sweep_of(grid(saved_llama, run={"resources": {"num_gpus": 8}}, seeds=[1]), tmp_path)
     with pytest.raises(ConfigError, match="more than the whole cluster has"):
-        large.run(Where("ray", address=cluster))
+        large.run(RunLocation("ray", address=cluster))
     begun = time.monotonic()
     with pytest.raises(ConfigError, match="no Ray cluster answers"):
-        large.run(Where("ray", address="127.0.0.1:9"))
+        large.run(RunLocation("ray", address="127.0.0.1:9"))
     assert time.monotonic() - begun < 90
 
 
@@ -75,7 +75,7 @@ def test_without_ray(saved_llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(on_ray, "import_module", missing)
     with pytest.raises(ConfigError, match="pip install ray"):
-        sweep_of(grid(saved_llama), tmp_path).run(Where("ray"))
+        sweep_of(grid(saved_llama), tmp_path).run(RunLocation("ray"))
 
 
 def test_secrets_stay_with_the_driver():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from intactkv_eval.sweep.folder import SweepFolder
-from intactkv_eval.sweep.pool import Ended
+from intactkv_eval.sweep.pool import JobResult
 from intactkv_eval.sweep.schedule import next_unit, run_units
 
 
@@ -60,8 +60,8 @@ class Script:
         unit = self.running.pop(slot)
         left = self.ends.get(unit.key)
         if isinstance(left, list):
-            return [Ended(slot, left.pop(0), 1.0, died=True)] if left else [Ended(slot, None, 1.0)]
-        return [Ended(slot, left, 1.0)]
+            return [JobResult(slot, left.pop(0), 1.0, died=True)] if left else [JobResult(slot, None, 1.0)]
+        return [JobResult(slot, left, 1.0)]
 
     def close(self):
         pass

@@ -19,7 +19,7 @@ from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.planned import absent_of
 from intactkv_eval.report.tables import FORMATS, markdown
 from intactkv_eval.sweep.folder import SweepFolder
-from intactkv_eval.sweep.runner import Where
+from intactkv_eval.sweep.runner import RunLocation
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
 
@@ -73,7 +73,7 @@ def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
     levels = {"kv_bits": 2, "kv_scheme": "pre_rope", "levels": {"data": text, "samples": 4, "length": 64}}
     given = grid(saved_llama, weights=[{}, gptq], kv=[{}, levels])
     sweep = sweep_of(given, tmp_path)
-    ended = sweep.run(Where())
+    ended = sweep.run(RunLocation())
     assert [end.error for end in ended] == [None] * 8
     assert len(list((tmp_path / "out" / "made").glob("[gk]*"))) == 3, "a checkpoint, two files of levels"
     runs, _ = collect([tmp_path / "out"])
@@ -83,7 +83,7 @@ def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
     baseline = next(line for line in table.splitlines() if "gptq w3g32" in line and "| none |" in line)
     assert baseline.split("|")[7].strip(), "a checkpoint's baseline has its loss to full precision"
     before = figures(tmp_path / "out")
-    assert sweep_of(given, tmp_path).run(Where()) == []
+    assert sweep_of(given, tmp_path).run(RunLocation()) == []
     more = sweep_of({**given, "seeds": [3]}, tmp_path)
     assert len(more.waiting) == 8
     assert figures(tmp_path / "out") == before
@@ -98,7 +98,7 @@ def test_a_trained_pivot_and_a_response_cache(saved_llama, tmp_path):
     data.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
     trained = {"pivot": "bos", "calibrate": {"data": str(data), "tokens": 96, "assistant": 10, "batch": 4, "epochs": 1}}
     given = grid(saved_llama, weights=[RTN], pivots=["none", "bos", trained], run={"use_cache": True})
-    assert [end.error for end in sweep_of(given, tmp_path).run(Where())] == [None] * 3
+    assert [end.error for end in sweep_of(given, tmp_path).run(RunLocation())] == [None] * 3
     assert len(list((tmp_path / "out" / "made").glob("calibrated-*.safetensors"))) == 1
     assert not list((tmp_path / "out" / "responses").iterdir()), "what a cell that is done had answered is not kept"
     assert "Not compared" not in markdown(collect([tmp_path / "out"])[0])
@@ -111,7 +111,7 @@ def test_a_failed_cell_is_kept_as_such(saved_llama, tmp_path, text):
     given = grid(saved_llama, weights=[{}, broken, {"weights": "rtn", "bits": 3, "group_size": 48}])
     given["tasks"] = [TASK, {**TASK, "limit": 3, "metadata": {"ppl_window": "wide"}}]
     sweep = sweep_of(given, tmp_path)
-    ended = {end.unit.label: end.error for end in sweep.run(Where())}
+    ended = {end.unit.label: end.error for end in sweep.run(RunLocation())}
     done = [label for label, error in ended.items() if error is None]
     assert len(ended) == 12
     assert len(done) == 2
@@ -150,16 +150,16 @@ def test_a_damaged_record_is_an_unknown_duration(saved_llama, tmp_path, record):
 def test_one_sweep_a_folder(saved_llama, tmp_path):
     sweep = sweep_of(grid(saved_llama), tmp_path)
     with SweepFolder(tmp_path / "out").alone(), pytest.raises(ConfigError, match="another sweep works on it"):
-        sweep.run(Where())
+        sweep.run(RunLocation())
     with pytest.raises(ConfigError, match="use cpu, cuda:0"):
-        sweep.run(Where(devices="gpu"))
+        sweep.run(RunLocation(devices="gpu"))
 
 
 def test_results_that_the_grid_no_longer_holds_are_not_reported(saved_llama, tmp_path):
-    sweep_of(grid(saved_llama, weights=[{}]), tmp_path).run(Where())
+    sweep_of(grid(saved_llama, weights=[{}]), tmp_path).run(RunLocation())
     assert len(collect([tmp_path / "out"])[0]) == 2
     changed = sweep_of(grid(saved_llama, weights=[{}], tasks=[{**TASK, "limit": 3}]), tmp_path)
-    changed.run(Where())
+    changed.run(RunLocation())
     runs, _ = collect([tmp_path / "out"])
     assert {run.scores["intactkv_demo_ppl"].settings["limit"] for run in runs} == {3.0}
     assert len(figures(tmp_path / "out")) == 4, "they are kept"
@@ -172,7 +172,7 @@ def test_killed_five_times_it_ends_as_if_undisturbed(saved_llama, tmp_path, text
     given = grid(saved_llama, weights=[{}, RTN, gptq], kv=kv)
     calm = tmp_path / "calm"
     calm.mkdir()
-    assert all(end.error is None for end in sweep_of(given, calm).run(Where()))
+    assert all(end.error is None for end in sweep_of(given, calm).run(RunLocation()))
     sweep_of(given, tmp_path)
     draw = random.Random(0)
     for kill in range(5):

@@ -130,7 +130,7 @@ def test_what_is_wrong_is_named(parts, message):
 def test_a_product_without_end():
     """Four kilobytes of lists multiply to 128,000 cells."""
     many = {"weights": [{**RTN, "group_size": size + 1} for size in range(40)], "pivots": ["bos"],
-            "kv": [{"kv_bits": 4, "kv_keep": keep} for keep in range(40)], "seeds": list(range(40))}  # fmt: skip
+            "kv": [{"kv_bits": 4, "kv_sink_tokens": keep} for keep in range(40)], "seeds": list(range(40))}  # fmt: skip
     begun = time.monotonic()
     with pytest.raises(ConfigError, match="multiply to 64000 cells; expected at most 10000"):
         units(grid("m", **many))

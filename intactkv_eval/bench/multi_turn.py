@@ -30,7 +30,7 @@ Answers = list[list[str]]
 Way = Callable[[], tuple[Answers, int]]
 
 
-def talks(model: str | None, questions: int, tokens: int, repeats: int) -> str:
+def multi_turn(model: str | None, questions: int, tokens: int, repeats: int) -> str:
     """A markdown table: seconds, tokens a second and equal answers, of a plain loop and of ours by batch size.
 
     Raises DataError where the questions cannot be had.

@@ -118,13 +118,13 @@ def _loss(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any
 
 
 def _perplexity(plotting: Any, numbers: dict[str, Array], said: dict[str, Any]) -> Any:
-    nats = numbers["nats"]
-    middle, error = np.exp(nats.mean(axis=1)), _error(nats)
+    nll = numbers["nll"]
+    middle, error = np.exp(nll.mean(axis=1)), _error(nll)
     figure, axes = plotting.subplots(figsize=(7, 4.4), layout="constrained")
     places = np.arange(len(middle))
     axes.fill_between(places, middle * np.exp(-error), middle * np.exp(error), color=BLUE, alpha=0.25, step="mid")
     axes.step(places, middle, where="mid", color=BLUE, label="quantized (band: error of the change since 0 rows)")
-    full = float(np.exp(numbers["nats_full"].mean()))
+    full = float(np.exp(numbers["nll_full"].mean()))
     axes.axhline(full, color=ORANGE, linestyle="--", label=f"full precision: {full:.2f}")
     axes.set(xlabel="pivot rows that are intact (tokens)", ylabel="perplexity (a token)")
     axes.set_title("Perplexity by the size of the intact pivot")
@@ -150,7 +150,7 @@ FIGURES: dict[str, tuple[str, Callable[[Any, dict[str, Array], dict[str, Any]], 
     "outliers-3d": ("surface", _surface),
     "attention": ("attention", _attention),
     "loss-by-size": ("loss_last", _loss),
-    "perplexity-by-size": ("nats", _perplexity),
+    "perplexity-by-size": ("nll", _perplexity),
     "kv-cache": ("keys", _cache),
 }
 """Each figure: the numbers that it needs, and what draws it."""
