@@ -37,7 +37,7 @@ statistics: $(VENV)/.installed
 
 # 50 SIGKILLs each of capture, quantize, calibrate, eval, judge and sweep.
 kills: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/kills.py --kills 50
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/kills.py --kills 50
 
 bench: $(VENV)/.demo
 	$(BIN)/intactkv bench
@@ -61,11 +61,11 @@ test-gptqmodel: $(VENV)/.test $(VENV)/.demo
 
 # A grid of the real model undisturbed, killed five times, and on a local Ray cluster of which a worker is killed.
 sweeps: $(VENV)/.test $(VENV)/.demo
-	OMP_NUM_THREADS=1 $(BIN)/python tests/sweep/at_length.py sweeps/smollm2.yaml $(VENV)/sweeps
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/at_length.py sweeps/smollm2.yaml $(VENV)/sweeps
 
 # 200,000 requests: memory and time must not grow with them.
 load: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python tests/reliability/load.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/load.py
 
 # The fast suite on every Python that is here, with the newest releases that install, with the oldest that we support, and
 # with the next lm_eval, which is out as a development release; and whether constraints.txt installs there from the

@@ -2,7 +2,7 @@
 
     python scripts/limits_table.py [--write docs/reliability.md]
 
-The limits are those of intactkv_eval/storage/limits.py; tests/test_limits.py fails where the page has others.
+The limits are those of intactkv_eval/storage/limits.py; tests/storage/test_limits.py fails where the page has others.
 """
 
 import argparse

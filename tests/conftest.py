@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from tiny import FAMILIES, build_model, byte_tokenizer
+from helpers.tiny import FAMILIES, build_model, byte_tokenizer
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -61,7 +61,7 @@ def shared_hub():
 @pytest.fixture
 def called(monkeypatch, capfd):
     """The command in this process: exit code and what it wrote to standard error."""
-    from intactkv_eval import cli
+    from intactkv_eval.cli import main as cli
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["intactkv", *map(str, arguments)])

@@ -26,7 +26,7 @@ from intactkv_eval.pivot.tokens import check_vocabulary
 from intactkv_eval.weights.input_transform import Rotation
 
 # Of SmolLM2 eager and sdpa attention differ by 0.025 in bf16 and 1e-6 in fp32; another activation by 0.4 to 0.6, and
-# a tenth of the RoPE base by 0.09 behind seven tokens (python tests/pivot/config_noise.py MODEL).
+# a tenth of the RoPE base by 0.09 behind seven tokens (python tests/stress/config_noise.py MODEL).
 _NOISE = {torch.bfloat16: 2**-4, torch.float16: 2**-4, torch.float32: 2**-6, torch.float64: 2**-6}
 
 IN_MEMORY = "in-memory"

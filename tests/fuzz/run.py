@@ -108,7 +108,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     import seeds
     import targets
-    from tiny import byte_tokenizer
+    from helpers.tiny import byte_tokenizer
 
     with tempfile.TemporaryDirectory() as name:
         seeds.make_seeds(Path(name), byte_tokenizer())

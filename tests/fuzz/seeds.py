@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny import build_model
+from helpers.tiny import build_model
 
 from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook

@@ -33,7 +33,7 @@ from intactkv_eval.weights.checkpoint import Checkpoint, quantization_beside, re
 from intactkv_eval.weights.formats import format_of, stage_of
 from intactkv_eval.weights.formats.layer import LayerTensors
 
-CHECKPOINTS = Path(__file__).parents[1] / "data" / "gptqmodel"
+CHECKPOINTS = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
 
 
 def targets(folder: Path) -> dict[str, Target]:

@@ -10,7 +10,7 @@ import pytest
 import run
 import seeds
 import targets as fuzzed
-from tiny import byte_tokenizer
+from helpers.tiny import byte_tokenizer
 
 INPUTS = 2000
 

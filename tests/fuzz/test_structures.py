@@ -11,9 +11,9 @@ import pytest
 import run
 import seeds
 import targets as fuzzed
+from helpers.tiny import byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer
 
 EXAMPLES = int(os.environ.get("INTACTKV_FUZZ_EXAMPLES", "60"))
 

@@ -1,8 +1,8 @@
 """A small bench in FastChat's layout, answers to it, and a server that judges."""
 
 import pytest
-from judge_bench import answers_of, lines, write_bench
-from server import serving
+from helpers.judge_bench import answers_of, lines, write_bench
+from helpers.server import serving
 
 
 @pytest.fixture

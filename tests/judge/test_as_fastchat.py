@@ -1,12 +1,12 @@
-"""FastChat's own code beside ours (tests/data/released/judge.json): requests char by char, judgments, scores, win rates."""
+"""FastChat's own code beside ours (tests/fixtures/released/judge.json): requests char by char, judgments, scores, win rates."""
 
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
-from judge_bench import answers_of, lines, write_bench
-from judging import judged, rows
+from helpers.judge_bench import answers_of, lines, write_bench
+from helpers.judging import judged, rows
 
 from intactkv_eval.judge.matches import Bench, single_matches
 from intactkv_eval.judge.references import load_references
@@ -15,7 +15,7 @@ from intactkv_eval.judge.verdict import rating_of
 from intactkv_eval.mt_bench.answers import Answer
 from intactkv_eval.mt_bench.questions import load_prompts, load_questions
 
-RELEASED = json.loads((Path(__file__).parents[1] / "data" / "released" / "judge.json").read_text())
+RELEASED = json.loads((Path(__file__).parents[1] / "fixtures" / "released" / "judge.json").read_text())
 JUDGES = ("gpt-4", "gpt-4-0125-preview")
 
 

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from judge_bench import answers_of, lines
-from judging import command, judged
-from server import GOOD, completion, honest
+from helpers.judge_bench import answers_of, lines
+from helpers.judging import command, judged
+from helpers.server import GOOD, completion, honest
 
 from intactkv_eval.judge.cost import BudgetTracker, Prices
 from intactkv_eval.judge.journal import NAME

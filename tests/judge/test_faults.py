@@ -9,9 +9,9 @@ import time
 from statistics import mean
 
 import pytest
-from judge_bench import answers_of, lines, write_bench
-from judging import command, judged, rows
-from server import CUT, GOOD, completion, rating_of
+from helpers.judge_bench import answers_of, lines, write_bench
+from helpers.judging import command, judged, rows
+from helpers.server import CUT, GOOD, completion, rating_of
 
 from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError

@@ -8,10 +8,10 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
-from judge_bench import answers_of, lines, write_bench
-from judging import command, judged, rows
-from server import GOOD, completion
-from tiny import build_model
+from helpers.judge_bench import answers_of, lines, write_bench
+from helpers.judging import command, judged, rows
+from helpers.server import GOOD, completion
+from helpers.tiny import build_model
 
 from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.judge.scores import figure_of

@@ -9,9 +9,9 @@ import time
 from statistics import mean
 
 import pytest
-from judge_bench import answers_of, lines
-from judging import SECRET, command, judged, rows
-from server import GOOD, completion, honest, rating_of
+from helpers.judge_bench import answers_of, lines
+from helpers.judging import SECRET, command, judged, rows
+from helpers.server import GOOD, completion, honest, rating_of
 
 from intactkv_eval.commands.judge import judge_command
 from intactkv_eval.errors import ConfigError, DataError

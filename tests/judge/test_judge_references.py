@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from judge_bench import answers_of, lines, write_bench
-from judging import judged, rows
+from helpers.judge_bench import answers_of, lines, write_bench
+from helpers.judging import judged, rows
 
 from intactkv_eval.errors import DataError
 from intactkv_eval.judge.journal import NAME

@@ -7,9 +7,9 @@ import subprocess
 import time
 
 import pytest
-from judge_bench import answers_of, lines
-from judging import command, judged, rows
-from server import rating_of
+from helpers.judge_bench import answers_of, lines
+from helpers.judging import command, judged, rows
+from helpers.server import rating_of
 
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.journal import NAME, Line, opened

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from judge_bench import answers_of, lines
-from judging import judged, rows
-from server import GOOD, honest, rating_of
+from helpers.judge_bench import answers_of, lines
+from helpers.judging import judged, rows
+from helpers.server import GOOD, honest, rating_of
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.judge.client import ANTHROPIC_KEY, KEY, Judge, JudgeServer

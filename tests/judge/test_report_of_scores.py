@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from judge_bench import write_bench
-from judging import judged, rows
-from server import GOOD, completion, rating_of
-from tiny import build_model
+from helpers.judge_bench import write_bench
+from helpers.judging import judged, rows
+from helpers.server import GOOD, completion, rating_of
+from helpers.tiny import build_model
 
 from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.errors import ConfigError, DataError, IntactKVError

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tolerances import RELATIVE_RMS, relative_rms
+from helpers.tolerances import RELATIVE_RMS, relative_rms
 from torch.nn import functional as F
 
 from intactkv_eval.quantize.rtn import quantize_rtn

@@ -8,7 +8,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from tolerances import RELATIVE_RMS, relative_rms
+from helpers.tolerances import RELATIVE_RMS, relative_rms
 from torch.nn import functional as F
 
 from intactkv_eval.model.linear import QuantizedLinear

@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 import triton
-from tolerances import RELATIVE_RMS, relative_rms
+from helpers.tolerances import RELATIVE_RMS, relative_rms
 
 from intactkv_eval.weights.packing import pack, packed_words
 from intactkv_kernels.reference import quantized_linear

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOS, WINDOW
+from helpers.tiny import BOS, WINDOW
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.generation.generate import generate

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOS, FAMILIES, WINDOW, build_model
+from helpers.tiny import BOS, FAMILIES, WINDOW, build_model
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.compat.cache_use import run_with_cache

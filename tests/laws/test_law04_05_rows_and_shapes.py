@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from kv_cells import spec
-from tiny import BOS, PAD
+from helpers.kv_cells import spec
+from helpers.tiny import BOS, PAD
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.generation.generate import generate

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from helpers.tiny import BOS, build_model
 from lm_eval.models.huggingface import HFLM
-from tiny import BOS, build_model
 
 from intactkv_eval.compat.lm_eval_api import make_request, rolling_value
 from intactkv_eval.lm.intactkv_lm import IntactKVLM

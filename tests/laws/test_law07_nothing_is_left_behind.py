@@ -1,7 +1,7 @@
 """Law 7: after use the model has no hook, patched method or module that it did not have."""
 
 import torch
-from tiny import BOS
+from helpers.tiny import BOS
 
 from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec

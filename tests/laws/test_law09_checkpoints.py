@@ -1,6 +1,6 @@
 """Law 9: reading a checkpoint is the writing library's own dequantization, exactly.
 
-The fixtures were packed by AutoGPTQ, AutoAWQ and GPTQModel themselves (tests/data/make_*.py say how), and hold what those
+The fixtures were packed by AutoGPTQ, AutoAWQ and GPTQModel themselves (tests/fixtures/make_*.py say how), and hold what those
 libraries make of their own bytes; compressed-tensors is asked here.
 """
 
@@ -23,7 +23,7 @@ from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats import format_of
 from intactkv_eval.weights.formats.layer import LayerTensors
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "fixtures"
 
 
 def packed_layers(library, *layouts):

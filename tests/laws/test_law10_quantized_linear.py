@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import RELATIVE_RMS, relative_rms
+from helpers.tolerances import RELATIVE_RMS, relative_rms
 from torch.nn import functional as F
 
 from intactkv_eval.errors import ConfigError

@@ -97,9 +97,7 @@ def wrong_arrows(package=PACKAGE):
         elif there == "intactkv_kernels":
             if RANK[here] < RANK[KERNELS_BELOW]:
                 wrong.append(f"{module} imports {target}, which only {KERNELS_BELOW} and above may")
-        elif here != there and (
-            RANK[there] >= RANK[here] or there not in KNOWS_ONLY.get(here, {there})
-        ):
+        elif here != there and (RANK[there] >= RANK[here] or there not in KNOWS_ONLY.get(here, {there})):
             wrong.append(f"{module} imports {target}")
     return wrong
 

@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from kv_cells import pivoted as cell_on
-from kv_cells import spec
-from tiny import BOS, FAMILIES, VOCAB, build_model
+from helpers.kv_cells import pivoted as cell_on
+from helpers.kv_cells import spec
+from helpers.tiny import BOS, FAMILIES, VOCAB, build_model
 
 import intactkv_eval.inference.scoring.lm_head as head_module
 import intactkv_eval.inference.scoring.prefix_sharing as shared_module

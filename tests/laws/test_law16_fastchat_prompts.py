@@ -1,6 +1,6 @@
 """Law 16, of chat prompts: Vicuna's and Llama 2's are FastChat's, in text and in tokens, with `legacy` both ways.
 
-The fixture was made by FastChat's own conversations and the slow tokenizer that it loads (tests/data/released/
+The fixture was made by FastChat's own conversations and the slow tokenizer that it loads (tests/fixtures/released/
 make_fastchat.py). Of the invented questions every prompt is asked here; MT-Bench's own 80 are not in the repository.
 """
 
@@ -10,14 +10,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import spm
+from helpers import spm
 
 from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.messages import Message
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.training.examples import rendered
 
-RELEASED = Path(__file__).parents[1] / "data" / "released"
+RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
 FASTCHAT = json.loads((RELEASED / "fastchat.json").read_text(encoding="utf-8"))
 MODEL = (RELEASED / "llama.model").read_bytes()
 
@@ -92,7 +92,7 @@ def test_prompts_behind_a_system_message(llama, named):
 
 
 def test_the_slow_tokenizer_of_our_other_tests_is_fastchats(llama):
-    """tests/spm.py says in a few lines what it makes of a text; here beside what it did make."""
+    """tests/helpers/spm.py says in a few lines what it makes of a text; here beside what it did make."""
     legacy, tokenizer = llama
     released = spm.Released(legacy == "true", MODEL)
     for name, wanted in FASTCHAT["invented"]["rows"].items():

@@ -1,6 +1,6 @@
 """Law 16, KV cache: a formula that bears a paper's name is the released one, bit for bit.
 
-The fixture holds what the released code of IntactKV, QuaRot and KIVI makes of the same rows (tests/data/released/make_kv.py).
+The fixture holds what the released code of IntactKV, QuaRot and KIVI makes of the same rows (tests/fixtures/released/make_kv.py).
 """
 
 import json
@@ -17,7 +17,7 @@ from intactkv_eval.kv_quant.token_head import TokenHead, quarot_rows
 from intactkv_eval.weights.hadamard import hadamard_rows
 
 ROOT = Path(__file__).parents[2]
-RELEASED = load_file(ROOT / "tests/data/released/kv.safetensors")
+RELEASED = load_file(ROOT / "tests/fixtures/released/kv.safetensors")
 PLACES = torch.zeros(1, 1)
 GROUP, RESIDUAL, TOKENS, PROMPT = 8, 16, 44, 12
 BITS = (2, 3, 4, 8)
@@ -130,7 +130,7 @@ def test_what_a_query_sees_of_kivis_cache(bits):
 
 
 def test_the_page_shows_the_released_perplexities():
-    measured = json.loads((ROOT / "tests/data/released/kv_perplexity.json").read_text())["rows"]
+    measured = json.loads((ROOT / "tests/fixtures/released/kv_perplexity.json").read_text())["rows"]
     lines = (ROOT / "docs/released-formulas.md").read_text().splitlines()
     for row in [row for row in measured if row["kv_bits"] < 16]:
         begin = f"| {row['weights'].replace('4 g', '4g')} | {row['kv_bits']} | {row['pivot']} |"

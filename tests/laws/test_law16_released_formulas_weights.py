@@ -1,6 +1,6 @@
 """Law 16, weights: every quantizer that is named after a paper gives the numbers of that paper's released code.
 
-The fixtures were made by that code itself (tests/data/released/make_weights.py says which, and how). Scales are taken in
+The fixtures were made by that code itself (tests/fixtures/released/make_weights.py says which, and how). Scales are taken in
 fp32 here, as the released code has them; docs/released-formulas.md says where ours are rounded to 16 bits first.
 """
 
@@ -15,7 +15,7 @@ from intactkv_eval.quantize.gptq import GPTQ, gptq
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_in_range
 from intactkv_eval.quantize.shrink import shrunk_range
 
-DATA = Path(__file__).parents[1] / "data" / "released"
+DATA = Path(__file__).parents[1] / "fixtures" / "released"
 FORMULAS = {"quarot": "quarot", "omniquant": "omniquant", "awq": "awq", "autogptq": "gptq"}
 
 

@@ -1,6 +1,6 @@
 """Law 16, of protocols: MMLU's prompts and Vicuna's training targets are those that IntactKV's released code makes.
 
-The fixtures were made by that code (tests/data/released/make_mmlu.py and make_vicuna.py).
+The fixtures were made by that code (tests/fixtures/released/make_mmlu.py and make_vicuna.py).
 """
 
 import csv
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.tiny import BOS, byte_tokenizer
 from lm_eval.tasks import TaskManager
-from tiny import BOS, byte_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -22,7 +22,7 @@ from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.training.examples import examples_of
 
-RELEASED = Path(__file__).parents[1] / "data" / "released"
+RELEASED = Path(__file__).parents[1] / "fixtures" / "released"
 MMLU = json.loads((RELEASED / "mmlu.json").read_text(encoding="utf-8"))
 VICUNA = json.loads((RELEASED / "vicuna.json").read_text(encoding="utf-8"))
 TASKS = shipped_folder("tasks")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOS, build_model
+from helpers.tiny import BOS, build_model
 from transformers import LlamaForCausalLM
 
 from intactkv_eval.cell.spec import KVSpec

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from helpers.object_models import RTN, SEVERAL, answers, of_folder, of_object, rounded, save, scores, values
+from helpers.tiny import BOS, FAMILIES, build_model, byte_tokenizer
 from lm_eval.models.huggingface import HFLM
-from object_models import RTN, SEVERAL, answers, of_folder, of_object, rounded, save, scores, values
-from tiny import BOS, FAMILIES, build_model, byte_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from intactkv_eval.cli import app
+from intactkv_eval.cli.main import app
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.errors import CheckpointError, ConfigError, UnsupportedModelError
 

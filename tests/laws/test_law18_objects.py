@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from object_models import RTN, SEVERAL, answers, of_folder, of_object, rounded, save, scores, values
-from tiny import build_model, byte_tokenizer
+from helpers.object_models import RTN, SEVERAL, answers, of_folder, of_object, rounded, save, scores, values
+from helpers.tiny import build_model, byte_tokenizer
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from intactkv_eval.cli import app
+from intactkv_eval.cli.main import app
 from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, PivotError, UnsupportedModelError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 

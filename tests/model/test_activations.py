@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import build_model
+from helpers.tiny import build_model
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D

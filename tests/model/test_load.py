@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOS, FAMILIES, build_model
+from helpers.tiny import BOS, FAMILIES, build_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 

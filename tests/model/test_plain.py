@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from references import SHAPE, made
-from tiny import uneven
+from helpers.references import SHAPE, made
+from helpers.tiny import uneven
 from torch import nn
 from torch.nn import functional
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import BOS, EOS, PAD, build_model
+from helpers.tiny import BOS, EOS, PAD, build_model
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+from helpers.tiny import BOS, build_model
 from safetensors.torch import load_file, save_file
-from tiny import BOS, build_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from intactkv_eval.assemble.awq_basis import in_basis_of
-from intactkv_eval.cli import app
+from intactkv_eval.cli.main import app
 from intactkv_eval.errors import CheckpointError, PivotError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.intactkv_lm import IntactKVLM

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from tiny import BOS, FAMILIES, build_model
+from helpers.tiny import BOS, FAMILIES, build_model
 from torch import nn
 from typer.testing import CliRunner
 
-from intactkv_eval.cli import app
+from intactkv_eval.cli.main import app
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers

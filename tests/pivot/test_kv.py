@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tiny import BOS, build_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import BOS, build_model
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from intactkv_eval.cell import formulas

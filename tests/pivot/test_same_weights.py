@@ -14,7 +14,7 @@ import copy
 
 import pytest
 import torch
-from tiny import build_model
+from helpers.tiny import build_model
 from torch import nn
 
 from intactkv_eval.errors import PivotError

@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from tiny import BOS, VOCAB
+from helpers.tiny import BOS, VOCAB
 
 from intactkv_eval.cell.spec import PivotSpec
 from intactkv_eval.chat import sandbox

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from blocks import Front, error_of, make_block, output_error, outputs, planted_block
-from tiny import build_model
+from helpers.blocks import Front, error_of, make_block, output_error, outputs, planted_block
+from helpers.tiny import build_model
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, LlamaConfig

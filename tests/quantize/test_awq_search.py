@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import FAMILIES, uneven
+from helpers.tiny import FAMILIES, uneven
 from transformers import AutoModelForCausalLM, NemotronConfig
 
 from intactkv_eval.errors import CheckpointError

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from intactkv_eval.assemble.checkpoint_info import read_quantization
-from intactkv_eval.cli import app
+from intactkv_eval.cli.main import app
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.matrices import matrix_of

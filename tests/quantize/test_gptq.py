@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, build_model
+from helpers.tiny import FAMILIES, build_model
 
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.matrices import matrix_of

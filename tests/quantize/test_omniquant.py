@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from blocks import error_of, make_block, output_error, outputs, planted_block
-from tiny import build_model
+from helpers.blocks import error_of, make_block, output_error, outputs, planted_block
+from helpers.tiny import build_model
 
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.quantize.omniquant import OmniQuant

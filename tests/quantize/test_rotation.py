@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny import BOS, FAMILIES, VOCAB, build_model, uneven
+from helpers.tiny import BOS, FAMILIES, VOCAB, build_model, uneven
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 

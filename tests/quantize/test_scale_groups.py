@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from blocks import make_block, output_error, outputs
-from tiny import FAMILIES, uneven
+from helpers.blocks import make_block, output_error, outputs
+from helpers.tiny import FAMILIES, uneven
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,8 @@
 """The small model and the works over it, for tests that run commands in processes of their own."""
 
 import pytest
-import works
-from tiny import build_model, byte_tokenizer
+from helpers import works
+from helpers.tiny import build_model, byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import random
 import time
 
-import forked
 import pytest
+from helpers import forked
 
 EIGHT = 8
 

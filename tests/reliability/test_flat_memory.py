@@ -5,10 +5,10 @@ import random
 import sys
 import tracemalloc
 
-import load
 import pytest
 import torch
-from tiny import build_model, byte_tokenizer
+from helpers.tiny import build_model, byte_tokenizer
+from stress import load
 
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 

@@ -3,8 +3,8 @@
 import subprocess
 from contextlib import contextmanager
 
-import forked
 import pytest
+from helpers import forked
 
 
 @contextmanager

@@ -4,8 +4,8 @@ import json
 import os
 import threading
 
-import forked
 import pytest
+from helpers import forked
 from sqlitedict import SqliteDict
 
 from intactkv_eval.bench.report import write_results

@@ -96,7 +96,7 @@ def test_the_command_makes_the_very_job(tmp_path):
     """Every option of the words that are printed, read by the command's own parser, is that of the checkpoint."""
     from typer.testing import CliRunner
 
-    from intactkv_eval import cli
+    from intactkv_eval.cli import main as cli
     from intactkv_eval.commands import quantize
 
     write(tmp_path, FP, list(FULL), 1)

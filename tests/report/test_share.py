@@ -4,8 +4,8 @@ from math import inf, sqrt
 
 import numpy as np
 import pytest
+from helpers.scores import score
 from scipy import stats
-from scores import score
 
 from intactkv_eval.report.pairing import paired_test, share_between
 from intactkv_eval.report.share import ShareSet

@@ -4,8 +4,8 @@ from math import exp
 
 import numpy as np
 import pytest
+from helpers.scores import score
 from scipy import stats
-from scores import score
 
 from intactkv_eval.report.pairing import paired_test, standard_error
 from intactkv_eval.report.significance import MIN_ERROR, MIN_TEST, Tail, accuracy_test, sign_test

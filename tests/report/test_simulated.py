@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scores import simulation
+from helpers.scores import simulation
 
 from intactkv_eval.report import pairing, resampling, share, significance
 

@@ -11,8 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from grids import RTN, grid, sweep_of
-from running import command, figures, ray_cluster, ray_workers, wait_for
+from helpers.grids import RTN, grid, sweep_of
+from helpers.running import command, figures, ray_cluster, ray_workers, wait_for
 
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.sweep import on_ray

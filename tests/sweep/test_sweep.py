@@ -8,8 +8,8 @@ import time
 
 import psutil
 import pytest
-from grids import RTN, TASK, grid, sweep_of
-from running import command, figures, processes_of, wait_for
+from helpers.grids import RTN, TASK, grid, sweep_of
+from helpers.running import command, figures, processes_of, wait_for
 
 from intactkv_eval.assemble.model_cache import Shelf
 from intactkv_eval.commands.evaluate import run_lm_eval
@@ -70,7 +70,7 @@ def test_a_cell_is_what_the_command_gives(saved_llama, tmp_path):
 
 def test_a_sweep_runs_reports_and_skips(saved_llama, tmp_path, text):
     gptq = {"quantize": {"method": "gptq", "bits": 3, "group_size": 32, "data": text, "samples": 4, "length": 64}}
-    levels = {"kv_bits": 2, "kv_scheme": "pre_rope", "levels": {"data": text, "samples": 4, "length": 64}}
+    levels = {"kv_bits": 2, "kv_scheme": "pre_rope", "codebook": {"data": text, "samples": 4, "length": 64}}
     given = grid(saved_llama, weights=[{}, gptq], kv=[{}, levels])
     sweep = sweep_of(given, tmp_path)
     ended = sweep.run(RunLocation())
@@ -96,7 +96,10 @@ def test_a_trained_pivot_and_a_response_cache(saved_llama, tmp_path):
     ]
     data = tmp_path / "talks.jsonl"
     data.write_text("\n".join(json.dumps({"messages": talk}) for talk in talks))
-    trained = {"pivot": "bos", "calibrate": {"data": str(data), "tokens": 96, "assistant": 10, "batch": 4, "epochs": 1}}
+    trained = {
+        "pivot": "bos",
+        "calibrate": {"data": str(data), "max_tokens": 96, "min_assistant_tokens": 10, "batch_size": 4, "epochs": 1},
+    }
     given = grid(saved_llama, weights=[RTN], pivots=["none", "bos", trained], run={"use_cache": True})
     assert [end.error for end in sweep_of(given, tmp_path).run(RunLocation())] == [None] * 3
     assert len(list((tmp_path / "out" / "made").glob("calibrated-*.safetensors"))) == 1

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-import spm
-from grids import RTN, TASK, grid, units
+from helpers import spm
+from helpers.grids import RTN, TASK, grid, units
 
 from intactkv_eval.cell import formulas
 from intactkv_eval.errors import ConfigError
@@ -14,7 +14,7 @@ from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.identity import digest_at
-from intactkv_eval.sweep.preparation import Calibrate, Levels, Quantize
+from intactkv_eval.sweep.preparation import Calibrate, KVCodebook, Quantize
 from intactkv_eval.sweep.spec import read_sweep
 
 SWEEPS = sorted(shipped_folder("sweeps").glob("*.yaml"))
@@ -64,11 +64,11 @@ def test_grids_share_what_stands_beside_them(saved_llama):
 
 
 def test_what_is_made_is_made_once(saved_llama):
-    levels = {"kv_bits": 3, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}
+    levels = {"kv_bits": 3, "kv_scheme": "pre_rope", "codebook": {"data": "wikitext2"}}
     trained = {"pivot": "bos", "calibrate": {"data": "conversations.json"}}
     found = units(grid(saved_llama, weights=[GPTQ], kv=[{}, levels], pivots=["none", "bos", trained]))
     made = {preparation.name: preparation for unit in found for preparation in unit.preparations}
-    kinds = [sum(isinstance(one, kind) for one in made.values()) for kind in (Quantize, Levels, Calibrate)]
+    kinds = [sum(isinstance(one, kind) for one in made.values()) for kind in (Quantize, KVCodebook, Calibrate)]
     assert kinds == [1, 2, 1], "levels of `bos` serve the trained rows too"
     intact, computed = (next(u for u in found if u.cell.pivot.intact is flag) for flag in (True, False))
     assert intact.cell.model.reference == str(saved_llama)
@@ -111,7 +111,7 @@ def test_a_cell_is_known_by_what_it_holds(saved_llama, tmp_path, monkeypatch):
             "tokens: Extra inputs",
         ),
         ({"weights": [{"quantize": "gptq"}]}, "valid dictionary"),
-        ({"kv": [{"kv_bits": 3, "levels": {"data": "c4"}}]}, "levels: does nothing without kv_scheme: pre_rope"),
+        ({"kv": [{"kv_bits": 3, "codebook": {"data": "c4"}}]}, "codebook: does nothing without kv_scheme: pre_rope"),
         ({"pivots": [{"pivot": "bos", "calibrate": {"dta": "x"}}]}, "dta: Extra inputs"),
         ({"tasks": []}, "tasks: .*at least 1"),
         ({"grid": 1}, "grid: Extra inputs"),
@@ -172,7 +172,7 @@ MADE = [
         "weights.gptq.small_groups",
         {"weights": [{"quantize": {**GPTQ["quantize"], "options": {"static_groups": False}}}]},
     ),
-    ("codebook", {"kv": [{"kv_bits": 4, "kv_scheme": "pre_rope", "levels": {"data": "wikitext2"}}]}),
+    ("codebook", {"kv": [{"kv_bits": 4, "kv_scheme": "pre_rope", "codebook": {"data": "wikitext2"}}]}),
     ("calibration", {"pivots": [{"pivot": "bos", "calibrate": {"data": "answers.jsonl"}}]}),
     ("chat", {"pivots": [{"pivot": "bos", "chat_template": "vicuna_v1.1", "calibrate": {"data": "answers.jsonl"}}]}),
 ]

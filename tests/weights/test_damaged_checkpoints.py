@@ -17,7 +17,7 @@ from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 
-DATA = Path(__file__).parents[1] / "data" / "gptqmodel"
+DATA = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
 UP = "model.layers.1.mlp.up_proj"
 SLOW = r"(?:a|aa|b|ab)+$"
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
+from helpers.tiny import build_model
 from safetensors.torch import load_file, save_file
-from tiny import build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intactkv_eval.assemble.checkpoint_info import read_quantization

@@ -4,7 +4,7 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from packed_files import GPTQ, ct_config, packed_layer
+from helpers.packed_files import GPTQ, ct_config, packed_layer
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.report.collect import _checkpoint_label
