@@ -11,9 +11,9 @@ from pathlib import Path
 from intactkv_eval.errors import PivotError
 from intactkv_eval.pivot.kv import PivotKV
 
-MEASURES = (("blocks", "{:.1f}"), ("last", "{:.1f}"), ("nats", "{:.3f}"))
+MEASURES = (("blocks", "{:.1f}"), ("last", "{:.1f}"), ("nll", "{:.3f}"))
 HEAD = ("quantized model and pivot", "pivot tokens", "loss of all layers", "Δ", "of the last layer", "Δ",
-        "nats a token", "Δ", "in full precision")  # fmt: skip
+        "nll a token", "Δ", "in full precision")  # fmt: skip
 FOOT = """
 Held-out conversations, before and after training: the sum over layers of mean((y - t)² / 2) between quantized and
 full-precision outputs of the assistant's tokens, that of the last layer, and the mean log-loss of those tokens, in the
@@ -43,7 +43,7 @@ def table(folder: Path) -> str:
         row = [file.stem, str(len(record["token_ids"]))]
         for name, form in MEASURES:
             before, after = record["held_out"][name]
-            change = f"{after - before:+.3f}" if name == "nats" else f"{100 * (after / before - 1):+.1f} %"
+            change = f"{after - before:+.3f}" if name == "nll" else f"{100 * (after / before - 1):+.1f} %"
             row += [f"{form.format(before)} → {form.format(after)}", change]
         row.append("" if record["full_nll"] is None else f"{record['full_nll']:.3f}")
         lines.append(f"| {' | '.join(row)} |")

@@ -11,7 +11,6 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import run_demo
@@ -20,6 +19,7 @@ from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.input_transforms import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.quantize.rotation import rotate
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ def test_the_chat_head_is_24_tokens_and_invisible_in_full_precision(smollm2):
 
 def test_quantized_weights_take_the_memory_that_their_bits_say(smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2)
-    made = quantize(model, WeightSpec(method="rtn", bits=4, group_size=64))
+    made = quantize_model(model, WeightSpec(method="rtn", bits=4, group_size=64))
     layer = made.model.layers[0].mlp.up_proj
     stored = sum(t.numel() * t.element_size() for t in layer.kernel.tensors().values())
     assert stored == 1536 * (576 * 4 // 8 + (576 // 64) * (4 + 1))

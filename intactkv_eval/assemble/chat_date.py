@@ -53,7 +53,7 @@ def moment_of_run(date: str | None = None, chosen: bool = True) -> Iterator[str]
 
 def date_of(spec: PivotSpec) -> str | None:
     """The date that a cell's pivot names, by itself or by its file. Raises PivotError for a file that is no PivotKV."""
-    head = head_of_file(Path(spec.source)) if spec.source.endswith(".safetensors") else None
+    head = head_of_file(Path(spec.source)) if spec.kind == "kv_file" else None
     return spec.chat_date or (head.date if head is not None else None)
 
 

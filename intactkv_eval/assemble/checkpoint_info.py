@@ -15,12 +15,13 @@ from intactkv_eval.pivot.weight_sample import kinds_of_codes
 from intactkv_eval.weights.checkpoint import quantization_beside
 from intactkv_eval.weights.formats import NAMES, Format, compressed_tensors, format_of, gptq
 from intactkv_eval.weights.formats.spellings import name_of
+from intactkv_eval.weights.input_transform import Rotation
 
 RECORD = "intactkv_quantize"
 """The key of a checkpoint's config.json under which `intactkv quantize` tells how it was made."""
 
 
-class Quantization(NamedTuple):
+class CheckpointInfo(NamedTuple):
     """summary: what a run records, None for a checkpoint in full precision. layout: the format, if read natively.
 
     idle: the config has a part that describes a quantization, and it quantizes nothing.
@@ -30,23 +31,28 @@ class Quantization(NamedTuple):
     layout: Format | None
     idle: bool = False
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """How the checkpoint's model was rotated, None where it was not."""
+        return None if self.layout is None else self.layout.rotation
 
-def quantization_in_memory(model: PreTrainedModel) -> Quantization:
+
+def quantization_in_memory(model: PreTrainedModel) -> CheckpointInfo:
     """Of a loaded model: what it was read as by us, what transformers says in its config, or what its layers show."""
     said = declared_quantization(model.config)
     layout: Format | None = getattr(model, LAYOUT, None)
     if said is not None:
-        return Quantization({"method": _method(said)}, None)
+        return CheckpointInfo({"method": _method(said)}, None)
     if not backends_of(model):
         kinds = kinds_of_codes(model)
-        return Quantization({"method": f"layers of {', '.join(sorted(kinds))}"} if kinds else None, None)
+        return CheckpointInfo({"method": f"layers of {', '.join(sorted(kinds))}"} if kinds else None, None)
     if layout is None:
-        return Quantization({"method": "packed layers"}, None)
+        return CheckpointInfo({"method": "packed layers"}, None)
     made = getattr(model.config, RECORD, None)
-    return Quantization({**layout.summary(), "made": made} if made else layout.summary(), layout)
+    return CheckpointInfo({**layout.summary(), "made": made} if made else layout.summary(), layout)
 
 
-def read_quantization(pretrained: str, config: PretrainedConfig, revision: str = "main") -> Quantization:
+def read_quantization(pretrained: str, config: PretrainedConfig, revision: str = "main") -> CheckpointInfo:
     """Of a checkpoint by its config, and by the separate file that older releases wrote beside it.
 
     Args:
@@ -61,9 +67,9 @@ def read_quantization(pretrained: str, config: PretrainedConfig, revision: str =
     found = _described(pretrained, config, revision)
     method = _method(found or {})
     if found is None or not method or method == "gguf":
-        return Quantization(None, None)  # GGUF is dequantized by transformers when it is loaded
+        return CheckpointInfo(None, None)  # GGUF is dequantized by transformers when it is loaded
     if method == compressed_tensors.NAME and compressed_tensors.is_idle(found):
-        return Quantization(None, None, idle=True)
+        return CheckpointInfo(None, None, idle=True)
     layout = format_of({**found, "quant_method": method})
     summary = layout.summary() if layout else {"method": method}
     made = getattr(config, RECORD, None)
@@ -72,7 +78,7 @@ def read_quantization(pretrained: str, config: PretrainedConfig, revision: str =
             f"{pretrained}: config.json says {RECORD}={str(made)[:80]!r}; expected what `intactkv quantize` "
             "writes there: remove the key, or make the checkpoint anew"
         )
-    return Quantization({**summary, "made": made} if made else summary, layout)
+    return CheckpointInfo({**summary, "made": made} if made else summary, layout)
 
 
 def as_held(summary: dict[str, Any] | None, model: PreTrainedModel) -> dict[str, Any] | None:

@@ -5,16 +5,17 @@ Knows models and cells; neither changes a model nor quantizes one.
 
 import gc
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.assemble.checkpoint_info import quantization_in_memory
+from intactkv_eval.assemble.checks import check_kept_rows
+from intactkv_eval.assemble.source import Loader, ModelSource
 from intactkv_eval.cell.spec import CellSpec
-from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.compat.rope_length import rope_by_length
 from intactkv_eval.errors import PivotError
 from intactkv_eval.model.structure import check_resident
@@ -26,34 +27,45 @@ from intactkv_eval.quantize.awq_search import AWQSearch
 
 logger = logging.getLogger(__name__)
 
-Loader = Callable[[str, str], PreTrainedModel]
-"""(name or folder, revision) -> the model on its devices."""
 
+class Front(NamedTuple):
+    """The tokens in front of every request, and their KV where it comes from a file or a reference.
 
-def pivot_of_file(cell: CellSpec) -> PivotKV | None:
-    """The PivotKV that the cell names, None where it names none. Raises PivotError."""
-    return PivotKV.load(Path(cell.pivot.source)) if cell.pivot.source.endswith(".safetensors") else None
-
-
-def pivot_of_reference(
-    cell: CellSpec,
-    reference: str,
-    token_ids: tuple[int, ...],
-    load: Loader,
-    config: PretrainedConfig,
-    changed: Collection[str] = (),
-) -> PivotKV:
-    """From the store, or from the reference itself, which is loaded and freed again; `changed` as in `captured`.
-
-    config: of the evaluated model.
+    token_ids: the pivot tokens. kv: None where the evaluated model's own source captures it, or computes the tokens.
+    is_file: whether a PivotKV file was named.
     """
-    identity = None if reference in changed else store.source_identity(reference, "main")
+
+    token_ids: tuple[int, ...]
+    kv: PivotKV | None
+    is_file: bool
+
+
+def resolve_front(cell: CellSpec, source: ModelSource) -> Front:
+    """The tokens of a cell's pivot, and their KV from its file or its reference, which is loaded and freed again.
+
+    Raises PivotError, ConfigError, DataError.
+    """
+    if cell.pivot.kind == "kv_file":
+        pivot = PivotKV.load(Path(cell.pivot.source))
+        check_kept_rows(cell, len(pivot.token_ids))
+        return Front(pivot.token_ids, pivot, is_file=True)
+    token_ids = _tokens_in_front(cell, source)
+    check_kept_rows(cell, len(token_ids))
+    if cell.pivot.intact and cell.model.reference:
+        return Front(token_ids, _pivot_of_reference(cell, token_ids, source), is_file=False)
+    return Front(token_ids, None, is_file=False)
+
+
+def _pivot_of_reference(cell: CellSpec, token_ids: tuple[int, ...], source: ModelSource) -> PivotKV:
+    """From the store, or from the reference itself."""
+    reference = str(cell.model.reference)
+    identity = None if reference in source.modified else store.source_identity(reference, "main")
     kept = store.find(identity, cell.model.dtype, token_ids)
-    if kept is not None and _is_whole(kept, config):
+    if kept is not None and _is_whole(kept, source.config):
         logger.info("the pivot KV of %s is taken from the store; the model is not loaded", reference)
         return kept
-    model = _full_precision(reference, "main", load)
-    pivot = captured(model, reference, cell, token_ids, changed=changed)
+    model = _full_precision(reference, "main", source.load)
+    pivot = captured(model, reference, cell, token_ids, modified=source.modified)
     del model
     gc.collect()
     if torch.cuda.is_available():
@@ -77,15 +89,15 @@ def captured(
     cell: CellSpec,
     token_ids: tuple[int, ...],
     search: AWQSearch | None = None,
-    changed: Collection[str] = (),
+    modified: Collection[str] = (),
 ) -> PivotKV:
     """What `model` computes, or what it computed when it was kept under `name`.
 
-    search: whose scales are in the model. changed: names whose models are not what their files alone say; nothing is
+    search: whose scales are in the model. modified: names whose models are not what their files alone say; nothing is
     kept under these.
     """
     revision = "main" if name == cell.model.reference else cell.model.revision
-    identity = None if name in changed else store.source_identity(name, revision)
+    identity = None if name in modified else store.source_identity(name, revision)
     fingerprint = fingerprint_of(model, revision)
     if search is not None:
         identity = identity and f"{identity} awq_search {search.digest}"
@@ -104,22 +116,18 @@ def _is_whole(pivot: PivotKV, config: PretrainedConfig) -> bool:
     return pivot.long is not None or rope.border is None or rope.grows
 
 
-def tokens_in_front(
-    cell: CellSpec,
-    tokenizer: Any,
-    vocabulary: int,
-    load: Loader,
-    quantization: dict[str, Any] | None,
-    chat: ChatSettings | None,
-    changed: Collection[str],
-) -> tuple[int, ...]:
-    """The tokens of a pivot that is no PivotKV file; the rest as `build.build` has it. Raises PivotError, DataError."""
-    if cell.pivot.source == "auto" and quantization is not None and cell.model.reference is None:
+def _tokens_in_front(cell: CellSpec, source: ModelSource) -> tuple[int, ...]:
+    """The tokens of a pivot that is no PivotKV file. Raises PivotError, DataError."""
+    if cell.pivot.source == "auto" and source.checkpoint.summary is not None and cell.model.reference is None:
         raise PivotError(
             f"pivot=auto is searched in the full-precision model, and {cell.model.pretrained} is quantized: name it "
             "with reference=..., or search first: intactkv pivots MODEL --out FILE.json, then pivot=FILE.json"
         )
-    source = cell.model.reference or cell.model.pretrained
+    name = cell.model.reference or cell.model.pretrained
     revision = "main" if cell.model.reference else cell.model.revision
-    known = None if source in changed else (source, revision, cell.model.dtype)
-    return tokens_of(cell.pivot, tokenizer, vocabulary, known, lambda: _full_precision(source, revision, load), chat)
+    known = None if name in source.modified else (name, revision, cell.model.dtype)
+
+    def load() -> PreTrainedModel:
+        return _full_precision(name, revision, source.load)
+
+    return tokens_of(cell.pivot, source.tokenizer, source.vocabulary, known, load, source.chat)

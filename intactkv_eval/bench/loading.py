@@ -13,7 +13,7 @@ import json, sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.assemble.checkpoint_info import read_quantization
-from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint
+from intactkv_eval.model.checkpoint_loaders import PackedAutoModel
 
 def peak():
     with open("/proc/self/status") as file:
@@ -24,7 +24,7 @@ config = AutoConfig.from_pretrained(folder)
 layout = read_quantization(folder, config).layout
 torch.ones(64, 64, dtype=torch.bfloat16) @ torch.ones(64, 64, dtype=torch.bfloat16)
 before = peak()
-loader = PackedCheckpoint(AutoModelForCausalLM, layout, config, sys.argv[2])
+loader = PackedAutoModel(AutoModelForCausalLM, layout, config, sys.argv[2])
 model = loader.from_pretrained(folder, dtype=torch.bfloat16)
 embedding = model.get_input_embeddings().weight
 print(json.dumps([before, peak(), embedding.numel() * embedding.element_size()]))

@@ -22,7 +22,7 @@ from intactkv_eval.mt_bench.questions import load_questions
 from intactkv_eval.storage.files import cache_folder
 from intactkv_eval.training.examples import rendered
 
-CELL = {"weights": "rtn", "bits": 4, "group_size": 64, "pivot": "prompt", "intact": False}
+CELL: dict[str, Any] = {"weights": "rtn", "bits": 4, "group_size": 64, "pivot": "prompt", "intact": False}
 BATCHES = (1, 8)
 _AGREE = 0.95  # of the answers: two tokens can be as likely as rounding is coarse
 

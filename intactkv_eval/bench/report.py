@@ -14,6 +14,7 @@ from random import Random
 from statistics import median
 from typing import Any
 
+from intactkv_eval.cell.records import RECORD_FORMAT
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.grid import Grid, grid_of
@@ -82,6 +83,7 @@ def _content(number: int, cell: dict[str, Any], tasks: int, draw: Random) -> dic
     """What lm_eval writes of one run."""
     names = [f"task_{task:02d}" for task in range(tasks)]
     record = {
+        "format": RECORD_FORMAT,
         "cell": cell,
         "dtype": "bfloat16",
         "hf_arguments": {},

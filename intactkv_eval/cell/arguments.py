@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from intactkv_eval.cell.config_files import load_config
-from intactkv_eval.cell.spec import CellSpec
+from intactkv_eval.cell.spec import CellSpec, pivot_kind
 from intactkv_eval.errors import ConfigError, unknown_key
 
 
@@ -228,9 +228,10 @@ def _refuse_idle_keys(flat: Mapping[str, Any]) -> None:
         raise ConfigError(
             "kv_quantize_pivot: does nothing without intact pivot rows; kv_sink_tokens leaves first tokens alone"
         )
-    if "reference" in flat and str(flat.get("pivot")).endswith(".safetensors"):
+    is_kv_file = pivot_kind(flat.get("pivot")) == "kv_file"
+    if "reference" in flat and is_kv_file:
         raise ConfigError("reference: does nothing where the pivot's KV comes from a file; drop one of the two")
-    if flat.get("pivot_transfer") and not str(flat.get("pivot")).endswith(".safetensors"):
+    if flat.get("pivot_transfer") and not is_kv_file:
         raise ConfigError("pivot_transfer: does nothing without pivot=FILE.safetensors, a calibrated PivotKV")
     if not flat.get("intact", True) and "reference" in flat:
         raise ConfigError("reference: does nothing with intact=false (or pivot=none), where no pivot KV is captured")

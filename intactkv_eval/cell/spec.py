@@ -5,6 +5,7 @@ cell/arguments.py. Knows no torch.
 import re
 from datetime import datetime
 from difflib import get_close_matches
+from pathlib import PurePath
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -119,6 +120,20 @@ class KVSpec(Spec):
         return self
 
 
+PivotKind = Literal["bos", "prompt", "auto", "tokens", "prefix_file", "kv_file"]
+"""What a pivot's source is: BOS, the head of chat prompts, a search, ids, a prefix file, a PivotKV file."""
+_KINDS: dict[str, PivotKind] = {"bos": "bos", "prompt": "prompt", "auto": "auto"}
+_KINDS_OF_FILES: dict[str, PivotKind] = {".safetensors": "kv_file", ".json": "prefix_file"}
+
+
+def pivot_kind(source: object) -> PivotKind | None:
+    """The kind of a pivot's source, None where it is none. The one place where a file's name tells its kind."""
+    text = str(source)
+    if text.startswith("tokens:"):
+        return "tokens"
+    return _KINDS.get(text) or _KINDS_OF_FILES.get(PurePath(text).suffix)
+
+
 class PivotSpec(Spec):
     """Which tokens stand in front of every request, and whether their KV is the full-precision model's (`intact`).
 
@@ -153,11 +168,7 @@ class PivotSpec(Spec):
     @field_validator("source")
     @classmethod
     def _known_source(cls, value: str) -> str:
-        if (
-            value in {"bos", "prompt", "auto"}
-            or value.startswith("tokens:")
-            or value.endswith((".safetensors", ".json"))
-        ):
+        if pivot_kind(value) is not None:
             return value
         near = get_close_matches(value, ["none", "bos", "prompt", "auto"], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -167,9 +178,16 @@ class PivotSpec(Spec):
         )
 
     @property
+    def kind(self) -> PivotKind:
+        """What `source` is."""
+        kind = pivot_kind(self.source)
+        assert kind is not None  # the validator refuses others
+        return kind
+
+    @property
     def token_ids(self) -> tuple[int, ...] | None:
         """The ids of a `tokens:` source, else None. Raises ConfigError where they are no numbers."""
-        if not self.source.startswith("tokens:"):
+        if self.kind != "tokens":
             return None
         listed = re.split("[+,; ]+", self.source.removeprefix("tokens:").strip())
         if not all(re.fullmatch(r"[0-9]{1,18}", part) for part in listed):

@@ -9,10 +9,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from intactkv_eval.assemble.load_cell import load_cell
+from intactkv_eval.assemble.open_source import open_source
+from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import ConfigError
-from intactkv_eval.lm.hf_arguments import checked_cell
-from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.auto import Search, control, search_prefix
 from intactkv_eval.pivot.discover import Found, find, observe
@@ -23,25 +24,25 @@ def pivots_of(
     arguments: dict[str, Any], loading: dict[str, Any], search: Search, attention: bool, out: Path | None
 ) -> str:
     """The table, the prefix and its control as text; the choice in `out` too."""
-    checked_cell({**arguments, "pivot": "none"}, loading)
+    cell = cell_from_args({**arguments, "pivot": "none"})
     search.check()
     if out is not None:
         check_writable(out.parent)
-    lm = IntactKVLM(**arguments, pivot="none", **loading)
-    assert lm.built is not None
-    if lm.built.quantization is not None:
+    source = open_source(cell, **loading)
+    built = load_cell(cell, source)
+    if built.quantization is not None:
         raise ConfigError(f"{arguments['pretrained']} is quantized: pivots are found in the full-precision model")
-    samples = load_samples(search.data, lm.tokenizer, search.samples, search.length, search.seed)
-    model, first = lm.pivoted_model.model, lm.pivoted_model.token_ids
+    samples = load_samples(search.data, source.tokenizer, search.samples, search.length, search.seed)
+    model, first = built.pivoted.model, built.pivoted.token_ids
     found = found_in(model, first, samples, search, attention)
-    made = search_prefix(model, lm.tokenizer, first, samples, search)
+    made = search_prefix(model, source.tokenizer, first, samples, search)
     if out is not None:
         made.save(out)
     if not any(found):
         return f"no pivots: no token's hidden states reach {search.threshold:g} times the median of their layer"
     words = json.dumps(made.text, ensure_ascii=False)
     listed = "+".join(map(str, made.tokens))
-    return f"{table(found, len(first), lm.tokenizer)}\n\nprefix {words}, pivot=tokens:{listed}\n{control(made)}"
+    return f"{table(found, len(first), source.tokenizer)}\n\nprefix {words}, pivot=tokens:{listed}\n{control(made)}"
 
 
 def found_in(

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from intactkv_eval.assemble.load_cell import load_cell
+from intactkv_eval.assemble.open_source import open_source
+from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.data.calibration_text import load_samples
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook
-from intactkv_eval.lm.hf_arguments import checked_cell
-from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.capture import fingerprint_of
 from intactkv_eval.storage.files import check_writable
 
@@ -42,20 +43,20 @@ def codebook_of_text(
 
     Raises ConfigError, CheckpointError, PivotError, DataError or OSError, before anything is written.
     """
-    checked_cell(arguments, loading)
+    cell = cell_from_args(arguments)
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: a file with a KV codebook ends in .safetensors")
     check_writable(out.parent)
-    lm = IntactKVLM(**arguments, **loading)
-    assert lm.built is not None
-    if lm.built.quantization is not None:
+    source = open_source(cell, **loading)
+    built = load_cell(cell, source)
+    if built.quantization is not None:
         raise ConfigError(f"{arguments['pretrained']} is quantized: a KV codebook is of the full-precision model")
-    pivoted = lm.pivoted_model
+    pivoted = built.pivoted
     if options.quantize_pivot and pivoted.pivot is None:
         raise ConfigError("--quantize-pivot: does nothing with --pivot none, whose rows are no intact ones")
     intact = len(pivoted.token_ids) if pivoted.pivot is not None and not options.quantize_pivot else 0
-    fingerprint = fingerprint_of(pivoted.model, lm.cell.model.revision)
-    texts = load_samples(options.data, lm.tokenizer, options.samples, options.length, options.seed).tokens
+    fingerprint = fingerprint_of(pivoted.model, cell.model.revision)
+    texts = load_samples(options.data, source.tokenizer, options.samples, options.length, options.seed).tokens
     origin = f"{Path(options.data).name}: {options.samples} samples of {options.length} tokens, seed {options.seed}"
     left_out = max(intact, options.sink_tokens)
     codebook = calibrate_codebook(pivoted.model, texts, options.bits, fingerprint, pivoted.token_ids, left_out, origin)

@@ -25,7 +25,7 @@ from intactkv_eval.data.calibration_text import Samples, load_samples
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.run_record import versions
-from intactkv_eval.model.checkpoint_loaders import WholeCheckpoint
+from intactkv_eval.model.checkpoint_loaders import StrictAutoModel
 from intactkv_eval.model.devices import check_device
 from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
 from intactkv_eval.model.matrices import matrix_of
@@ -245,7 +245,7 @@ def _pivot_tokens(
     asked: PivotSpec, model: PreTrainedModel, tokenizer: Any, source: Source, chat: ChatSettings
 ) -> tuple[int, ...]:
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if asked.source.endswith(".safetensors"):
+    if asked.kind == "kv_file":
         listed = "+".join(map(str, PivotKV.load(Path(asked.source)).token_ids))
         raise ConfigError(
             f"--pivot {asked.source}: the KV is this model's own; name the tokens: --pivot tokens:{listed}"
@@ -273,7 +273,7 @@ def _load(source: Source) -> tuple[PreTrainedModel, Any]:
         if read_quantization(source.pretrained, config, source.revision).summary is not None:
             raise ConfigError(f"{source.pretrained} is quantized already: name the full-precision model")
         tokenizer = AutoTokenizer.from_pretrained(source.pretrained, **options)
-        model: PreTrainedModel = WholeCheckpoint(auto_class).from_pretrained(
+        model: PreTrainedModel = StrictAutoModel(auto_class).from_pretrained(
             source.pretrained, dtype=source.dtype if source.dtype == "auto" else getattr(torch, source.dtype), **options
         )
         return model.eval(), tokenizer

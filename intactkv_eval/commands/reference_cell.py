@@ -6,20 +6,18 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel
 
 from intactkv_eval.assemble.checkpoint_info import read_quantization
-from intactkv_eval.assemble.pivot_source import pivot_of_file
-from intactkv_eval.cell.spec import ActivationSpec, CellSpec
+from intactkv_eval.cell.spec import ActivationSpec, CellSpec, pivot_kind
 from intactkv_eval.model.input_transforms import apply_stages
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Rules, check_same
 from intactkv_eval.pivot.weight_sample import Sampled
 from intactkv_eval.quantize.rotation import rotate
-from intactkv_eval.weights.formats import rotation_of
 
 
 def without_reference(arguments: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """A cell whose pivot comes from a file has no use for `reference`; what stands beside that cell has."""
-    if str(arguments.get("pivot")).endswith(".safetensors"):
+    if pivot_kind(arguments.get("pivot")) == "kv_file":
         rest = {key: value for key, value in arguments.items() if key != "reference"}
         return rest, arguments.get("reference")
     return arguments, None
@@ -31,7 +29,7 @@ def full_arguments(cell: CellSpec, reference: str | None = None) -> dict[str, An
     reference: the full-precision model, where the cell itself names none.
     """
     source, reference = cell.pivot.source, cell.model.reference or reference
-    if source.endswith(".safetensors"):
+    if cell.pivot.kind == "kv_file":
         source = f"tokens:{'+'.join(map(str, PivotKV.load(Path(source)).token_ids))}"
     chosen = {"pretrained": reference or cell.model.pretrained, "dtype": cell.model.dtype}
     revision = "main" if reference else cell.model.revision
@@ -43,8 +41,10 @@ def check_same_source(cell: CellSpec, full: PivotKV, reference: str | None) -> N
 
     The cell itself compares that file with the quantized model, and nothing with the reference beside it.
     """
-    pivot = pivot_of_file(cell)
-    if reference is None or pivot is None or not pivot.weights:
+    if reference is None or cell.pivot.kind != "kv_file":
+        return
+    pivot = PivotKV.load(Path(cell.pivot.source))
+    if not pivot.weights:
         return
     found = {name: Sampled(numbers, plain=True) for name, numbers in full.weights.items()}
     named = f"{pivot.fingerprint.model}, whose pivot is in {cell.pivot.source}"
@@ -56,7 +56,7 @@ def rotation_seed(cell: CellSpec) -> int | None:
     if cell.weights.rotate:
         return 0
     config = AutoConfig.from_pretrained(cell.model.pretrained, revision=cell.model.revision)
-    rotation = rotation_of(read_quantization(cell.model.pretrained, config, cell.model.revision).layout)
+    rotation = read_quantization(cell.model.pretrained, config, cell.model.revision).rotation
     return None if rotation is None else rotation.seed
 
 

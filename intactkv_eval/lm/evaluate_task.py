@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.compat.lm_eval_api import SEED_NAMES, EvaluationTracker, TaskManager, default_seeds, simple_evaluate
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.lm.plugin import NAME, missing
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import shipped_folder
@@ -80,21 +82,28 @@ def _is_ended(file: Path) -> bool:
 
 
 def evaluate_task(
-    model_args: Mapping[str, Any], task: str, out: Path, seed: int | None, metadata: Mapping[str, Any], **settings: Any
+    model_args: Mapping[str, Any],
+    task: str,
+    out: Path,
+    seed: int | None,
+    metadata: Mapping[str, Any],
+    models: ModelCache | None = None,
+    **settings: Any,
 ) -> None:
     """Evaluate the model class on `task`, and write results and samples below `out`.
 
-    seed: for all that lm_eval seeds; its defaults where None. settings: of lm_eval's `simple_evaluate`.
-    Raises IntactKVError, or what lm_eval raises.
+    seed: for all that lm_eval seeds; its defaults where None. models: keeps models for the next call. settings: of
+    lm_eval's `simple_evaluate`. Raises IntactKVError, or what lm_eval raises.
     """
     check_known()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     told = {**model_args, **metadata}
     seeds = default_seeds() if seed is None else dict.fromkeys(SEED_NAMES, seed)
     tracker = EvaluationTracker(output_path=str(out))
+    flags = {key: settings.get(key) for key in ("batch_size", "max_batch_size", "device")}
     with cache_explained():
         results = simple_evaluate(
-            model=NAME,
+            model=IntactKVLM.create_from_arg_obj({**model_args, "models": models}, flags),
             model_args=dict(model_args),
             tasks=[task],
             task_manager=task_manager([task], told),
@@ -104,6 +113,7 @@ def evaluate_task(
             **seeds,
             **settings,
         )
+    results["config"]["model"] = tracker.general_config_tracker.model_source = NAME
     samples = results.pop("samples")
     tracker.save_results_aggregated(results=results, samples=samples)
     for name in results["configs"]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from intactkv_eval.assemble.build import Built, build
 from intactkv_eval.assemble.chat_date import chat_settings, is_random
+from intactkv_eval.assemble.checkpoint_info import CheckpointInfo
 from intactkv_eval.assemble.checks import IN_MEMORY
+from intactkv_eval.assemble.load_cell import Built, load_cell
 from intactkv_eval.assemble.load_errors import (
     check_folder,
     check_layers,
@@ -27,10 +28,12 @@ from intactkv_eval.assemble.load_errors import (
     check_words,
     loading,
 )
-from intactkv_eval.assemble.model_cache import current_shelf
+from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.assemble.model_objects import cell_of_object, named_tokenizer, take_objects
+from intactkv_eval.assemble.source import ModelSource
 from intactkv_eval.assemble.tokenizer_check import check_tokenizer
 from intactkv_eval.cell.arguments import CELL_KEYS
+from intactkv_eval.cell.records import RECORD_FORMAT
 from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
@@ -54,7 +57,6 @@ from intactkv_eval.model.devices import automatic_device
 from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.sanitize import struck_record
-from intactkv_eval.weights.formats import rotation_of
 from intactkv_kernels.native import library
 
 logger = logging.getLogger(__name__)
@@ -64,10 +66,16 @@ class IntactKVLM(CellLoading, PivotedTalks):
     """The model class `intactkv` of lm_eval.
 
     Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
-    PreTrainedModel. Raises IntactKVError for anything that is wrong with them.
+    PreTrainedModel. models: keeps models for the next cell of this process. Raises IntactKVError for anything that is
+    wrong with the arguments.
     """
 
-    def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any) -> None:
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel | None = None,
+        models: ModelCache | None = None,
+        **arguments: Any,
+    ) -> None:
         own = {key: arguments.pop(key) for key in list(arguments) if key in CELL_KEYS}
         own["pretrained"] = pretrained
         self._objects = take_objects(own)
@@ -83,7 +91,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
         self._warned = False
         self._encoded = lru_cache(maxsize=2)(self._encode)
         self.built: Built | None = None
-        self._quantization, self._layout, self._idle = None, None, None
+        self._checkpoint, self._models = CheckpointInfo(None, None), models
         chosen = {"revision": self.cell.model.revision, "dtype": self.cell.model.dtype}
         tokens = arguments["tokenizer"] = named_tokenizer(arguments.get("tokenizer"), loaded)
         named = tokens if loaded is not None and isinstance(tokens, str) else None
@@ -141,6 +149,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
     def cell_record(self) -> dict[str, Any]:
         """The cell as it was resolved: what was asked, the pivot's tokens and origin, how requests met it."""
         record = {
+            "format": RECORD_FORMAT,
             **self._identity(),
             "chat_date": self.chat.date,
             "chat_template_is_random": is_random(self.tokenizer, self.chat),
@@ -178,10 +187,8 @@ class IntactKVLM(CellLoading, PivotedTalks):
         self.chat = chat_settings(self.cell.pivot, self.tokenizer, chat_arguments(self.hf_arguments))
 
     def _build(self, load: Any) -> None:
-        self.built = build(
-            self.cell, self.config, self.tokenizer, load, self._quantization, self._changed, rotation_of(self._layout),
-            current_shelf(), self.chat,
-        )  # fmt: skip
+        source = ModelSource(load, self.config, self.tokenizer, self._checkpoint, frozenset(self._modified), self.chat)
+        self.built = load_cell(self.cell, source, self._models)
         self._model = self.built.pivoted.model
 
     def _set_ranks(self) -> None:

@@ -7,13 +7,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from intactkv_eval.assemble.checkpoint_info import quantization_in_memory, read_quantization
+from intactkv_eval.assemble.checkpoint_info import CheckpointInfo, quantization_in_memory, read_quantization
 from intactkv_eval.assemble.checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.assemble.load_errors import auto_class_of, check_folder, check_no_kernel
-from intactkv_eval.assemble.model_cache import current_shelf
+from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.assemble.model_objects import OF_REFERENCE, HandedOver, check_wrapper
+from intactkv_eval.assemble.open_source import checkpoint_loader
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.lm_eval_api import HFLM, with_cpu_memory
 from intactkv_eval.compat.peft_api import (
@@ -28,9 +27,7 @@ from intactkv_eval.compat.transformers_api import attention_implementation
 from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.lm.hf_arguments import ADAPTERS, OF_PRETRAINED
-from intactkv_eval.model.checkpoint_loaders import PackedCheckpoint, WholeCheckpoint
 from intactkv_eval.model.declared import without_quantization
-from intactkv_eval.weights.formats import Format
 
 
 class CellLoading(HFLM):
@@ -41,9 +38,8 @@ class CellLoading(HFLM):
     _model: Any
     AUTO_MODEL_CLASS: Any
     _objects: dict[str, HandedOver]
-    _layout: Format | None
-    _quantization: dict[str, Any] | None
-    _idle: PretrainedConfig | None
+    _checkpoint: CheckpointInfo
+    _models: ModelCache | None
 
     def _build(self, load: Any) -> None:
         raise NotImplementedError
@@ -51,50 +47,43 @@ class CellLoading(HFLM):
     def _take_object(self, arguments: dict[str, Any]) -> None:
         """Build the cell of a model that was handed over; `arguments` are those of `hf`, for a reference's loading."""
         model = self._objects[IN_MEMORY].model
-        found = quantization_in_memory(model)
-        self._quantization, self._layout = found.summary, found.layout
+        self._checkpoint = quantization_in_memory(model)
         keys = ("trust_remote_code", *(key for key in arguments if key in OF_REFERENCE))
         kwargs = {"attn_implementation": attention_implementation(model), **{key: arguments.get(key) for key in keys}}
         given = {key: value for key, value in kwargs.items() if value is not None}
         self._create_model(IN_MEMORY, dtype=self.cell.model.dtype, gpus=0, **given)
 
     def _create_model(self, pretrained: str, revision: str = "main", **kwargs: Any) -> None:
-        parent, plain = super()._create_model, self.AUTO_MODEL_CLASS
+        """Build the cell where lm_eval would load one model; each of its models is loaded as lm_eval loads one."""
         self._check_adapters(kwargs)
         merge = self._merges_adapters
 
         def load(name: str, revision: str) -> Any:
             if name in self._objects:
                 return self._object(name, merge)
-            packed = self._layout is not None and name == pretrained
             own = kwargs if name == pretrained else {k: v for k, v in kwargs.items() if k not in OF_PRETRAINED}
-            shelf = None if self._objects else current_shelf()
-            if shelf is None:
-                return fresh(name, revision, packed, own)
-            layout = self.cell.backend if packed else ""
+            if self._objects or self._models is None:
+                return self._loaded(name, revision, own, merge)
+            layout = self.cell.backend if self._checkpoint.layout is not None and name == pretrained else ""
             merging = merge and any(own.get(key) for key in ADAPTERS)
             key = (name, revision, layout, merging, str(self.device), repr(sorted(own.items())))
-            return shelf.loaded(key, lambda: fresh(name, revision, packed, own))
-
-        def fresh(name: str, revision: str, packed: bool, own: dict[str, Any]) -> Any:
-            check_folder(name)
-            check_no_kernel(name, revision, own.get("attn_implementation"))
-            said = self._idle if name == pretrained else None
-            self.AUTO_MODEL_CLASS = self._packed_loader(plain) if packed else WholeCheckpoint(plain, said)
-            try:
-                with whole_adapters():
-                    parent(pretrained=name, revision=revision, **own)
-            finally:
-                self.AUTO_MODEL_CLASS = plain
-            whole, self._model = self._model.eval(), None
-            model: Any = untied(unwrapped(whole).model)
-            check_wrapper(whole, model)
-            carrier = self._objects.get(IN_MEMORY)
-            if name != pretrained and carrier is not None and adapters_of(carrier.model):
-                model = with_adapters_of(carrier.model, model)
-            return merged(model) if merge else model
+            return self._models.get_or_load(key, lambda: self._loaded(name, revision, own, merge))
 
         self._build(load)
+
+    def _loaded(self, name: str, revision: str, options: dict[str, Any], merge: bool) -> Any:
+        """A model as lm_eval's `hf` loads it, whole, out of its wrappers, with the adapters that belong to it."""
+        check_folder(name)
+        check_no_kernel(name, revision, options.get("attn_implementation"))
+        with whole_adapters():
+            super()._create_model(pretrained=name, revision=revision, **options)
+        whole, self._model = self._model.eval(), None
+        model: Any = untied(unwrapped(whole).model)
+        check_wrapper(whole, model)
+        carrier = self._objects.get(IN_MEMORY)
+        if name != self.cell.model.pretrained and carrier is not None and adapters_of(carrier.model):
+            model = with_adapters_of(carrier.model, model)
+        return merged(model) if merge else model
 
     def _object(self, name: str, merge: bool) -> Any:
         """The object that stands behind `name`; a reference that has no adapters with those of the evaluated model."""
@@ -131,11 +120,11 @@ class CellLoading(HFLM):
             **{name: item.record() for name, item in self._objects.items()},
             "adapters": adapters,
             "adapters_merged": bool(adapters) and self._merges_adapters,
-            "pivot_is_its_own": own and not self.cell.pivot.source.endswith(".safetensors"),
+            "pivot_is_its_own": own and self.cell.pivot.kind != "kv_file",
         }
 
     @property
-    def _changed(self) -> set[str]:
+    def _modified(self) -> set[str]:
         """The models that are not what the files under their names say: objects, and what an adapter is put on."""
         given = {key for key, value in self.hf_arguments.items() if value}
         carrier = self._objects.get(IN_MEMORY)
@@ -153,7 +142,7 @@ class CellLoading(HFLM):
             raise ConfigError("delta and peft: hf takes one of them; put the other into the model's folder first")
         if key == "peft":
             check_peft_is_here(str(value))
-        if self._layout is not None:
+        if self._checkpoint.layout is not None:
             raise ConfigError(
                 f"{key}={value}: {self.cell.model.pretrained} is a packed checkpoint, into whose layers nothing can be "
                 f"added; merge it into the full-precision model, and quantize that: intactkv quantize"
@@ -174,16 +163,14 @@ class CellLoading(HFLM):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
+        self._checkpoint = read_quantization(pretrained, self._config, self.cell.model.revision)
         self.AUTO_MODEL_CLASS = auto_class_of(pretrained, self._config) or self.AUTO_MODEL_CLASS
-        found = read_quantization(pretrained, self._config, self.cell.model.revision)
-        self._quantization, self._layout = found.summary, found.layout
-        if found.layout is not None or found.idle:
+        if self._checkpoint.layout is not None or self._checkpoint.idle:
             without_quantization(self._config)
-        self._idle = self._config if found.idle else None
 
-    def _packed_loader(self, auto_class: Any) -> PackedCheckpoint:
-        assert self._layout is not None
-        return PackedCheckpoint(auto_class, self._layout, self._config, self.cell.backend)
+    def _get_backend(self, *args: Any, **kwargs: Any) -> None:
+        super()._get_backend(*args, **kwargs)
+        self.AUTO_MODEL_CLASS = checkpoint_loader(self.cell, self._config, self._checkpoint, self.AUTO_MODEL_CLASS)
 
     def _get_accelerate_args(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return with_cpu_memory(super()._get_accelerate_args(*args, **kwargs), kwargs.get("max_cpu_memory"))

@@ -6,13 +6,12 @@ from importlib.metadata import version
 from typing import Any
 
 from intactkv_eval import __version__
-from intactkv_eval.assemble.build import Built
+from intactkv_eval.assemble.load_cell import Built
 from intactkv_eval.cell.formulas import current, formulas_of
+from intactkv_eval.cell.records import SPEED_ONLY
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.templates import template_hash
-
-_SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
 
 def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built, tokenizer: Any) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "cell": cell.model_dump(mode="json"),
         "formulas": {**formulas_of(cell, built.quantization, is_calibrated), **chat},
         "symmetric_formula": cell.weights.symmetric_formula,
-        "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in _SPEED_ONLY},
+        "hf_arguments": {key: str(value) for key, value in sorted(hf_arguments.items()) if key not in SPEED_ONLY},
         "dtype": str(pivoted.model.dtype).removeprefix("torch."),
         "source_hash": built.source_hash,
         "quantization": built.quantization,

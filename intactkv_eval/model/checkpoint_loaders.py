@@ -23,7 +23,7 @@ _OF_HUB = ("cache_dir", "local_files_only", "force_download")
 _OF_CONFIG = ("trust_remote_code", "attn_implementation")
 
 
-class WholeCheckpoint:
+class StrictAutoModel:
     """An auto class of transformers whose `from_pretrained` raises CheckpointError for a missing tensor.
 
     config: what stands for the checkpoint's config.json, None for that itself.
@@ -57,7 +57,7 @@ class WholeCheckpoint:
         return model
 
 
-class PackedCheckpoint:
+class PackedAutoModel:
     """The same for a packed checkpoint of `layout`, its quantized layers on `backend`."""
 
     def __init__(self, auto_class: Any, layout: Format, config: PretrainedConfig, backend: str) -> None:
@@ -85,3 +85,17 @@ class PackedCheckpoint:
             max_memory,
             **for_config,
         )
+
+
+class CheckpointAutoModel:
+    """An auto class that loads each name as its checkpoint is: packed, strictly, or with another config.
+
+    auto_class: of transformers. special: what loads a name otherwise than strictly.
+    """
+
+    def __init__(self, auto_class: Any, special: Mapping[str, StrictAutoModel | PackedAutoModel]) -> None:
+        self._strict, self._special = StrictAutoModel(auto_class), special
+
+    def from_pretrained(self, name: str, **options: Any) -> Any:
+        """The model, every tensor of which came from its checkpoint."""
+        return self._special.get(name, self._strict).from_pretrained(name, **options)

@@ -26,7 +26,7 @@ from intactkv_eval.model.loading import swap, verify
 from intactkv_eval.model.sizes import bound_modules, check_fits
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.weights.checkpoint import Checkpoint
-from intactkv_eval.weights.formats import Format, rotation_of, stage_of
+from intactkv_eval.weights.formats import Format
 from intactkv_eval.weights.formats.layer import LayerTensors
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def packed_model(
 
 def _check_online(layout: Format, packed: Collection[str], checkpoint: Checkpoint) -> None:
     """A transform that the config says of a layer that is not there would be left out without a word."""
-    rotation = rotation_of(layout)
+    rotation = layout.rotation
     strange = sorted(set(rotation.online if rotation else ()) - set(packed))
     if strange:
         raise CheckpointError(f"{checkpoint.folder}: its config rotates the input of {strange[0]}, which is not packed")
@@ -216,7 +216,7 @@ def _read_layer(
     inputs, outputs = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
     kinds = frozenset({"Linear", *(kind.__name__ for kind in type(layer).__mro__)})
     held_tensors = LayerTensors(name, tensors, inputs, outputs, stored, kinds)
-    weight, stage = layout.read(held_tensors), stage_of(layout, held_tensors)
+    weight, stage = layout.read(held_tensors), layout.stage(held_tensors)
     if bias is None and layer.bias is not None:
         raise CheckpointError(f"{name}.bias: expected the tensor, found only {', '.join(sorted(held))}")
     if bias is not None:

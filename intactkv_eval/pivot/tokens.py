@@ -25,14 +25,14 @@ def resolve_tokens(
     Raises PivotError where the tokenizer has no BOS or no chat template, or an id is outside the vocabulary; and for
     `auto` and PivotKV files, whose tokens no tokenizer tells.
     """
-    if spec.source == "auto" or spec.source.endswith(".safetensors"):
+    if spec.kind in {"auto", "kv_file"}:
         raise PivotError(f"pivot={spec.source}: cannot be told here; name its tokens with tokens:ID+ID+...")
     if spec.token_ids is not None:
         check_vocabulary(spec.token_ids, vocab_size)
         return spec.token_ids
-    if spec.source == "prompt":
+    if spec.kind == "prompt":
         return prompt_head(tokenizer, chat)
-    if spec.source.endswith(".json"):
+    if spec.kind == "prefix_file":
         chosen = ChoiceFile.load(Path(spec.source)).tokens
         check_vocabulary(chosen, vocab_size)
         return chosen

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from intactkv_eval.cell.formulas import formulas_of_checkpoint, names_of_cell, recorded, stale
+from intactkv_eval.cell.records import SPEED_ONLY, check_format
 from intactkv_eval.cell.spec import ActivationSpec, CellSpec
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.memory import without_collector
@@ -24,8 +25,6 @@ from intactkv_eval.report.score import Score, read_scores
 from intactkv_eval.report.settings import SharedSettings
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.limits import read_bytes
-
-_SPEED_ONLY = {"batch_size", "max_batch_size", "device"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def collect(folders: Iterable[Path], leaves: bool = False) -> tuple[list[Run], i
 
 def identity_of(record: Mapping[str, Any]) -> Identity:
     """Of what a run records of its cell. Raises KeyError, TypeError or ValidationError where it is damaged."""
-    asked = {key: str(value) for key, value in record.get("hf_arguments", {}).items() if key not in _SPEED_ONLY}
+    asked = {key: str(value) for key, value in record.get("hf_arguments", {}).items() if key not in SPEED_ONLY}
     cell = _by_samples(CellSpec.model_validate(record["cell"]), record)
     # A date that was chosen is like one that was not: which it is stands among the scores' settings.
     cell = cell.model_copy(update={"pivot": cell.pivot.model_copy(update={"chat_date": None})})
@@ -170,6 +169,7 @@ def read_run(path: Path, leaves: bool = False, shared: SharedSettings | None = N
         record = content["config"].get("intactkv")
         if record is None:
             return None
+        check_format(record, path)
         identity = identity_of(record)
         scores = {score.task: with_own_error(score) for score in read_scores(path, content, record, leaves, shared)}
         date, tokens = float(content["date"]), tuple(int(token) for token in record["pivot_tokens"])

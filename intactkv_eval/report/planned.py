@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from intactkv_eval.cell.records import check_format
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.limits import read_bytes
@@ -66,6 +67,8 @@ def _plan(folder: Path) -> list[dict[str, Any]]:
         return []
     try:
         found = parse_json(read_bytes(path))
+        for unit in found:
+            check_format(unit, path)
         return [
             {**unit, "key": _key(unit["key"]), "task": str(unit["task"]), "seed": _seed(unit.get("seed"))}
             for unit in found

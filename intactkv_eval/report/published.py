@@ -173,7 +173,7 @@ def _pivot(identity: Identity) -> str:
     pivot = identity.cell.pivot
     if not pivot.intact:
         return "none" if pivot.source == "bos" else f"{pivot.source} (computed)"
-    return "calibrated" if pivot.source.endswith(".safetensors") else pivot.source
+    return "calibrated" if pivot.kind == "kv_file" else pivot.source
 
 
 def _words(name: str) -> frozenset[str]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.cell.formulas import current, names_of_cell, names_of_prompts
-from intactkv_eval.cell.spec import CellSpec, Spec
+from intactkv_eval.cell.spec import CellSpec, Spec, pivot_kind
 from intactkv_eval.errors import ConfigError, IntactKVError, unknown_key
 from intactkv_eval.lm import run_record
 from intactkv_eval.lm.hf_arguments import KNOWN, check_names, checked_cell, split_model_args
@@ -229,7 +229,7 @@ def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]
         if quantize is not None:
             made.append(_quantize(QuantizeSpec.model_validate(quantize), model))
             arguments |= {"pretrained": MADE + made[-1].name, "reference": model["pretrained"]}
-        if not intact or str(arguments.get("pivot")).endswith(".safetensors"):
+        if not intact or pivot_kind(arguments.get("pivot")) == "kv_file":
             arguments.pop("reference", None)
         if calibrate is not None:
             plain = {key: value for key, value in arguments.items() if not key.startswith("kv_")}

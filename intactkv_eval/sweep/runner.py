@@ -11,6 +11,7 @@ import torch
 from intactkv_eval.assemble.chat_date import moment_of_run
 from intactkv_eval.cell.arguments import CELL_KEYS, cell_from_args
 from intactkv_eval.cell.formulas import current, names_of_cell, names_of_job
+from intactkv_eval.cell.records import RECORD_FORMAT
 from intactkv_eval.cell.trust import TRUST
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.evaluate_task import check_tasks
@@ -173,6 +174,7 @@ def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
     cell = cell_from_args({key: value for key, value in arguments.items() if key in CELL_KEYS})
     quantize = unit.quantize
     return {
+        "format": RECORD_FORMAT,
         "key": unit.key,
         "task": unit.task.task,
         "seed": unit.seed,

@@ -7,11 +7,10 @@ import gc
 import os
 import sys
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from intactkv_eval.assemble.chat_date import moment_of_run
-from intactkv_eval.assemble.model_cache import Shelf
+from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.errors import CheckpointError, IntactKVError
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.sweep.grid import Unit
@@ -32,17 +31,14 @@ class Workshop:
 
     def __init__(self, run: RunSpec) -> None:
         self._run = run
-        self._shelf = Shelf()
+        self._models = ModelCache()
         self._failed: dict[str, str] = {}
 
     def __enter__(self) -> "Workshop":
-        if self._run.share:
-            self._shelf.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._run.share:
-            self._shelf.__exit__(kind, error, at)
+    def __exit__(self, *_: object) -> None:
+        self._models.clear()
 
     def run(self, unit: Unit, place: WorkerSlot, out: Path) -> None:
         """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
@@ -54,7 +50,9 @@ class Workshop:
         seeded = {} if unit.seed is None else {"seed": unit.seed}
         arguments = placed(unit.arguments, place.made)
         metadata = {**seeded, **unit.task.metadata}
-        evaluate_task(arguments, unit.task.task, out, unit.seed, metadata, **_settings(unit, place, self._run))
+        models = self._models if self._run.share else None
+        settings = _settings(unit, place, self._run)
+        evaluate_task(arguments, unit.task.task, out, unit.seed, metadata, models, **settings)
         gc.collect()
 
     def _prepare(self, unit: Unit, place: WorkerSlot) -> None:
@@ -65,7 +63,7 @@ class Workshop:
                     f"{name}, which an earlier cell needed too, could not be made: {self._failed[name]}"
                 )
             if not (place.made / name).exists():
-                self._shelf.clear()
+                self._models.clear()
                 gc.collect()
             try:
                 prepare(preparation, place.made, place.device)

@@ -8,7 +8,6 @@ from helpers.tiny import BOS, build_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.inference.pivoted_model import PivotedModel
@@ -19,6 +18,7 @@ from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.export import export
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.report.collect import _checkpoint_label, identity_of
@@ -42,7 +42,7 @@ def by_hand(model, weights, activations, turned, kv=None):
     if weights is None:
         apply_stages(model, rotation, activations)
     else:
-        model = quantize(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, activations))
+        model = quantize_model(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, activations))
     return PivotedModel(model, PIVOT, to_rotated(pivot) if turned else pivot, kv)
 
 

@@ -10,13 +10,13 @@ import torch
 from helpers.tiny import build_model
 from typer.testing import CliRunner
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli.main import app
 from intactkv_eval.commands.figure_data import attention_maps, by_intact_rows, cache_rows, expected_outputs, outliers
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.report.plots import FIGURES, draw
 
 PIVOT = (256, 7, 99)
@@ -30,7 +30,7 @@ def models(request):
     return (
         full,
         capture(full, PIVOT, fingerprint_of(full, "main")),
-        quantize(full, WeightSpec(method="rtn", bits=3, group_size=32)),
+        quantize_model(full, WeightSpec(method="rtn", bits=3, group_size=32)),
     )
 
 

@@ -29,8 +29,10 @@ def loads_nothing(monkeypatch):
     def load(*_arguments, **_named):
         raise AssertionError("a model was loaded")
 
-    for module in ("capture", "find_pivots", "calibrate", "figures", "kv_codebook"):
+    for module in ("calibrate", "figures"):
         monkeypatch.setattr(f"intactkv_eval.commands.{module}.IntactKVLM", load)
+    for module in ("capture", "find_pivots", "kv_codebook"):
+        monkeypatch.setattr(f"intactkv_eval.commands.{module}.load_cell", load)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep.grid import expand
 from intactkv_eval.sweep.spec import read_sweep
 from intactkv_eval.weights.checkpoint import Checkpoint, quantization_beside, read_json
-from intactkv_eval.weights.formats import format_of, stage_of
+from intactkv_eval.weights.formats import format_of
 from intactkv_eval.weights.formats.layer import LayerTensors
 
 CHECKPOINTS = Path(__file__).parents[1] / "fixtures" / "gptqmodel"
@@ -73,7 +73,7 @@ def _read_layers(folder: Path, config, features: dict[str, tuple[int, int]]) -> 
         tensors = checkpoint.read(held.values())
         found = LayerTensors(name, {key: tensors[full] for key, full in held.items()}, *features[name])
         layout.read(found).dequantize()
-        stage_of(layout, found)
+        layout.stage(found)
 
 
 def _checkpoints(folder: Path) -> dict[str, Target]:

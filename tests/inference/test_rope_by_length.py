@@ -25,7 +25,6 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.cli.main import app
 from intactkv_eval.commands.calibrate import _check_frequencies
@@ -40,6 +39,7 @@ from intactkv_eval.inference.scoring.score import score
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.quantize.block_walk import BlockWalk
+from intactkv_eval.quantize.on_the_fly import quantize_model
 
 
 @pytest.mark.parametrize("pivot", ["none", "bos"])
@@ -106,7 +106,7 @@ def test_a_quantized_model_gets_the_rows_of_texts_of_this_length(name, front, le
             for part in quantized.parameters():
                 part.copy_((part * 16).round() / 16)
     else:
-        quantized = quantize(full, WeightSpec(method="rtn", bits=3, group_size=32))
+        quantized = quantize_model(full, WeightSpec(method="rtn", bits=3, group_size=32))
     body = torch.arange(10, 10 + length)[None]
     cache = DynamicCache(config=full.config)
     with torch.no_grad():

@@ -3,11 +3,11 @@
 import torch
 from helpers.tiny import BOS
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import KVSpec, WeightSpec
 from intactkv_eval.inference.generation.generate import generate
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks")
 
@@ -27,6 +27,6 @@ def test_model_is_as_before(model):
     body = torch.randint(0, 256, (2, 5))
     made.body_logits(body)
     generate(made, body, torch.ones_like(body), 3, do_sample=False)
-    quantize(model, WeightSpec(method="rtn", bits=4, group_size=32))
+    quantize_model(model, WeightSpec(method="rtn", bits=4, group_size=32))
     assert portrait(model) == before
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())

@@ -78,7 +78,7 @@ def test_a_fault_of_ours_is_no_damaged_file(saved_llama, monkeypatch):
     def breaks(*_arguments, **_named):
         raise KeyError("ours")
 
-    monkeypatch.setattr("intactkv_eval.lm.intactkv_lm.build", breaks)
+    monkeypatch.setattr("intactkv_eval.lm.intactkv_lm.load_cell", breaks)
     with pytest.raises(KeyError, match="ours"):
         make(saved_llama)
 

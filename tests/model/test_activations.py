@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activations_off, quantize_activations
@@ -16,6 +15,7 @@ from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges,
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.input_transform import Rotation, StageSpec
 
@@ -121,8 +121,10 @@ def test_the_gradient_passes_through_the_rounding():
 def test_every_linear_layers_input_is_quantized(model, weights):
     """W16A8 and W8A8 of all families, against hooks on the plain model that do the same; the source is left alone."""
     specs = stage_specs(list(linear_layers(model)), None, A8)
-    made = quantized_model(model, None, stages=specs) if weights is None else quantize(model, weights, stages=specs)
-    base = model if weights is None else quantize(model, weights)
+    made = (
+        quantized_model(model, None, stages=specs) if weights is None else quantize_model(model, weights, stages=specs)
+    )
+    base = model if weights is None else quantize_model(model, weights)
     layers = [module for module in base.modules() if type(module) in {nn.Linear, Conv1D, QuantizedLinear}]
     layers = [layer for layer in layers if layer is not base.get_output_embeddings()]
     assert len(layers) == len(specs)
@@ -147,7 +149,7 @@ def test_stages_are_put_on_and_taken_off(llama):
         apply_stages(llama, None, ActivationSpec())
         assert torch.equal(llama(IDS).logits, before)
         assert not torch.equal(coarse, before)
-        made = quantize(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
+        made = quantize_model(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
         plain = made(IDS).logits
         apply_stages(made, None, A4)
         assert not torch.equal(made(IDS).logits, plain)
@@ -157,7 +159,7 @@ def test_stages_are_put_on_and_taken_off(llama):
 
 def test_quantizing_a_staged_model_keeps_its_stages(llama):
     apply_stages(llama, None, A4)
-    made = quantize(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
+    made = quantize_model(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
     assert all(layer.prepare.spec == StageSpec(None, A4) for layer in staged_layers(made).values())
 
 

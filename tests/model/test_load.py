@@ -6,7 +6,6 @@ from helpers.tiny import BOS, FAMILIES, build_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config, MixtralConfig
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
@@ -14,12 +13,13 @@ from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 
 SPEC = WeightSpec(method="rtn", bits=4, group_size=32)
 
 
 def test_every_linear_of_the_layers_and_nothing_else(model):
-    made = quantize(model, SPEC)
+    made = quantize_model(model, SPEC)
     swapped = {name for name, module in made.named_modules() if isinstance(module, QuantizedLinear)}
     assert swapped == set(linear_layers(model))
     assert len(swapped) >= 3 * 4
@@ -32,7 +32,7 @@ def test_every_linear_of_the_layers_and_nothing_else(model):
 def test_output_is_the_model_with_dequantized_weights(model, dtype):
     """Against the other way to simulate: the same model with its matrices overwritten."""
     model = model.to(dtype)
-    made = quantize(model, SPEC, "dense")
+    made = quantize_model(model, SPEC, "dense")
     with torch.no_grad():
         for name, layer in linear_layers(model).items():
             dense = made.get_submodule(name).quantized_weight().dequantize(dtype)
@@ -67,7 +67,10 @@ def test_several_lists_that_may_be_the_decoder_layers(llama):
 def test_eight_bits_are_near_full_precision(model):
     ids = torch.arange(2, 24)[None]
     with torch.no_grad():
-        full, eight = model(ids).logits, quantize(model, WeightSpec(method="rtn", bits=8, group_size=16))(ids).logits
+        full, eight = (
+            model(ids).logits,
+            quantize_model(model, WeightSpec(method="rtn", bits=8, group_size=16))(ids).logits,
+        )
     assert (full - eight).pow(2).mean().sqrt() < 0.05 * full.std()
 
 
@@ -75,7 +78,7 @@ def test_group_size_that_does_not_divide_names_the_layer(llama):
     with pytest.raises(
         ConfigError, match=r"group_size=128 .* width 64 of model\.layers\.0\.self_attn\.q_proj.*16, 32, 64"
     ):
-        quantize(llama, WeightSpec(method="rtn", bits=4, group_size=128))
+        quantize_model(llama, WeightSpec(method="rtn", bits=4, group_size=128))
 
 
 def test_fused_experts_are_refused():
@@ -84,26 +87,26 @@ def test_fused_experts_are_refused():
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match="experts"):
-        quantize(AutoModelForCausalLM.from_config(config), SPEC)
+        quantize_model(AutoModelForCausalLM.from_config(config), SPEC)
 
 
 def test_nan_weights_are_named(llama):
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        quantize(llama, SPEC)
+        quantize_model(llama, SPEC)
 
 
 def test_quantizing_twice_is_refused(llama):
     with pytest.raises(UnsupportedModelError, match="no linear layer"):
-        quantize(quantize(llama, SPEC), SPEC)
+        quantize_model(quantize_model(llama, SPEC), SPEC)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_attention_implementation_is_kept(family):
     model = build_model(family)
     model.set_attn_implementation("eager")
-    assert quantize(model, SPEC).config._attn_implementation == "eager"
+    assert quantize_model(model, SPEC).config._attn_implementation == "eager"
 
 
 def test_devices_are_by_layer(llama):
@@ -111,7 +114,7 @@ def test_devices_are_by_layer(llama):
     llama.model.layers[2].to("meta")
     assert [device.type for device in layer_devices(llama)] == ["cpu", "cpu", "meta"]
     with pytest.raises(CheckpointError, match="offloaded"):
-        quantize(llama, SPEC)
+        quantize_model(llama, SPEC)
 
 
 def test_pivot_rows_go_to_each_layers_device(llama):

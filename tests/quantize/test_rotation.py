@@ -9,7 +9,6 @@ from helpers.tiny import BOS, FAMILIES, VOCAB, build_model, uneven
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.inference.pivoted_model import PivotedModel
@@ -21,6 +20,7 @@ from intactkv_eval.model.input_transforms import apply_stages, stage_specs
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.quantize.rotation import rotate, signs, unrotated_rows
 from intactkv_eval.weights.hadamard import hadamard_rows
 
@@ -159,7 +159,7 @@ def test_rotated_four_bits_are_better_where_channels_stand_out(weights):
         if weights.method == "none":
             apply_stages(model, rotation, A4)
         else:
-            model = quantize(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, A4))
+            model = quantize_model(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, A4))
         found[turned] = (F.log_softmax(logits(model), dim=-1) - expected).square().mean().sqrt().item()
     assert found[True] < 0.75 * found[False], found
 

@@ -9,6 +9,7 @@ import pytest
 
 from intactkv_eval.cell.arguments import cell_from_args
 from intactkv_eval.cell.formulas import formulas_of
+from intactkv_eval.cell.records import RECORD_FORMAT
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.compare import compare
@@ -45,7 +46,8 @@ def write(folder, cell, values, date, task="ppl_x", model="intactkv", samples=Tr
         "configs": {task: {"metadata": {"protocol": "bos-window-2048"}}},
         "versions": {task: 1.0},
         "n-shot": {task: 0},
-        "config": {"model": model, "limit": None, **settings} | ({"intactkv": record} if model == "intactkv" else {}),
+        "config": {"model": model, "limit": None, **settings}
+        | ({"intactkv": {"format": RECORD_FORMAT, **record}} if model == "intactkv" else {}),
         "date": date,
     }
     folder.mkdir(parents=True, exist_ok=True)

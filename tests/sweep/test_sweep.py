@@ -11,7 +11,7 @@ import pytest
 from helpers.grids import RTN, TASK, grid, sweep_of
 from helpers.running import command, figures, processes_of, wait_for
 
-from intactkv_eval.assemble.model_cache import Shelf
+from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.commands.evaluate import run_lm_eval
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.lm.evaluate_task import evaluate_task
@@ -39,17 +39,19 @@ def test_a_shelf_changes_no_figure(saved_llama, tmp_path):
         {"pivot": "bos", **RTN}, {"pivot": "bos", **rotated}, {"pivot": "none", **stages}, {"pivot": "bos"},
     ]  # fmt: skip
 
-    def run(name):
+    def run(name, models=None):
         for place, cell in enumerate(cells):
             arguments = {"pretrained": str(saved_llama), **cell}
             out, settings = tmp_path / name / str(place), {"limit": 4, "device": "cpu"}
-            evaluate_task(arguments, "intactkv_demo_ppl", out, None, {"ppl_window": 64}, **settings)
+            evaluate_task(arguments, "intactkv_demo_ppl", out, None, {"ppl_window": 64}, models, **settings)
         return figures(tmp_path, name)
 
     alone = run("alone")
-    with Shelf() as shelf:
-        assert run("shared") == alone
-    assert (shelf.loads, shelf.makes) == (1, 5), "the last cell is the first again: nothing that was made is kept"
+    models = ModelCache()
+    assert run("shared", models) == alone
+    assert (models.loads, models.derivations) == (1, 5), (
+        "the last cell is the first again: nothing that was made is kept"
+    )
 
 
 @pytest.mark.slow

@@ -4,11 +4,11 @@ import pytest
 import torch
 from helpers.tiny import BOS, FAMILIES, build_model
 
-from intactkv_eval.assemble.build import quantize
 from intactkv_eval.cell.spec import WeightSpec
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.model.structure import decoder_layers, layer_devices
 from intactkv_eval.pivot.capture import capture, fingerprint_of
+from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.training.examples import Example
 from intactkv_eval.training.student import Student
 from intactkv_eval.training.teacher import KeptTargets, full_nll, layer_outputs
@@ -27,7 +27,7 @@ def pair(family, dtype=torch.float64, bits=3, backend="auto"):
     """The full model, its pivot, the quantized model and the rows that are trained."""
     full = build_model(family, dtype=dtype)
     pivot = capture(full, PIVOT, fingerprint_of(full, "main"))
-    quantized = quantize(full, WeightSpec(method="rtn", bits=bits, group_size=32), backend)
+    quantized = quantize_model(full, WeightSpec(method="rtn", bits=bits, group_size=32), backend)
     return (
         full,
         pivot,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
+from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.formats.settings import AWQSettings, check_settings
@@ -83,7 +84,7 @@ def read_config(config: Mapping[str, Any]) -> "AWQFormat":
 
 
 @dataclass(frozen=True)
-class AWQFormat:
+class AWQFormat(Format):
     """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
 
     Raises CheckpointError for a config that it cannot be.

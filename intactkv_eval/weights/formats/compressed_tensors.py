@@ -18,6 +18,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
+from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
@@ -116,7 +117,7 @@ def _settled(group: Mapping[str, Any], format_of_all: object) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(Format):
     """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
 
     Raises CheckpointError for what would be ignored if it were read: quantized activations, KV cache, transforms, and

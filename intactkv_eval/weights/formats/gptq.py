@@ -17,6 +17,7 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
+from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.patterns import matches
 from intactkv_eval.weights.formats.scheme import Scheme
@@ -119,7 +120,7 @@ def _settled(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class GPTQFormat:
+class GPTQFormat(Format):
     """The format as a checkpoint's config describes it, its spelling settled (`read_config`).
 
     Raises CheckpointError for a config that it cannot be.

@@ -21,6 +21,7 @@ from torch import Tensor
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats import gptq
+from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors
 from intactkv_eval.weights.formats.scheme import Scheme
 from intactkv_eval.weights.hadamard import block_digest, has_hadamard
@@ -57,7 +58,7 @@ def range_tensors(ranges: Mapping[str, Range]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class IntactKVFormat:
+class IntactKVFormat(Format):
     """The format as a checkpoint's config describes it. Raises CheckpointError for a config that it cannot be."""
 
     config: Mapping[str, Any]
