@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from intactkv_eval.assemble.awq_basis import dequantized, read_layer
 from intactkv_eval.errors import PivotError
+from intactkv_eval.model.families import FAMILIES, RotatedLayer
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.model.tensor_names import NamedCheckpoint
 from intactkv_eval.pivot.basis import LayerBasis, check_residuals, recover, to_rotated
@@ -20,8 +21,6 @@ from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Rules, check_same
 from intactkv_eval.pivot.weight_sample import Sampled
 from intactkv_eval.quantize.rotation import (
-    FAMILIES,
-    LayerNames,
     per_head,
     rotated_reader,
     rotated_value,
@@ -56,7 +55,8 @@ def in_rotated_basis(
         )
     if reference is None:
         return to_rotated(pivot), None
-    names = FAMILIES[model.config.get_text_config(decoder=True).model_type]
+    names = FAMILIES[model.config.get_text_config(decoder=True).model_type].rotation
+    assert names is not None  # the checkpoint says that it was rotated
     source = NamedCheckpoint(tensors_of(reference), model)
     prefix, layers = decoder_layers(model)
     values: list[LayerBasis] = []
@@ -86,7 +86,9 @@ class _Part(NamedTuple):
     expected: Tensor
 
 
-def _parts(names: LayerNames, source: NamedCheckpoint, layer: str, rotation: Rotation, values: int) -> Iterator[_Part]:
+def _parts(
+    names: RotatedLayer, source: NamedCheckpoint, layer: str, rotation: Rotation, values: int
+) -> Iterator[_Part]:
     """values: how many of the last rows of the matrix that makes V are V's."""
     prefix, _, index = layer.rpartition(".")
 

@@ -18,6 +18,7 @@ from intactkv_eval.compat.transformers_api import cache_layers
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.inference.generation.settings import plain_greedy
 from intactkv_eval.model.activation_quant import activations_off
+from intactkv_eval.model.families import FAMILIES
 from intactkv_eval.model.structure import text_config
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _AGREE = {torch.float64: 1e-4, torch.float32: 1e-3}  # relative RMS of logits; 1
 _AGREE_16_BITS = 8e-2
 _KEPT, _TEXT = 24, 4  # tokens of the trial
 _LEAST, _MOST = 256, 2048  # columns that are tried; the most where no number is asked for
-TESTED = {"gemma3_text", "gpt2", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3"}  # model types, by law 14's test
+TESTED = {name for name, family in FAMILIES.items() if family.shares_prefixes}  # by law 14's test
 # What a model that cannot do what a trial asks of it may raise.
 TRIAL_ERRORS = (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, UnsupportedModelError)
 

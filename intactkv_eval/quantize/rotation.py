@@ -13,42 +13,18 @@ Source: QuaRot (Ashkboos et al., 2024), section 4 and rotation_utils.py of its c
 """
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.model.families import FAMILIES, Family, RotatedLayer, rotatable
 from intactkv_eval.weights.hadamard import block_digest, hadamard_rows, has_hadamard
 from intactkv_eval.weights.input_transform import Rotation
 
 _CHUNK = 4096  # rows in fp64 at once
-
-
-class LayerNames(NamedTuple):
-    """Of one decoder layer: what reads behind each of the two norms, where V is, and what writes."""
-
-    attention_norm: str
-    attention: tuple[str, ...]
-    value: str
-    output: str
-    mlp_norm: str
-    mlp: tuple[str, ...]
-    down: str
-
-
-_SPLIT = LayerNames(
-    "input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.v_proj",
-    "self_attn.o_proj", "post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj",
-)  # fmt: skip
-_FUSED = _SPLIT._replace(attention=("self_attn.qkv_proj",), value="self_attn.qkv_proj", mlp=("mlp.gate_up_proj",))
-# model types whose layers were read and tested: names alone would not tell a norm that multiplies otherwise.
-FAMILIES = {"llama": _SPLIT, "mistral": _SPLIT, "qwen2": _SPLIT, "qwen3": _SPLIT, "phi3": _FUSED}
-_REASONS = {
-    **dict.fromkeys(("gemma2", "gemma3_text"), "its norms behind attention and MLP have no layer to be fused into"),
-    **dict.fromkeys(("opt", "gpt2"), "its LayerNorm subtracts a mean, which a rotation does not keep"),
-}
 
 
 @torch.no_grad()
@@ -81,16 +57,17 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> Rotation:
     return Rotation(seed, width, online, {str(order): block_digest(order) for order in orders})
 
 
-def check_rotatable(model: PreTrainedModel) -> tuple[LayerNames, int]:
+def check_rotatable(model: PreTrainedModel) -> tuple[RotatedLayer, int]:
     """The names in a layer, and head_dim. Raises UnsupportedModelError, with the reason, where it cannot be rotated."""
     kind = model.config.get_text_config(decoder=True).model_type
-    if kind not in FAMILIES:
-        reason = _REASONS.get(kind, "its layers were not tried")
+    family = FAMILIES.get(kind, Family())
+    if family.rotation is None:
+        reason, supported = family.no_rotation or "its layers were not tried", rotatable()
         raise UnsupportedModelError(
-            f"{type(model).__name__} ({kind}) cannot be rotated: {reason}. Supported: {', '.join(sorted(FAMILIES))}; "
+            f"{type(model).__name__} ({kind}) cannot be rotated: {reason}. Supported: {', '.join(supported)}; "
             "drop rotate=true (activations can be quantized without it)"
         )
-    names, body = FAMILIES[kind], model.get_decoder()
+    names, body = family.rotation, model.get_decoder()
     first = body.layers[0]
     width = int(first.self_attn.head_dim)
     for what, order in (
@@ -147,7 +124,7 @@ def unrotated_rows(rows: Tensor, seed: int) -> Tensor:
     return hadamard_rows(rows.double(), inverse=True) * signs(rows.shape[1], seed).to(rows.device)
 
 
-def _rotate_layer(layer: Any, names: LayerNames, sign: Tensor, width: int) -> None:
+def _rotate_layer(layer: Any, names: RotatedLayer, sign: Tensor, width: int) -> None:
     _fuse(layer.get_submodule(names.attention_norm), [layer.get_submodule(name) for name in names.attention], sign)
     _fuse(layer.get_submodule(names.mlp_norm), [layer.get_submodule(name) for name in names.mlp], sign)
     value, output, down = (layer.get_submodule(name) for name in (names.value, names.output, names.down))

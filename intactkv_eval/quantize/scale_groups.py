@@ -5,33 +5,19 @@
 A front is a norm, or a linear layer whose last output channels reach the layers behind through nothing but products
 with something else, sums over tokens, or a ReLU. So: the norm before q, k, v; v before o where the two have equal
 shapes (grouped kv heads share channels); the norm before the MLP; up before down; OPT's fc1 before fc2. Every fold here
-is exact. Phi3's V is left alone although it could be scaled: pivot/basis.py does not find it in a fused matrix.
+is exact. Which a family has stands in model/families.py.
 Source: Lin et al. 2023 (AWQ), section 3.2 and llm-awq's auto_scale.py.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intactkv_eval.errors import UnsupportedModelError
+from intactkv_eval.model.families import FAMILIES, ScaleGroup, family_of_layer, norm_offset
 from intactkv_eval.quantize.method import Block
-
-Place = Literal["qkv", "values", "mlp", "mlp output"]
-
-
-class ScaleGroup(NamedTuple):
-    """One place for a scale, names relative to the block.
-
-    parent: the module whose output shows what quantizing `layers` does; all but that of "qkv" take one input, the
-    layers' own.
-    """
-
-    place: Place
-    front: str
-    layers: tuple[str, ...]
-    parent: str
 
 
 def scale_groups(block: Block) -> tuple[ScaleGroup, ...]:
@@ -39,13 +25,14 @@ def scale_groups(block: Block) -> tuple[ScaleGroup, ...]:
 
     By the class of the layer, not by names: layers of the same names may be put together in another way.
     """
-    kind = type(block.module).__name__
-    if kind not in _FAMILIES:
+    family = family_of_layer(block.module)
+    if family is None:
+        known = ", ".join(one.layer_class for one in FAMILIES.values() if one.layer_class)
         raise UnsupportedModelError(
-            f"{block.name}: no places for scales are known in a {kind}. Known are {', '.join(_FAMILIES)}: "
-            "use a method that folds nothing (rtn, gptq)"
+            f"{block.name}: no places for scales are known in a {type(block.module).__name__}. Known are {known}: use "
+            "a method that folds nothing (rtn, gptq)"
         )
-    groups = tuple(_FAMILIES[kind](block))
+    groups = tuple(group for group in family.scale_groups if _folds(block, group))
     for group in groups:
         widths = {_linear(block, name).in_features for name in group.layers}
         if len(widths) != 1:
@@ -91,8 +78,7 @@ def divide_outputs(front: nn.Module, name: str, factor: Tensor, matrix: Tensor |
         if bias is not None:
             bias[rows] = (_wide(bias[rows]) / factor).to(bias.dtype)
         return factor
-    kind = type(front).__name__.lower()
-    offset = 1 if "gemma" in kind and "gemma3n" not in kind else 0  # Gemma's norms multiply by 1 + weight
+    offset = norm_offset(front)
     before = _wide(weight) + offset
     weight.copy_(before / factor - offset)
     after = _wide(weight) + offset
@@ -113,54 +99,15 @@ def check_front(front: nn.Module, name: str, width: int) -> None:
         )
 
 
-def _llama(block: Block, mlp_norm: str = "post_attention_layernorm") -> list[ScaleGroup]:
-    queries_keys_values = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return [
-        ScaleGroup("qkv", "input_layernorm", queries_keys_values, "self_attn"),
-        *_values(block, "self_attn.v_proj", "self_attn.o_proj"),
-        ScaleGroup("mlp", mlp_norm, ("mlp.gate_proj", "mlp.up_proj"), "mlp"),
-        ScaleGroup("mlp output", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-    ]
-
-
-def _gemma(block: Block) -> list[ScaleGroup]:
-    return _llama(block, "pre_feedforward_layernorm")  # post_attention_layernorm is on the attention's output
-
-
-def _phi3(block: Block) -> list[ScaleGroup]:
-    return [
-        ScaleGroup("qkv", "input_layernorm", ("self_attn.qkv_proj",), "self_attn"),
-        ScaleGroup("mlp", "post_attention_layernorm", ("mlp.gate_up_proj",), "mlp"),
-        ScaleGroup("mlp output", "mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-    ]
-
-
-def _opt(block: Block) -> list[ScaleGroup]:
+def _folds(block: Block, group: ScaleGroup) -> bool:
+    """Whether a scale at this place leaves the function of this very layer as it is."""
     layer: Any = block.module
-    groups = _values(block, "self_attn.v_proj", "self_attn.out_proj")
-    if layer.do_layer_norm_before:  # else the norms' outputs are the residual too
-        queries_keys_values = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        groups.append(ScaleGroup("qkv", "self_attn_layer_norm", queries_keys_values, "self_attn"))
-        groups.append(ScaleGroup("mlp", "final_layer_norm", ("fc1",), "fc1"))
-    if isinstance(layer.activation_fn, nn.ReLU):  # nothing else lets a scale through
-        groups.append(ScaleGroup("mlp output", "fc1", ("fc2",), "fc2"))
-    return groups
-
-
-def _values(block: Block, value: str, output: str) -> list[ScaleGroup]:
-    alike = _linear(block, value).weight.shape == _linear(block, output).weight.shape
-    return [ScaleGroup("values", value, (output,), output)] if alike else []
-
-
-_FAMILIES: Mapping[str, Callable[[Block], list[ScaleGroup]]] = {
-    "LlamaDecoderLayer": _llama,
-    "MistralDecoderLayer": _llama,
-    "Qwen2DecoderLayer": _llama,
-    "Qwen3DecoderLayer": _llama,
-    "Gemma3DecoderLayer": _gemma,
-    "Phi3DecoderLayer": _phi3,
-    "OPTDecoderLayer": _opt,
-}
+    if group.place == "values":  # grouped kv heads share channels
+        return _linear(block, group.front).weight.shape == _linear(block, group.layers[0]).weight.shape
+    if group.through_activation:  # nothing but a ReLU lets a scale through
+        return isinstance(layer.activation_fn, nn.ReLU)
+    # else a norm's output is the residual too
+    return isinstance(_module(block, group.front), nn.Linear) or bool(getattr(layer, "do_layer_norm_before", True))
 
 
 def _linear(block: Block, name: str) -> nn.Linear:

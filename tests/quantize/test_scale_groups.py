@@ -117,7 +117,7 @@ def test_what_a_bf16_norm_rounds_away_is_made_up_for(family):
 
 
 def test_unknown_blocks_are_refused():
-    with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.1: .* in a GPT2Block\. Known are Llama"):
+    with pytest.raises(UnsupportedModelError, match=r"transformer\.h\.1: .* in a GPT2Block\. Known are Gemma3"):
         scale_groups(make_block(small("gpt2")))
     block = make_block(small("llama"))
     del block.module.mlp.up_proj
