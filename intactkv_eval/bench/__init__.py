@@ -1,1 +1,1 @@
-"""`intactkv bench`: speed and memory as ratios against a named rival in the same run. No ratio without agreement."""
+"""`intactkv bench`: speed and memory as ratios against a named rival in the same run. Knows nothing of the tests."""

@@ -13,7 +13,7 @@ SPEED_ONLY = frozenset({"batch_size", "max_batch_size", "device"})
 
 def check_format(record: Mapping[str, Any], where: object) -> None:
     """Raise ConfigError for a record that an earlier release wrote, whose names are others. where: the file."""
-    found = record.get("format")
+    found = record.get("format") if isinstance(record, Mapping) else None
     if found != RECORD_FORMAT:
         raise ConfigError(
             f"{where}: the record of a run has format {str(found)[:40]!r}, expected {RECORD_FORMAT!r}: an earlier "

@@ -1,1 +1,1 @@
-"""The seams to the libraries beside us: one module for each, which holds all that depends on its release."""
+"""The seams to the libraries beside us: one module for each. Knows nothing of cells, pivots or quantization."""

@@ -1,1 +1,1 @@
-"""A model with the pivot in front of every row: forwards, scoring, generation. Knows nothing of cells or lm_eval."""
+"""A model with the pivot in front of every row: forwards, scoring, generation. Knows nothing of lm_eval's tasks."""

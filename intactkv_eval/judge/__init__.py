@@ -1,1 +1,1 @@
-"""Answers judged by a language model behind an OpenAI-compatible API. Imports no torch."""
+"""Answers judged by a language model behind an API. Knows nothing of torch, and of how answers were made."""

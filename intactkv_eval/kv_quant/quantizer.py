@@ -30,7 +30,7 @@ def _channel_key(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None
 def _pre_rope(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> Scheme:
     if codebook is None or codebook.bits != spec.bits:
         held = "none" if codebook is None else f"those of {codebook.bits} bits"
-        raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs codebook of {spec.bits} bits, got {held}")
+        raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs a codebook of {spec.bits} bits, got {held}")
     return PreRope(codebook, model)
 
 

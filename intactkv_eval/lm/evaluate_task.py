@@ -103,7 +103,7 @@ def evaluate_task(
     flags = {key: settings.get(key) for key in ("batch_size", "max_batch_size", "device")}
     with cache_explained():
         results = simple_evaluate(
-            model=IntactKVLM.create_from_arg_obj({**model_args, "models": models}, flags),
+            model=IntactKVLM.create_from_arg_obj(dict(model_args), flags, models),
             model_args=dict(model_args),
             tasks=[task],
             task_manager=task_manager([task], told),

@@ -119,10 +119,12 @@ class IntactKVLM(CellLoading, PivotedTalks):
             raise ConfigError(f"max_length={self._max_length}: no room behind the pivot {self.framing.token_ids}")
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: Any, additional_config: Any = None) -> "IntactKVLM":
+    def create_from_arg_obj(
+        cls, arg_dict: Any, additional_config: Any = None, models: ModelCache | None = None
+    ) -> "IntactKVLM":
         """As lm_eval makes it: of the model's arguments, and of its own flags without defaults that nobody chose."""
         begin_command()
-        return cls(**{**arg_dict, **chosen_flags(arg_dict, additional_config or {})})
+        return cls(models=models, **{**arg_dict, **chosen_flags(arg_dict, additional_config or {})})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Any = None) -> "IntactKVLM":

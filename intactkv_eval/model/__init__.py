@@ -1,1 +1,1 @@
-"""Models on quantized weights: which layers, the layer itself, how a model is built from them."""
+"""Models on quantized weights: structure, layers, loading. Knows nothing of pivots or KV caches."""

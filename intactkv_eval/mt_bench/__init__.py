@@ -1,1 +1,1 @@
-"""MT-Bench and Vicuna's bench: their questions, and answers in FastChat's layout. Imports no torch."""
+"""MT-Bench and Vicuna's bench: questions, and answers in FastChat's layout. Knows nothing of torch or judges."""

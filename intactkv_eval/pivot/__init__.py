@@ -1,1 +1,1 @@
-"""The pivot: which tokens, their full-precision KV as a value, how it is captured and kept."""
+"""The pivot: which tokens, their full-precision KV as a value, capture, storage. Knows nothing of quantizers."""

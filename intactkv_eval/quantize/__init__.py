@@ -1,1 +1,1 @@
-"""Quantizers: full-precision weights in, QuantizedWeight out. One method, one file."""
+"""Quantizers: full-precision weights in, QuantizedWeight out; one method, one file. Knows nothing of requests."""

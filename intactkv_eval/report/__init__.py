@@ -1,1 +1,1 @@
-"""Tables from lm_eval results on disk. Reads files, imports no torch."""
+"""Tables from lm_eval's results on disk. Knows nothing of torch, and of how a figure was measured."""

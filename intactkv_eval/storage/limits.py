@@ -72,17 +72,17 @@ def human_size(count: int) -> str:
 
 _BY_SIZE = "by its bytes"
 READERS = (
-    Reader("results, plans, indices, configs, answers: JSON", "documents.py", human_size(DOCUMENT_BYTES),
+    Reader("results, plans, indices, configs, answers: JSON", "storage/documents.py", human_size(DOCUMENT_BYTES),
            f"{DOCUMENT_DEPTH} levels, {DOCUMENT_VALUES:,} values", "by its bytes and values"),
-    Reader("cells and sweeps: YAML", "documents.py", human_size(YAML_BYTES),
+    Reader("cells and sweeps: YAML", "storage/documents.py", human_size(YAML_BYTES),
            f"{DOCUMENT_DEPTH} levels, {DOCUMENT_VALUES:,} values, {YAML_MERGED_KEYS:,} merged keys", _BY_SIZE),
-    Reader("samples, conversations, replies: JSONL", "files.py", human_size(LINES_BYTES),
+    Reader("samples, conversations, replies: JSONL", "storage/files.py", human_size(LINES_BYTES),
            f"{LINES_VALUES:,} values; a line as a JSON document", _BY_SIZE),
-    Reader("texts and conversations for calibration", "files.py", human_size(TEXT_BYTES),
+    Reader("texts and conversations for calibration", "storage/files.py", human_size(TEXT_BYTES),
            "UTF-8; conversations as a JSON document", _BY_SIZE),
-    Reader("safetensors", "tensor_file.py, weights/checkpoint.py", "its own",
+    Reader("safetensors", "storage/tensor_file.py, weights/checkpoint.py", "its own",
            f"a header of {human_size(HEADER_BYTES)}, checked against the file", _BY_SIZE),
-    Reader("files of torch.save, answers of `--use_cache`", "plain_pickle.py, torch_pickle.py",
+    Reader("files of torch.save, answers of `--use_cache`", "storage/plain_pickle.py, storage/torch_pickle.py",
            f"{human_size(PICKLE_BYTES)} of pickle; tensors {TENSORS_TIMES} times the file",
            f"{DOCUMENT_DEPTH} levels, {PICKLE_PARTS:,} parts", f"{PICKLE_STEPS:,} steps, about 3 s"),
     Reader("an index of shards", "weights/checkpoint.py", human_size(DOCUMENT_BYTES), f"{SHARDS:,} shards", _BY_SIZE),

@@ -1,1 +1,1 @@
-"""Grids of cells: expanded from a YAML, run by local processes or a Ray cluster, resumed after any end."""
+"""Grids of cells: expanded from a YAML, run by local processes or Ray, resumed. Knows nothing of options."""

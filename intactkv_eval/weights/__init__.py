@@ -1,1 +1,1 @@
-"""Quantized weights as values: codes, scales, zeros. Knows no model and no file format outside formats/."""
+"""Quantized weights as values: codes, scales, zeros. Knows nothing of models, and of formats outside formats/."""

@@ -96,7 +96,7 @@ def test_explicit_arguments_win_over_the_file(tmp_path):
 def test_a_replaced_choice_takes_its_details_with_it(tmp_path):
     """Full precision of a quantized config is weights=none, without an error about the file's bits."""
     file = tmp_path / "cell.yaml"
-    file.write_text("pretrained: m\nweights: rtn\nbits: 3\nkv_bits: 4\nkv_keep: 1\npivot: bos\n")
+    file.write_text("pretrained: m\nweights: rtn\nbits: 3\nkv_bits: 4\nkv_sink_tokens: 1\npivot: bos\n")
     file.write_text(file.read_text() + "rotate: true\nact_bits: 4\nact_clip: 0.9\nkv_rotate: true\nkv_clip: 0.95\n")
     everything = {"weights": None, "act_bits": 16, "kv_bits": 16, "pivot": "none"}
     cell = cell_from_args({"config": str(file), **everything})
@@ -109,12 +109,12 @@ def test_kv_schemes(tmp_path):
     assert (cell.kv.group_size, cell.kv.residual_length) == (32, 128)
     assert cell_from_args({"pretrained": "m", "kv_bits": 2}).kv.group_size is None
     file = tmp_path / "cell.yaml"
-    file.write_text("pretrained: m\nkv_bits: 2\nkv_scheme: channel_key\nkv_group: 64\nkv_quantize_pivot: true\n")
+    file.write_text("pretrained: m\nkv_bits: 2\nkv_scheme: channel_key\nkv_group_size: 64\nkv_quantize_pivot: true\n")
     replaced = {"kv_scheme": "pre_rope", "kv_codebook": "f.safetensors"}
     kv = cell_from_args({"config": str(file), **replaced}).kv
     assert (kv.bits, kv.group_size, kv.codebook, not kv.quantize_pivot) == (2, None, "f.safetensors", False)
     baseline = cell_from_args({"config": str(file), "pivot": "none"}).kv
-    assert (baseline.group, baseline.exempt) == (64, True)
+    assert (baseline.group_size, baseline.quantize_pivot) == (64, False)
     assert cell_from_args({"config": str(file), "intact": False}).kv == baseline
 
 

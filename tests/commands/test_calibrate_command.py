@@ -46,7 +46,7 @@ def test_the_trained_rows_are_better_and_belong_to_their_model(saved_llama, talk
     assert after < before
     assert f"{after:.4g}" in result.output
     assert f"(full precision {said.full_nll:.4g})" in result.output
-    assert said.full_nll == pytest.approx(said.held_out["nats"][0], abs=0.05), "a model that was never trained"
+    assert said.full_nll == pytest.approx(said.held_out["nll"][0], abs=0.05), "a model that was never trained"
     assert (tmp_path / "p.csv").read_text().startswith("epoch,step,loss")
     assert not list(tmp_path.glob(".p*"))
     captured = IntactKVLM(str(saved_llama), dtype="float32", pivot=pivot, device="cpu").pivoted_model.pivot

@@ -39,7 +39,7 @@ def test_nothing_is_lost_where_nothing_is_quantized(models):
     found = by_intact_rows(full, pivot, TEXTS, expected_outputs(full, pivot, TEXTS))
     assert found["loss_all"].shape == (4, 2)
     assert found["loss_all"].max() < 1e-9
-    assert np.allclose(found["nats"], found["nll_full"], atol=1e-5)
+    assert np.allclose(found["nll"], found["nll_full"], atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [16, 3])
@@ -52,7 +52,7 @@ def test_each_size_is_the_model_with_so_many_intact_rows(models, bits):
         for place, text in enumerate(TEXTS):
             scores = model.body_logits(text[None])[0].log_softmax(-1)
             expected = -float(scores[torch.arange(19), text[1:]].mean())
-            assert found["nats"][size, place] == pytest.approx(expected, rel=1e-4)
+            assert found["nll"][size, place] == pytest.approx(expected, rel=1e-4)
     assert (found["loss_all"] >= found["loss_last"]).all()
     assert (found["loss_last"] > 0).all()
 

@@ -105,7 +105,7 @@ def test_other_names_of_the_weights_are_known(place, monkeypatch):
     before = contents(place)
     for name in names:
         for call in commands(place, name):
-            refused(call, place / name, "of the model|is not a PivotKV|is not KV levels")
+            refused(call, place / name, "of the model|is not a PivotKV|is not a KV codebook")
     monkeypatch.chdir(place)
     refused(["capture", "llama"], "soft.safetensors", "of the model", "--overwrite")
     assert contents(place) == before
@@ -245,11 +245,11 @@ def test_answers_and_replies_of_another_stay(place):
 def test_the_marks_of_each_kind_are_those_that_are_written(tmp_path):
     """outputs.py knows no torch: what it looks for is said twice, and here compared."""
     assert outputs.LOG.holds(",".join(_COLUMNS).encode(), tmp_path)
-    for kind, name in ((outputs.PIVOT, PIVOT_FORMAT), (outputs.LEVELS, LEVELS_FORMAT)):
+    for kind, name in ((outputs.PIVOT, PIVOT_FORMAT), (outputs.CODEBOOK, LEVELS_FORMAT)):
         header = json.dumps({"__metadata__": {"format": name}}).encode()
         (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
         check_output(tmp_path / "x", kind)
-        other = outputs.LEVELS if kind is outputs.PIVOT else outputs.PIVOT
+        other = outputs.CODEBOOK if kind is outputs.PIVOT else outputs.PIVOT
         with pytest.raises(ConfigError, match=f"is not {other.name}"):
             check_output(tmp_path / "x", other)
     (tmp_path / "p.json").write_text(json.dumps({"format": PREFIX_FORMAT, "tokens": [1]}, indent=1))

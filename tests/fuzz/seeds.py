@@ -28,7 +28,9 @@ def make_seeds(folder: Path, tokenizer) -> None:
     calibrate_codebook(model, texts, 3, fingerprint, (256,), 1, "seed").save(folder / "levels.safetensors")
     before, after = Evidence((256,), 3.0, (2.0, 2.1)), Evidence((256, 7), 1.0, (2.0, 2.2))
     choice = Choice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
-    searched = Searched(model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, most=4, least=0.2)
+    searched = Searched(
+        model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, max_prefix_tokens=4, min_reduction=0.2
+    )
     ChoiceFile(tokens=(256, 7), text=("<s>", "a"), searched=searched, choice=choice).save(folder / "choice.json")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

@@ -11,8 +11,8 @@ SECRET = "sk-very-secret-0123456789"
 
 
 def judged(server, sources, bench, out, model="judge", **options):
-    settings = {"seconds": 5.0, "retries": 4} | {
-        key: options.pop(key) for key in ("seconds", "retries", "rate") if key in options
+    settings = {"timeout": 5.0, "retries": 4} | {
+        key: options.pop(key) for key in ("timeout", "retries", "requests_per_minute") if key in options
     }
     said = []
     made = judge_command(

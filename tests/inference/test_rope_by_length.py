@@ -87,7 +87,7 @@ def test_a_pivot_that_is_quantized_before_rope_is_so_with_the_frequencies_of_lon
     """The first layer's rows are those that the model quantizes when it computes the same tokens."""
     kv = spec("pre_rope", quantize_pivot=True)
     made = pivoted(build("phi3"), FRONT, True, kv)
-    computing = PivotedModel(made.model, FRONT, None, kv, made.levels)
+    computing = PivotedModel(made.model, FRONT, None, kv, made.codebook)
     cache = computing.new_cache(1)
     run_with_cache(made.model, cache, torch.tensor([[*FRONT, *range(50, 50 + BORDER)]]))
     found = made.for_length(BORDER + 4).front_rows.keys[0]

@@ -99,7 +99,7 @@ def test_what_has_a_verdict_is_counted_by_what_is_there(server, bench, tmp_path)
 def test_what_may_be_billed_is_paid_for_and_kept(server, answer_file, bench, tmp_path, fault):
     """A request that is given up, or whose reply cannot be read, counts with its price in later calls too."""
     server.behave = lambda prompt, before: fault if "First 1?|" in prompt else GOOD
-    options = {"prices": PRICES, "cap": 1.0, "seconds": 0.3, "retries": 1, "attempts": 2}
+    options = {"prices": PRICES, "cap": 1.0, "timeout": 0.3, "retries": 1, "attempts": 2}
     _, said = judged(server, [answer_file], bench, tmp_path / "out", **options)
     spent = float(re.search(r"out, ([\d.]+) USD", said).group(1))
     assert spent == pytest.approx(2 * 0.0614 + 9 * 0.0013, abs=0.01)

@@ -121,7 +121,7 @@ def test_the_file(llama, tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         Codebook.load(tmp_path / "bad.safetensors")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ConfigError, match="no file of levels"):
+    with pytest.raises(ConfigError, match="no file with a KV codebook"):
         Codebook.load(tmp_path / "other.safetensors")
     tensors = load_file(file)
     tensors["key_levels"] = tensors["key_levels"][:, :5].contiguous()

@@ -178,7 +178,7 @@ def test_levels_that_do_not_fit_are_refused(llama):
     four = levels_of(llama, (BOS,), 1, bits=4)
     asked = KVSpec(bits=3, scheme="pre_rope", codebook="x")
     for levels in (None, four):
-        with pytest.raises(ConfigError, match="needs levels of 3 bits"):
+        with pytest.raises(ConfigError, match="needs a codebook of 3 bits"):
             writer_of(asked, llama, levels)
     llama.model.layers = llama.model.layers[:2]
     llama.config.num_hidden_layers = 2

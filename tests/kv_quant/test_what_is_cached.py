@@ -190,5 +190,10 @@ def test_token_head_rounds_a_latent_and_the_record_says_so(tokenizer, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The river rises in the hills and runs to the sea. " * 90)
     with pytest.raises(UnsupportedModelError, match="latent row"):
-        codebook_of_text({"pretrained": str(tmp_path / "model")}, {"device": "cpu"}, CodebookOptions(str(text), 4), out)
+        codebook_of_text(
+            {"pretrained": str(tmp_path / "model")},
+            {"device": "cpu"},
+            CodebookOptions(str(text), 4, samples=2, length=9),
+            out,
+        )
     assert not out.exists()

@@ -75,7 +75,7 @@ def test_in_a_command(cell, called):
 def test_in_a_command_made_by_python():
     cell = {"pretrained": MODEL, "bits": 4}
     with pytest.raises(ConfigError, match=WRONG):
-        calibrate_to_file(cell, {"weigths": "rtn"}, CalibrateOptions("/nowhere", master="x"), None, Path("out"))
+        calibrate_to_file(cell, {"weigths": "rtn"}, CalibrateOptions("/nowhere", param_dtype="x"), None, Path("out"))
 
 
 def test_in_lm_evals_file(called):
@@ -129,10 +129,13 @@ def test_a_list_of_token_ids_that_lm_eval_has_split():
             r"grid: run\.batch_sise: Extra inputs .*; did you mean 'batch_size'.$",
         ),
         (
-            {"weights": [{"quantize": {"methd": "gptq", "bits": "x"}}], "kv": [{"levels": {"data": "c4"}}]},
+            {"weights": [{"quantize": {"methd": "gptq", "bits": "x"}}], "kv": [{"codebook": {"data": "c4"}}]},
             "weights: quantize: methd: Extra inputs .*; did you mean 'method'.$",
         ),
-        ({"kv": [{"levels": {"dta": "c4", "samples": 0}}]}, "kv: levels: dta: Extra inputs .*; did you mean 'data'.$"),
+        (
+            {"kv": [{"codebook": {"dta": "c4", "samples": 0}}]},
+            "kv: codebook: dta: Extra inputs .*; did you mean 'data'.$",
+        ),
         ({"pivots": [{"pivot": "none", "calibrate": {"epoch": 1}}]}, "pivots: calibrate: epoch: .*'epochs'.$"),
     ],
 )

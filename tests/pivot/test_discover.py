@@ -130,7 +130,10 @@ def test_a_prefix_takes_the_tokens_that_leave_no_pivot_behind_them():
     assert len(found.after.nll) == 4
     expected = mean_nll(model, found.prefix, texts(210, 220)[1])
     assert found.after.nll[0] == pytest.approx(expected)
-    assert choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0, most=2).prefix in {(BOS, 210), (BOS, 220)}
+    assert choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0, max_tokens=2).prefix in {
+        (BOS, 210),
+        (BOS, 220),
+    }
 
 
 def test_nothing_is_put_in_front_where_nothing_is_gained():

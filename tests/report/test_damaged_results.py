@@ -8,6 +8,7 @@ import re
 import pytest
 from test_report import BOS, write
 
+from intactkv_eval.cell.records import RECORD_FORMAT
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.report.collect import collect, read_run
 from intactkv_eval.report.page import page
@@ -65,7 +66,7 @@ def test_a_sample_without_a_number_is_damaged(tmp_path, number):
 
 @pytest.mark.parametrize("seed", [float("nan"), "x", [1], 0.5])
 def test_the_seed_of_a_plan_is_a_number(tmp_path, seed):
-    unit = {"key": "a", "task": "ppl_x", "seed": seed, "cell": {}}
+    unit = {"format": RECORD_FORMAT, "key": "a", "task": "ppl_x", "seed": seed, "cell": {}}
     (tmp_path / "sweep.json").write_text(json.dumps([unit]))
     with pytest.raises(ConfigError, match="the seed"):
         absent_of([tmp_path])

@@ -278,7 +278,7 @@ def test_kv_cells_find_their_baseline(tmp_path):
     runs, _ = collect([tmp_path])
     paired = [compare(run, "ppl_x", runs).to_baseline is not None for run in runs]
     assert paired == [False, True, False, False, True]
-    assert "| 3 channel_key g32 recent 128 pivot too |" in markdown(runs)
+    assert "| 3 channel_key g32 residual 128 pivot too |" in markdown(runs)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

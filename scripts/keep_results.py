@@ -1,4 +1,4 @@
-"""Keeps runs as records of this repository: python results/keep.py FOLDER TARGET, TARGET a folder in results/.
+"""Keeps runs as records of this repository: python scripts/keep_results.py FOLDER TARGET, TARGET a folder in results/.
 
 What is dropped: texts of the data sets (their licences are not ours), paths but for their last part, and the
 description of the machine. What the report reads, every figure of every document and which documents share a passage

@@ -1,6 +1,6 @@
 """GPTQModel's own GPTQ and AWQ on the samples of sweeps/quantizers.yaml, measured as that sweep's cells are.
 
-    python results/beside_gptqmodel.py MODEL OUT PYTHON      PYTHON: of a venv that has gptqmodel (make test-gptqmodel)
+    python scripts/beside_gptqmodel.py MODEL OUT PYTHON      PYTHON: of a venv that has gptqmodel (make test-gptqmodel)
 
 OUT/made: the checkpoints; OUT/runs: their results, for `intactkv report results/quantizers OUT/runs`. What is there
 already is not done again. Each of the two Pythons has one of the libraries, so imports stand where they are used.

@@ -1,4 +1,4 @@
-"""Keeps trained pivots as records: python results/trained.py keep TARGET FILE.safetensors ..., table FOLDER OUT.md.
+"""Keeps trained pivots as records: trained_pivots.py keep TARGET FILE.safetensors ..., or table FOLDER OUT.md.
 
 A record is what a PivotKV says of its training (quantized model, data by hash, settings, held-out measures) and the
 log of every step; the rows themselves are not kept. The table is made of the records alone.
