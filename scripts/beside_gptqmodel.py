@@ -5,7 +5,6 @@
 OUT/made: the checkpoints; OUT/runs: their results, for `intactkv report results/quantizers OUT/runs`. What is there
 already is not done again. Each of the two Pythons has one of the libraries, so imports stand where they are used.
 """
-# ruff: noqa: PLC0415
 
 import json
 import subprocess

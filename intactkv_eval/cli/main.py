@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,6 +27,7 @@ from intactkv_eval.cli.tasks import tasks
 from intactkv_eval.errors import IntactKVError
 from intactkv_eval.sanitize import clean_logs, say
 
+_CELL = "pretrained=MODEL,weights=rtn,bits=3"
 app = typer.Typer(
     name="intactkv",
     help="Measure how much quantization loss an intact pivot KV cache recovers.",
@@ -34,73 +36,39 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MEASURE, PIVOTS, QUANTIZE, REPORT = "Measure", "Pivots", "Quantize", "Report"
-
-
-def _example(command: str) -> str:
-    return f"Example: {command}"
-
-
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=_example("intactkv demo"),
-)(demo)
-app.command(
-    "eval",
-    rich_help_panel=MEASURE,
-    context_settings=PASS_ON,
-)(evaluate)
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=_example("intactkv sweep table1 --out runs/table1 --dry-run"),
-)(sweep)
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=_example("intactkv bench scoring --batch-size 8 --limit 100"),
-)(bench)
-app.command(
-    rich_help_panel=MEASURE,
-    epilog=_example("lm_eval --tasks ppl_wikitext2 --include_path $(intactkv tasks) --model intactkv ..."),
-)(tasks)
-app.command(
-    rich_help_panel=PIVOTS,
-    epilog=_example("intactkv pivots meta-llama/Llama-2-7b-hf --data wikitext2 --out prefix.json"),
-)(pivots)
-app.command(
-    rich_help_panel=PIVOTS,
-    epilog=_example("intactkv capture meta-llama/Llama-2-7b-hf --pivot bos --out bos.safetensors"),
-)(capture)
-app.command(
-    rich_help_panel=PIVOTS,
-    epilog=_example(
-        "intactkv calibrate --model-args pretrained=MODEL,weights=rtn,bits=3 --data chats.json --out kv.safetensors"
-    ),
-)(calibrate)
-app.command(
-    rich_help_panel=PIVOTS,
-    epilog=_example("intactkv figures --model-args pretrained=MODEL,weights=rtn,bits=3,pivot=bos --out figures"),
-)(figures)
-app.command(
-    rich_help_panel=QUANTIZE,
-    epilog=_example("intactkv quantize meta-llama/Llama-2-7b-hf --method gptq --bits 3 --out llama-w3"),
-)(quantize)
-app.command(
-    "kv-codebook",
-    rich_help_panel=QUANTIZE,
-    epilog=_example("intactkv kv-codebook MODEL --data wikitext2 --bits 3 --out codebook.safetensors"),
-)(kv_codebook)
-app.command(
-    rich_help_panel=REPORT,
-    epilog=_example("intactkv report runs/table1 --out table.md"),
-)(report)
-app.command(
-    rich_help_panel=REPORT,
-    epilog=_example("intactkv answers runs/mt_bench --out answers"),
-)(answers)
-app.command(
-    rich_help_panel=REPORT,
-    epilog=_example("intactkv judge runs/mt_bench --model gpt-4-0613 --out verdicts --dry-run"),
-)(judge)
+COMMANDS: dict[str, dict[str, tuple[Callable[..., None], str]]] = {
+    "Measure": {
+        "demo": (demo, "intactkv demo"),
+        "eval": (evaluate, ""),
+        "sweep": (sweep, "intactkv sweep table1 --out runs/table1 --dry-run"),
+        "bench": (bench, "intactkv bench scoring --batch-size 8 --limit 100"),
+        "tasks": (tasks, "lm_eval --tasks ppl_wikitext2 --include_path $(intactkv tasks) --model intactkv ..."),
+    },
+    "Pivots": {
+        "pivots": (pivots, "intactkv pivots MODEL --data wikitext2 --out prefix.json"),
+        "capture": (capture, "intactkv capture MODEL --pivot bos --out bos.safetensors"),
+        "calibrate": (calibrate, f"intactkv calibrate --model_args {_CELL} --data chats.json --out pivot.safetensors"),
+        "figures": (figures, f"intactkv figures --model_args {_CELL},pivot=bos --out figures"),
+    },
+    "Quantize": {
+        "quantize": (quantize, "intactkv quantize MODEL --method gptq --bits 3 --out model-w3"),
+        "kv-codebook": (kv_codebook, "intactkv kv-codebook MODEL --data wikitext2 --bits 3 --out codebook.safetensors"),
+    },
+    "Report": {
+        "report": (report, "intactkv report runs/table1 --out table.md"),
+        "answers": (answers, "intactkv answers runs/mt_bench --out answers"),
+        "judge": (judge, "intactkv judge runs/mt_bench --model gpt-4-0613 --out verdicts --dry-run"),
+    },
+}
+"""By group of the help, by name: the command and an example of its page."""
+for _group, _commands in COMMANDS.items():
+    for _name, (_function, _example) in _commands.items():
+        app.command(
+            _name,
+            rich_help_panel=_group,
+            epilog=f"Example: {_example}" if _example else None,
+            context_settings=None if _example else PASS_ON,  # `eval` writes its own page
+        )(_function)
 
 
 @app.callback(invoke_without_command=True)

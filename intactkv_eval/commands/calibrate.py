@@ -146,7 +146,8 @@ def _calibrated(
         del full
         gc.collect()
         lm = IntactKVLM(**arguments, **loading)
-        return _train(lm, conversations, examples, targets, nll, options, training, folder, out, ranks)
+        run = _Run(conversations, examples, targets, nll, options, training, folder, out, ranks)
+        return _train(lm, run)
 
 
 @contextmanager
@@ -176,18 +177,22 @@ def _check_frequencies(pivoted: PivotedModel, longest: int) -> None:
         )
 
 
-def _train(
-    lm: IntactKVLM,
-    conversations: Conversations,
-    examples: Sequence[Example],
-    targets: TargetsOf,
-    full_nll: float,
-    options: CalibrateOptions,
-    training: TrainingArguments,
-    folder: Path,
-    out: Path,
-    ranks: Ranks,
-) -> Result:
+class _Run(NamedTuple):
+    """What is trained on, with the full-precision model's outputs and nll, and where its state and its result lie."""
+
+    conversations: Conversations
+    examples: Sequence[Example]
+    targets: TargetsOf
+    full_nll: float
+    options: CalibrateOptions
+    training: TrainingArguments
+    folder: Path
+    out: Path
+    ranks: Ranks
+
+
+def _train(lm: IntactKVLM, run: _Run) -> Result:
+    options, training, ranks, out = run.options, run.training, run.ranks, run.out
     pivoted = lm.pivoted_model
     assert pivoted.pivot is not None
     rows = TrainedRows(pivoted.pivot, getattr(torch, options.param_dtype), pivoted.devices)
@@ -211,17 +216,17 @@ def _train(
         record["chat_date"] = lm.chat.date
     digest = quantized_digest(pivoted.model)
     first = weight_hash((str(place), part) for place, part in enumerate(rows.parameters()))
-    job = {"settings": record, "data": conversations.digest, "examples": digest_of_examples(examples),
+    job = {"settings": record, "data": run.conversations.digest, "examples": digest_of_examples(run.examples),
            "quantized": digest, "pivot": first, "dtype": str(pivoted.model.dtype)}  # fmt: skip
     board = out.with_suffix(".tensorboard") if options.tensorboard else None
-    state = RunState(folder, job, ranks.rank == 0, board)
+    state = RunState(run.folder, job, ranks.rank == 0, board)
     ranks.wait()  # all have read where they go on before the first one writes
     student = Student(pivoted.model, rows, options.recompute)
-    before, after = Trainer(student, examples, targets, training, state, ranks).run()
+    before, after = Trainer(student, run.examples, run.targets, training, state, ranks).run()
     measured = {name: (getattr(before, name), getattr(after, name)) for name in Quality._fields}
     made = Calibrated(
-        quantized=digest, cell=_name(lm.cell), data=conversations.digest, settings=record, held_out=measured,
-        full_nll=full_nll,
+        quantized=digest, cell=_name(lm.cell), data=run.conversations.digest, settings=record, held_out=measured,
+        full_nll=run.full_nll,
     )  # fmt: skip
     state.close()
     pivot = rows.as_pivot()
@@ -231,8 +236,8 @@ def _train(
     if ranks.rank == 0:
         pivot.save(out)
         shutil.copyfile(state.log_path, log)
-        shutil.rmtree(folder)
-    return Result(pivot, before, after, full_nll, log, state.best_epoch, len(examples), ranks.rank == 0)
+        shutil.rmtree(run.folder)
+    return Result(pivot, before, after, run.full_nll, log, state.best_epoch, len(run.examples), ranks.rank == 0)
 
 
 def _check_cell(cell: CellSpec) -> None:

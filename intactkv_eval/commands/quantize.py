@@ -87,7 +87,8 @@ def quantize_to_folder(source: Source, out: Path, asked_layout: str | None, job:
     folder = out.parent / f".{out.name}.blocks"
     with locked(folder / "lock"):
         if not _is_there(out, record):
-            _quantize(model, tokenizer, out, layout, job, samples, pivot, record, folder, _device(source.device))
+            work = _Work(job, layout, out, record, folder, _device(source.device))
+            _quantize(model, tokenizer, samples, pivot, work)
         remove_folder(folder)
     return len(linear_layers(model)), layout
 
@@ -110,30 +111,32 @@ def _is_there(out: Path, record: dict[str, Any]) -> bool:
     return False
 
 
+class _Work(NamedTuple):
+    """What is made, and where. record: all that the checkpoint's bytes depend on. folder: keeps finished blocks."""
+
+    job: Job
+    layout: str
+    out: Path
+    record: dict[str, Any]
+    folder: Path
+    device: torch.device | None
+
+
 def _quantize(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    out: Path,
-    layout: str,
-    job: Job,
-    samples: Samples | None,
-    pivot: PivotKV | None,
-    record: dict[str, Any],
-    folder: Path,
-    device: torch.device | None,
+    model: PreTrainedModel, tokenizer: Any, samples: Samples | None, pivot: PivotKV | None, work: _Work
 ) -> None:
-    rotation = None
+    job, rotation = work.job, None
     if job.rotate:
         rotation = rotate(model)
         apply_stages(model, rotation, ActivationSpec())
         pivot = to_rotated(pivot) if pivot is not None else None
-    store = BlockStore(folder, {**record, "format": layout})
+    store = BlockStore(work.folder, {**work.record, "format": work.layout})
     method = job.made()
     tokens = samples.tokens if samples else []
     if pivot is not None:
         longest = len(pivot) + max(map(len, tokens), default=0)
         pivot = PivotedModel(model, pivot.token_ids, pivot).for_length(longest).pivot
-    walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, device)
+    walk = BlockWalk(model, tokens, pivot, method.wants_full_inputs, work.device)
     with tqdm(total=len(walk), desc=f"Quantizing ({job.method})") as bar:
         quantize_blocks(walk, method, store, bar.update)
     layers = {
@@ -145,7 +148,7 @@ def _quantize(
     if job.activations.bits < 16 and job.activations.scheme == "tensor":
         ranges = calibrate_ranges(model, partial(_run_all, walk, tokens))
     scheme = _scheme(job, model, layers, rotation)
-    _export(out, layout, scheme, model, tokenizer, layers, range_tensors(ranges), record)
+    _export(work, scheme, model, tokenizer, layers, range_tensors(ranges))
 
 
 def _run_all(walk: BlockWalk, samples: Sequence[Tensor]) -> None:
@@ -182,14 +185,12 @@ def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
 
 
 def _export(
-    out: Path,
-    layout: str,
+    work: _Work,
     scheme: Scheme,
     model: PreTrainedModel,
     tokenizer: Any,
     layers: Mapping[str, QuantizedWeight],
     ranges: Mapping[str, Tensor],
-    record: dict[str, Any],
 ) -> None:
     packed = {f"{name}.weight" for name in layers}
     tied = set(model.all_tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
@@ -200,8 +201,8 @@ def _export(
     with tempfile.TemporaryDirectory() as beside:
         tokenizer.save_pretrained(beside)
         model.generation_config.save_pretrained(beside)
-        config = {**model.config.to_diff_dict(), RECORD: record}
-        export(out, layout, scheme, config, layers, {**others, **ranges}, Path(beside))
+        config = {**model.config.to_diff_dict(), RECORD: work.record}
+        export(work.out, work.layout, scheme, config, layers, {**others, **ranges}, Path(beside))
 
 
 def _record(

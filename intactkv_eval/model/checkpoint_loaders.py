@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from intactkv_eval.compat.transformers_api import before_loading
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.model.packed import packed_model
+from intactkv_eval.model.packed import Placement, packed_model
 from intactkv_eval.model.sizes import bound_modules, check_fits
 from intactkv_eval.weights.checkpoint import Checkpoint, check_indexes, checkpoint_folder
 from intactkv_eval.weights.formats import Format
@@ -81,8 +81,7 @@ class PackedAutoModel:
             self._auto_class,
             dtype if isinstance(dtype, torch.dtype) else None,
             self._backend,
-            device_map,
-            max_memory,
+            Placement(device_map, max_memory),
             **for_config,
         )
 

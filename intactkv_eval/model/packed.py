@@ -9,7 +9,7 @@ import logging
 import re
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
@@ -38,6 +38,13 @@ LAYOUT = "intactkv_layout"
 _COMPUTED = (r"rotary_emb\.inv_freq$", r"attn\.(masked_)?bias$")
 
 
+class Placement(NamedTuple):
+    """Where modules go, in accelerate's words: a device or a map of them, and the room on each device."""
+
+    device_map: str | Mapping[str, Any] | None = None
+    max_memory: Mapping[Any, Any] | None = None
+
+
 def packed_model(
     checkpoint: Checkpoint,
     layout: Format,
@@ -45,8 +52,7 @@ def packed_model(
     auto_class: Any,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
-    device_map: str | Mapping[str, Any] | None = None,
-    max_memory: Mapping[Any, Any] | None = None,
+    placement: Placement | None = None,
     **options: Any,
 ) -> PreTrainedModel:
     """The model of a packed checkpoint, its quantized layers on `backend`. `dtype` None: the config's.
@@ -57,7 +63,7 @@ def packed_model(
     _check_sizes(checkpoint, config, auto_class, options)
     model = _skeleton(config, auto_class, dtype, options)
     names = _Names(checkpoint, model, layout.tensors)
-    places = _devices(model, device_map, max_memory)
+    places = _devices(model, *(placement or Placement()))
     packed = {
         name: layer
         for name, layer in model.named_modules()

@@ -18,7 +18,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
-from intactkv_eval.pivot.prefix_choice import Evidence, choose
+from intactkv_eval.pivot.prefix_choice import Evidence, PrefixLimits, choose
 from intactkv_eval.pivot.prefix_file import ChoiceFile, Searched
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.storage.files import cache_folder
@@ -57,16 +57,8 @@ def search_prefix(
     check_supported(model)
     layers = list(decoder_layers(model)[1])
     with tqdm(desc="Searching a prefix", unit=" texts") as bar:
-        chosen = choose(
-            model,
-            layers,
-            first,
-            samples.tokens,
-            search.threshold,
-            search.max_prefix_tokens,
-            search.min_reduction,
-            bar.update,
-        )
+        limits = PrefixLimits(search.threshold, search.max_prefix_tokens, search.min_reduction)
+        chosen = choose(model, layers, first, samples.tokens, limits, bar.update)
     searched = Searched(
         model=model.name_or_path or type(model).__name__,
         weight_hash=weight_hash(model.named_parameters()),

@@ -46,27 +46,36 @@ class Choice:
     steps: tuple[tuple[tuple[int, ...], float], ...]
 
 
+@dataclass(frozen=True)
+class PrefixLimits:
+    """What a search looks for.
+
+    Args:
+        threshold: Of discover.find: how many times the median of its layer a pivot's hidden state reaches.
+        max_tokens: The longest prefix.
+        min_reduction: The share of pivots that a token must remove to join.
+    """
+
+    threshold: float
+    max_tokens: int = 4
+    min_reduction: float = 0.2
+
+
 def choose(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
     first: tuple[int, ...],
     texts: Sequence[Tensor],
-    threshold: float,
-    max_tokens: int = 4,
-    min_reduction: float = 0.2,
+    limits: PrefixLimits,
     done: Callable[[], object] = lambda: None,
 ) -> Choice:
-    """A prefix of at most `max_tokens` tokens that begins with `first`. texts: [T] each; every other one is searched.
-
-    threshold: of discover.find. min_reduction: the share of pivots that a token must remove to join. done: called after
-    each text.
-    """
+    """A prefix that begins with `first`. texts: [T] each; every other one is searched. done: called after each text."""
     searched, held_out = texts[::2], texts[1::2]
 
     def behind(prefix: tuple[int, ...], samples: Sequence[Tensor]) -> Counter[int]:
         counts: Counter[int] = Counter()
         for text in samples:
-            counts += pivots_behind(model, layers, prefix, text, threshold)
+            counts += pivots_behind(model, layers, prefix, text, limits.threshold)
             done()
         return counts
 
@@ -76,11 +85,11 @@ def choose(
     counts = behind(first, searched)
     steps = [(first, rate(counts, searched))]
     prefix = first
-    while len(prefix) < max_tokens and counts:
+    while len(prefix) < limits.max_tokens and counts:
         tried = {(*prefix, token): None for token, _ in counts.most_common(_CANDIDATES)}
         seen = {one: behind(one, searched) for one in tried}
         best = min(seen, key=lambda one: (sum(seen[one].values()), one))
-        if rate(seen[best], searched) > (1 - min_reduction) * steps[-1][1]:
+        if rate(seen[best], searched) > (1 - limits.min_reduction) * steps[-1][1]:
             break
         prefix, counts = best, seen[best]
         steps.append((prefix, rate(counts, searched)))

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import CheckpointError, ConfigError
+from intactkv_eval.model.families import ScaleGroup
 from intactkv_eval.quantize.awq_search import clipped
 from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_rtn
-from intactkv_eval.quantize.scale_groups import ScaleGroup, fold, scale_groups
+from intactkv_eval.quantize.scale_groups import fold, scale_groups
 from intactkv_eval.quantize.trial import Inputs, inputs_of, output_of, substituted
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 

@@ -121,7 +121,7 @@ def _in_range(weight: Tensor, options: GPTQ, size: int, name: str, scale_dtype: 
     """Rounded to nearest: its scales and zeros are those that GPTQ rounds with."""
     find = shrunk_range(weight, options.bits, size, options.symmetric, scale_dtype) if options.shrink else None
     low, high = find or group_range(weight, size)
-    return quantize_in_range(weight, low, high, options.bits, size, scale_dtype, options.symmetric, name)
+    return quantize_in_range(weight, (low, high), options.bits, size, scale_dtype, options.symmetric, name)
 
 
 def _columns(matrix: Tensor, root: Tensor, rounding: "_Rounding") -> Tensor:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from intactkv_eval.cell.spec import SymmetricFormula
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
+from intactkv_eval.model.families import ScaleGroup
 from intactkv_eval.quantize.method import Block, check_settings, install
 from intactkv_eval.quantize.rtn import fake_quantize, group_range, quantize_in_range
-from intactkv_eval.quantize.scale_groups import ScaleGroup, fold, scale_groups
+from intactkv_eval.quantize.scale_groups import fold, scale_groups
 from intactkv_eval.quantize.trial import in_float32, inputs_of, substituted
 from intactkv_eval.weights.quantized import QuantizedWeight, check_group_size
 
@@ -98,10 +99,10 @@ class OmniQuant:
         matrices = fold(block, [(group, scale.exp()) for group, scale in learned.scales.items()])
         found = {}
         for name, matrix in matrices.items():
-            low, high = self._range(matrix, learned.strengths.get(name))
+            limits = self._range(matrix, learned.strengths.get(name))
             full_name = f"{block.name}.{name}"
             found[name] = quantize_in_range(
-                matrix, low, high, self.bits, self.group_size, SCALES, self.symmetric, full_name
+                matrix, limits, self.bits, self.group_size, SCALES, self.symmetric, full_name
             )
         install(block, found)
         return found

@@ -45,28 +45,28 @@ def quantize_rtn(
     Raises ConfigError for bits or a group_size that do not fit; `layer` is its name in that message.
     """
     check_bits(bits)
-    low, high = group_range(weight.detach(), check_group_size(weight.shape[1], group_size, layer))
-    return quantize_in_range(weight, low, high, bits, group_size, scale_dtype or weight.dtype, symmetric, layer)
+    limits = group_range(weight.detach(), check_group_size(weight.shape[1], group_size, layer))
+    return quantize_in_range(weight, limits, bits, group_size, scale_dtype or weight.dtype, symmetric, layer)
 
 
 @torch.no_grad()
 def quantize_in_range(
     weight: Tensor,
-    low: Tensor,
-    high: Tensor,
+    limits: tuple[Tensor, Tensor],
     bits: int,
     group_size: int,
     scale_dtype: torch.dtype,
     symmetric: SymmetricFormula | None = None,
     layer: str = "the layer",
 ) -> QuantizedWeight:
-    """Quantize `weight` [O, I] to codes that reach from `low` to `high` [O, G]; what is beyond gets the outermost ones.
+    """Quantize `weight` [O, I] to codes that reach from the lower to the upper of `limits` [O, G] each.
 
-    Symmetric ranges reach as far as the wider side. Raises ConfigError as `quantize_rtn` does.
+    What is beyond gets the outermost codes. Symmetric ranges reach as far as the wider side. Raises ConfigError as
+    `quantize_rtn` does.
     """
     check_bits(bits)
     size = check_group_size(weight.shape[1], group_size, layer)
-    codes, steps, zeros = _rounded(_grouped(weight, size), low, high, bits, symmetric, scale_dtype)
+    codes, steps, zeros = _rounded(_grouped(weight, size), *limits, bits, symmetric, scale_dtype)
     flat = codes.reshape(weight.shape).to(torch.uint8)
     return QuantizedWeight.from_codes(flat, steps.to(scale_dtype), zeros, bits, size)
 

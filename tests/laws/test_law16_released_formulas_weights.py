@@ -41,7 +41,7 @@ def in_released_range(weight, case):
                      for end, side in ((low, "low"), (high, "high")))  # fmt: skip
     if case["clip"]:
         low, high = shrunk_range(weight, case["bits"], size, formula(case), torch.float32)
-    return quantize_in_range(weight, low, high, case["bits"], size, torch.float32, formula(case))
+    return quantize_in_range(weight, (low, high), case["bits"], size, torch.float32, formula(case))
 
 
 @pytest.mark.parametrize("name", RTN_CASES)

@@ -14,7 +14,7 @@ from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.discover import find, observe, received
-from intactkv_eval.pivot.prefix_choice import choose, mean_nll
+from intactkv_eval.pivot.prefix_choice import PrefixLimits, choose, mean_nll
 from intactkv_eval.pivot.prefix_file import ChoiceFile
 
 WORDS = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(3)).tolist()
@@ -121,7 +121,7 @@ def texts(*tokens):
 
 def test_a_prefix_takes_the_tokens_that_leave_no_pivot_behind_them():
     model = first_is_massive([210, 220])
-    found = choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0)
+    found = choose(model, layers_of(model), (BOS,), texts(210, 220), PrefixLimits(8.0))
     assert set(found.prefix) == {BOS, 210, 220}
     assert found.prefix[0] == BOS
     assert found.before.pivots == pytest.approx(2000 / 30)
@@ -130,7 +130,7 @@ def test_a_prefix_takes_the_tokens_that_leave_no_pivot_behind_them():
     assert len(found.after.nll) == 4
     expected = mean_nll(model, found.prefix, texts(210, 220)[1])
     assert found.after.nll[0] == pytest.approx(expected)
-    assert choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0, max_tokens=2).prefix in {
+    assert choose(model, layers_of(model), (BOS,), texts(210, 220), PrefixLimits(8.0, max_tokens=2)).prefix in {
         (BOS, 210),
         (BOS, 220),
     }
@@ -138,10 +138,10 @@ def test_a_prefix_takes_the_tokens_that_leave_no_pivot_behind_them():
 
 def test_nothing_is_put_in_front_where_nothing_is_gained():
     model = first_is_massive([])
-    found = choose(model, layers_of(model), (BOS,), texts(210, 220), 8.0)
+    found = choose(model, layers_of(model), (BOS,), texts(210, 220), PrefixLimits(8.0))
     assert (found.prefix, found.after) == ((BOS,), found.before)
     model = planted("llama")  # massive wherever it stands: in front it changes nothing
-    found = choose(model, layers_of(model), (BOS,), texts(PLANTED), 4.0)
+    found = choose(model, layers_of(model), (BOS,), texts(PLANTED), PrefixLimits(4.0))
     assert found.prefix == (BOS,)
     assert found.before.pivots > 0
 

@@ -146,11 +146,11 @@ def test_a_shrunk_range_errs_no_more(symmetric):
 
     def error(share):
         low, high = (end * share for end in group_range(weight, 32))
-        made = quantize_in_range(weight, low, high, 3, 32, torch.float16, symmetric).dequantize(torch.float32)
+        made = quantize_in_range(weight, (low, high), 3, 32, torch.float16, symmetric).dequantize(torch.float32)
         return (made - weight).abs().pow(2.4).view(24, 2, 32).sum(dim=-1)
 
     tried = torch.stack([error(1 - step / 100) for step in range(80)])
     low, high = shrunk_range(weight, 3, 32, symmetric, torch.float16)
-    found = quantize_in_range(weight, low, high, 3, 32, torch.float16, symmetric).dequantize(torch.float32)
+    found = quantize_in_range(weight, (low, high), 3, 32, torch.float16, symmetric).dequantize(torch.float32)
     torch.testing.assert_close((found - weight).abs().pow(2.4).view(24, 2, 32).sum(dim=-1), tried.amin(dim=0))
     assert (tried.amin(dim=0) < 0.9 * tried[0]).any()

@@ -102,9 +102,9 @@ def test_ranges(bits, symmetric):
     """In the range of RTN it is RTN; in a narrower one what is beyond gets the outermost codes; unpacked the same."""
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
     low, high = group_range(weight, 16)
-    same = quantize_in_range(weight, low, high, bits, 16, torch.float16, symmetric)
+    same = quantize_in_range(weight, (low, high), bits, 16, torch.float16, symmetric)
     assert same.digest() == quantize_rtn(weight, bits, 16, symmetric, scale_dtype=torch.float16).digest()
-    narrow = quantize_in_range(weight, low / 2, high / 3, bits, 16, torch.float16, symmetric)
+    narrow = quantize_in_range(weight, (low / 2, high / 3), bits, 16, torch.float16, symmetric)
     fake = fake_quantize(weight, low / 2, high / 3, bits, 16, torch.float16, symmetric)
     assert torch.equal(fake, narrow.dequantize(torch.float32))
     steps = narrow.scales.float().repeat_interleave(16, dim=1)
