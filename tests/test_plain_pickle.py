@@ -2,6 +2,7 @@
 
 import pickle
 import resource
+import struct
 import time
 import zipfile
 from collections import OrderedDict
@@ -229,3 +230,14 @@ def test_advice_to_trust_the_file_is_given_nowhere(tmp_path):
 
 class ConfigMaker:
     """Any class of one's own."""
+
+
+def test_a_long_list_of_parts_is_not_read(tmp_path):
+    """Each entry of 46 bytes became an object ten times as large."""
+    path, count = tmp_path / "a.pt", 10**6
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, 46 * count, 0, 0)
+    path.write_bytes((b"PK\x01\x02" + bytes(42)) * count + end)
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match="a list of parts of 46,000,000 bytes; expected at most 32 MiB"):
+        read_torch_file(path)
+    assert time.monotonic() - begun < 2

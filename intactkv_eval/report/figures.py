@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from intactkv_eval.documents import parse_json
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.limits import read_bytes
+from intactkv_eval.report.figure_numbers import read_numbers
 
 Array = NDArray[Any]
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -30,8 +31,7 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """
     plotting = check_drawing(formats)
     try:
-        with np.load(folder / "figures.npz") as held:
-            numbers = {name: held[name] for name in held.files}
+        numbers = read_numbers(folder / "figures.npz")
         said = parse_json(read_bytes(folder / "figures.json"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: holds no numbers of figures ({error}); run intactkv figures") from None
@@ -39,8 +39,15 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     for name, (needed, drawn) in FIGURES.items():
         if needed not in numbers:
             continue
-        figure = drawn(plotting, numbers, said)
-        figure.supxlabel("\n".join(wrap(said["settings"], 110)), x=0.01, ha="left", fontsize=7, color="#444444")
+        try:
+            figure = drawn(plotting, numbers, said)
+            figure.supxlabel("\n".join(wrap(said["settings"], 110)), x=0.01, ha="left", fontsize=7, color="#444444")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            plotting.close("all")
+            raise ConfigError(
+                f"{folder}: figures.npz and figures.json do not go together ({type(error).__name__}: "
+                f"{str(error)[:200]}); run intactkv figures"
+            ) from None
         for kind in formats:
             written.append(folder / f"{name}.{kind}")
             figure.savefig(written[-1], dpi=160, bbox_inches="tight", metadata=_undated(kind))
