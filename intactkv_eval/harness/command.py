@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, stamps_of_results
+from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.files import shipped_folder
 from intactkv_eval.harness.arguments import checked_cell, split_model_args
@@ -26,6 +26,7 @@ from intactkv_eval.harness.flags import (
 )
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.harness.plugin import NAME
+from intactkv_eval.harness.result_stamps import stamps_of_results
 from intactkv_eval.pivot.kv import PivotKV
 
 
