@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from datetime import datetime
 
 import pytest
@@ -68,7 +69,17 @@ def test_samples_alone_hold_their_date(frozen, tmp_path):
     assert stamps == ["2026-11-29T01-30-00.999999"]
 
 
-def test_processes_of_one_microsecond_are_all_kept(frozen, tmp_path):
+class Slow(Frozen):
+    """Between the look at what is there and the writing others have time to come."""
+
+    @classmethod
+    def now(cls, tz=None):
+        time.sleep(0.05)
+        return MOMENT
+
+
+def test_processes_of_one_microsecond_are_all_kept(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation_tracker, "datetime", Slow)
     children = []
     for number in range(6):
         child = os.fork()
