@@ -72,6 +72,8 @@ ANSWERS = Kind("answers in FastChat's layout", _matches(rb'\{"question_id": [0-9
 REPLIES = Kind("a judge's replies", _begins(b'{"key":"'))
 PLAN = Kind("a sweep's plan", _matches(rb'\[\s*(\]|\{\s*"key": )'))
 NUMBERS = Kind("the numbers of `intactkv figures`", _matches(rb'\{\s*"settings": .*"pivot_words": '))
+NUMBERS_HASH = "numbers_sha256"
+"""The key in figures.json of the SHA-256 of figures.npz, which holds the numbers themselves."""
 TABLES = {
     "md": Kind("a table of `intactkv report`", _begins(b"| model | weights | kv | pivot |")),
     "csv": Kind("a table of `intactkv report`", _begins(b"model,weights,kv,pivot,")),

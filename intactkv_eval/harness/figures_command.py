@@ -1,7 +1,9 @@
 """What `intactkv figures` does: a cell and texts in, the numbers that its figures show out."""
 
 import gc
+import hashlib
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +33,7 @@ from intactkv_eval.harness.full_cell import (
 )
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.messages import struck_record
+from intactkv_eval.outputs import NUMBERS_HASH
 
 
 class Shown(NamedTuple):
@@ -108,13 +111,14 @@ def _numbers_to_folder(
 
 
 def _save(out: Path, numbers: dict[str, Any], said: dict[str, Any]) -> None:
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **numbers)
-
-    write_atomic(out / "figures.npz", write)
-    content = json.dumps(struck_record(said), indent=1, ensure_ascii=False) + "\n"
-    write_atomic(out / "figures.json", lambda partial: partial.write_text(content, encoding="utf-8"))
+    """The words first, with the hash of the numbers: a kill between the two leaves no words beside other numbers."""
+    held = BytesIO()
+    np.savez_compressed(held, **numbers)
+    content = held.getvalue()
+    said = {**struck_record(said), NUMBERS_HASH: hashlib.sha256(content).hexdigest()}
+    text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(out / "figures.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomic(out / "figures.npz", lambda partial: partial.write_bytes(content))
 
 
 def _settings(arguments: dict[str, Any], shown: Shown, digest: str) -> str:

@@ -4,6 +4,7 @@ numpy would unpack whatever the archive holds, and makes room for any shape that
 each array is compared with the size of its part first, all together are bound, and an array of objects is refused.
 """
 
+import hashlib
 import re
 import zipfile
 from math import prod
@@ -13,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from intactkv_eval.limits import FIGURES_BYTES, FIGURES_LIST, human_size
+from intactkv_eval.limits import FIGURES_BYTES, FIGURES_LIST, human_size, read_bytes
 from intactkv_eval.zip_file import BROKEN_ZIP, opened_zip
 
 _START = re.compile(rb"\x93NUMPY[\x01\x02]\x00")
@@ -22,15 +23,19 @@ _HEADER = re.compile(
 )
 
 
-def read_numbers(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays by name. Raises ValueError for what is damaged, too large or no numbers; OSError otherwise."""
+def read_numbers(path: Path) -> tuple[dict[str, NDArray[Any]], str]:
+    """The arrays by name, and the SHA-256 of the file.
+
+    Raises ValueError for what is damaged, too large or no numbers; OSError otherwise.
+    """
     try:
         with opened_zip(path, FIGURES_BYTES, FIGURES_LIST) as archive:
             parts = archive.infolist()
             total = sum(part.file_size for part in parts)
             if total > FIGURES_BYTES:
                 raise ValueError(f"has {total:,} bytes, unpacked; expected at most {human_size(FIGURES_BYTES)}")
-            return {part.filename.removesuffix(".npy"): _array(archive, part) for part in parts}
+            numbers = {part.filename.removesuffix(".npy"): _array(archive, part) for part in parts}
+        return numbers, hashlib.sha256(read_bytes(path, FIGURES_BYTES)).hexdigest()
     except BROKEN_ZIP as error:
         raise ValueError(f"{path.name}: no whole archive of arrays ({str(error)[:200]})") from None
     except ValueError as error:

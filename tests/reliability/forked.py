@@ -17,7 +17,8 @@ from importlib import import_module
 from pathlib import Path
 
 _IMPORTED = ("cli", "harness.command", "harness.quantize_command", "harness.calibrate_command", "judge.command",
-             "sweep.command")  # fmt: skip
+             "sweep.command", "harness.pivots_command", "harness.figures_command", "harness.kv_levels_command",
+             "judge_commands")  # fmt: skip
 _parent: list[subprocess.Popen] = []
 
 
@@ -66,6 +67,7 @@ def _serve() -> None:
 
     for name in _IMPORTED:
         import_module(f"intactkv_eval.{name}")
+    import_module("matplotlib.pyplot")
     works = {"begin": _begin, "ended": _ended, "kill": _kill}
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply

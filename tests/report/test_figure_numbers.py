@@ -1,5 +1,7 @@
 """Numbers of figures from a stranger: as numpy wrote them, or refused with one message, at once and in little memory."""
 
+import contextlib
+import hashlib
 import io
 import json
 import os
@@ -27,7 +29,8 @@ SAID = {"settings": "s", "words": ["a"] * 4, "pivot_words": ["a"], "layers": [0]
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_are_read_as_numpy_wrote_them(tmp_path, save):
     save(tmp_path / "figures.npz", **ARRAYS)
-    found = read_numbers(tmp_path / "figures.npz")
+    found, digest = read_numbers(tmp_path / "figures.npz")
+    assert digest == hashlib.sha256((tmp_path / "figures.npz").read_bytes()).hexdigest()
     assert found.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
         assert found[name].dtype == array.dtype
@@ -177,10 +180,41 @@ def test_a_pipe_or_a_device(tmp_path, name):
             draw(tmp_path, ("svg",))
 
 
-@pytest.mark.parametrize("said", [{}, [], {**SAID, "words": 7}, {**SAID, "settings": 3}])
+@pytest.mark.parametrize("said", [{}, {**SAID, "words": 7}, {**SAID, "settings": 3}])
 def test_words_that_do_not_go_with_the_numbers(tmp_path, said):
     np.savez(tmp_path / "figures.npz", magnitudes=ARRAYS["magnitudes"])
-    (tmp_path / "figures.json").write_text(json.dumps(said))
+    digest = hashlib.sha256((tmp_path / "figures.npz").read_bytes()).hexdigest()
+    (tmp_path / "figures.json").write_text(json.dumps({**said, "numbers_sha256": digest}))
     with pytest.raises(ConfigError, match="do not go together"):
         draw(tmp_path, ("svg",))
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".svg"] == []
+
+
+@pytest.mark.parametrize("said", [SAID, [], {**SAID, "numbers_sha256": "0" * 64}])
+def test_words_of_other_numbers(tmp_path, said):
+    """As a kill between the two files leaves them."""
+    np.savez(tmp_path / "figures.npz", magnitudes=ARRAYS["magnitudes"])
+    (tmp_path / "figures.json").write_text(json.dumps(said))
+    with pytest.raises(
+        ConfigError, match=r"other numbers than those that figures\.json is about.*run intactkv figures"
+    ):
+        draw(tmp_path, ("svg",))
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    """A disk that is full in the middle of one leaves the picture that was there."""
+    np.savez(tmp_path / "figures.npz", magnitudes=ARRAYS["magnitudes"])
+    digest = hashlib.sha256((tmp_path / "figures.npz").read_bytes()).hexdigest()
+    (tmp_path / "figures.json").write_text(json.dumps({**SAID, "numbers_sha256": digest}))
+    assert draw(tmp_path, ("svg",)) == [tmp_path / "outliers.svg"]
+    before = (tmp_path / "outliers.svg").read_bytes()
+
+    def half(_figure, file, **_named):
+        with file.open("wb") if hasattr(file, "open") else contextlib.nullcontext(file) as opened:
+            opened.write(b"<svg")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    with pytest.raises(OSError, match="No space left"):
+        draw(tmp_path, ("svg",))
+    assert (tmp_path / "outliers.svg").read_bytes() == before
