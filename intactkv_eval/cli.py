@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from intactkv_eval import __version__, judge_commands, pivot_commands, sweep_commands
-from intactkv_eval.errors import ConfigError, IntactKVError
+from intactkv_eval.errors import ConfigError, IntactKVError, panics_named
 from intactkv_eval.files import cache_folder, shipped_folder, write_atomic
 from intactkv_eval.messages import clean_logs, say
 from intactkv_eval.outputs import LEVELS, PIVOT, REPLACES, TABLES, check_output
@@ -282,7 +282,8 @@ def main() -> None:
     """Entry point: the user's faults end in one message and exit code 2."""
     clean_logs()
     try:
-        app()
+        with panics_named("the model"):
+            app()
     except IntactKVError as error:
         say(f"intactkv: {error}", err=True)
         sys.exit(2)

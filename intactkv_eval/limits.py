@@ -50,6 +50,7 @@ PICTURES_BYTES = 256 * MIB  # of a page
 FIGURES_BYTES = 512 * MIB  # of the numbers behind figures, unpacked: 64 attention maps of 1,400 tokens
 FIGURES_LIST = 64 * KIB  # of an archive's list of parts; there are about a dozen
 
+EXPRESSION_SECONDS = 2  # of processor time, for the regular expressions of a tokenizer.json on short texts
 TEMPLATE_SECONDS = 4  # of processor time: a busy machine makes no template slow
 TEMPLATE_BYTES = 512 * MIB  # that its process may take beside what it has
 TEMPLATE_CHARACTERS = 100_000  # of one prompt
@@ -94,9 +95,10 @@ READERS = (
            f"{WEIGHTS_TIMES} times its weight files ({CODES_TIMES} times where they are quantized) and "
            f"{human_size(SPARE_BYTES)}; buffers, once and as much", f"{LAYERS:,} layers, {MODULES:,} modules",
            "by its modules"),
-    Reader("a tokenizer", "harness/tokenizer_check.py", f"{human_size(TOKENIZER_BYTES)} a file",
+    Reader("a tokenizer", "harness/tokenizer_check.py, harness/expressions.py", f"{human_size(TOKENIZER_BYTES)} a file",
            f"ids to {TOKEN_ID:,}; {TOKENIZER_STEPS} steps of a kind, which make at most {TOKENIZER_GROWTH} characters "
-           f"of one and put in at most {TOKENIZER_TEXT:,}", _BY_SIZE),
+           f"of one and put in at most {TOKENIZER_TEXT:,}",
+           f"its bytes; its regular expressions, on short texts, by {EXPRESSION_SECONDS} s of processor time"),
     Reader("a chat template, for `pivot=prompt`", "pivot/prompts.py", human_size(TEMPLATE_BYTES),
            f"{TEMPLATE_CHARACTERS:,} characters of a prompt", f"{TEMPLATE_SECONDS} s of processor time"),
     Reader("an archive of a cluster's results", "sweep/archive.py", f"{human_size(ARCHIVE_BYTES)}, unpacked",

@@ -27,7 +27,7 @@ OTHERS = {
     "mt_bench/questions.py": 1, "judge/references.py": 1, "judge/written.py": 1, "pivot/store.py": 1,  # were read before
     "harness/evaluate.py": 1, "sweep/identity.py": 1,  # its last byte; piece by piece
     "mt_bench/sources.py": 1, "quantize/layerwise.py": 2, "calibrate/teacher.py": 1, "sweep/work.py": 1,  # ours
-    "judge/journal.py": 1, "report/published.py": 1, "harness/plugin.py": 1, "pivot/prompts.py": 1,  # ours, shipped, /proc
+    "judge/journal.py": 1, "report/published.py": 1, "harness/plugin.py": 1, "child_process.py": 1,  # ours, shipped, /proc
     "bench/report.py": 1,  # what it has just made
 }  # fmt: skip
 

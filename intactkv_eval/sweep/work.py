@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from intactkv_eval.errors import CheckpointError, IntactKVError
+from intactkv_eval.errors import CheckpointError, IntactKVError, panics_named
 from intactkv_eval.harness.chat_date import moment_of_run
 from intactkv_eval.harness.evaluate import evaluate_task
 from intactkv_eval.harness.shelf import Shelf
@@ -46,7 +46,7 @@ class Workshop:
 
     def run(self, unit: Unit, place: Place, out: Path) -> None:
         """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
-        with moment_of_run(unit.begun, chosen=False):
+        with moment_of_run(unit.begun, chosen=False), panics_named(f"pretrained={unit.arguments.get('pretrained')!r}"):
             self._run_now(unit, place, out)
 
     def _run_now(self, unit: Unit, place: Place, out: Path) -> None:

@@ -1,6 +1,6 @@
 """Law 12: imports run one way, and a start of Python costs nothing.
 
-messages, limits < errors, documents, zip_file < trust, files < config_files, plain_pickle < config, data, outputs, tensor_file, torch_pickle < cell_arguments, weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
+messages, limits < errors, documents, zip_file, child_process < trust, files < config_files, plain_pickle < config, data, outputs, tensor_file, torch_pickle < cell_arguments, weights < quantize | kernels < model | pivot < cache < calibrate < harness < sweep, report, judge < demo, cli
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "intactkv_eval"
 RANK = {
-    "messages": -1, "limits": -1, "errors": 0, "documents": 0, "zip_file": 0, "trust": 1, "compat": 1, "files": 1, "config_files": 2, "config": 3, "cell_arguments": 4, "formulas": 4, "data": 3, "mt_bench": 4, "tensor_file": 3, "plain_pickle": 2, "outputs": 3, "torch_pickle": 3, "weights": 4, "quantize": 5, "model": 6, "pivot": 6,
+    "messages": -1, "limits": -1, "errors": 0, "documents": 0, "zip_file": 0, "child_process": 0, "trust": 1, "compat": 1, "files": 1, "config_files": 2, "config": 3, "cell_arguments": 4, "formulas": 4, "data": 3, "mt_bench": 4, "tensor_file": 3, "plain_pickle": 2, "outputs": 3, "torch_pickle": 3, "weights": 4, "quantize": 5, "model": 6, "pivot": 6,
     "cache": 7, "calibrate": 8, "harness": 9, "report": 10, "sweep": 11, "judge": 11, "demo": 11, "bench": 12, "pivot_commands": 12, "judge_commands": 12, "sweep_commands": 12, "cli": 13,
 }  # fmt: skip
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,0 +1,58 @@
+"""Regular expressions of a tokenizer.json: tried on short texts, in a child process, before a task's texts meet them.
+
+The tokenizers library searches by Oniguruma, which gives up after ten million steps from one place of a text: then the
+library panics. Short of that, each place may take a tenth of a second. An expression that does so on 256 equal
+characters would stop any run; those of published tokenizers take a few milliseconds for all texts that are tried here.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+
+from tokenizers import Regex, pre_tokenizers
+
+from intactkv_eval.child_process import result_of_child
+from intactkv_eval.limits import EXPRESSION_SECONDS, TEMPLATE_BYTES
+
+_LENGTH = 256  # of a text; what takes the cube of it, or more, takes too long
+_KINDS = "aA1 \n!'-_é中"
+_LITERALS = 16  # characters and runs of an expression that are tried beside these
+_RUN = re.compile(r"\w+")
+
+
+@lru_cache(maxsize=64)
+def endless_expression(expressions: tuple[str, ...]) -> str | None:
+    """The first of the expressions that takes too long; None where all are fast, or no expressions to the library."""
+    if not expressions:
+        return None
+    found = result_of_child(lambda: {"slow": _first_slow(expressions)}, EXPRESSION_SECONDS, TEMPLATE_BYTES)
+    return expressions[0] if found is None else found["slow"]
+
+
+def _first_slow(expressions: tuple[str, ...]) -> str | None:
+    for expression in expressions:
+        begun = time.process_time()
+        try:
+            split = pre_tokenizers.Split(Regex(expression), "isolated")
+        except Exception:  # noqa: BLE001  the library says so itself, where it reads the whole file
+            continue
+        try:
+            for text in _texts(expression):
+                split.pre_tokenize_str(text)
+                if time.process_time() - begun > EXPRESSION_SECONDS / 2:
+                    return expression
+        except BaseException:  # noqa: BLE001  its panic is no Exception
+            return expression
+    return None
+
+
+def _texts(expression: str) -> Iterator[str]:
+    """Of equal parts: what expressions are slow on. Of each one that ends so, one that ends otherwise, and one behind
+    which the expression's own characters stand, without which the library may not begin to search.
+    """
+    literals = dict.fromkeys([*expression, *_RUN.findall(expression)])
+    ends = ("", "\x00", f"\x00\n{expression[:_LENGTH]}")
+    for part in dict.fromkeys([*_KINDS, *list(literals)[: 4 * _LITERALS]]):
+        for end in ends:
+            yield part * (_LENGTH // len(part)) + end
