@@ -52,8 +52,8 @@ def panics_named(what: str) -> Iterator[None]:
         if type(error).__name__ != _PANIC:
             raise
         raise CheckpointError(
-            f"{what}: the tokenizers library fails on its tokenizer.json, or on a text by it ({str(error)[:300]}); take the "
-            "tokenizer of the model's makers"
+            f"{what}: the tokenizers library fails on its tokenizer.json, or on a text by it ({str(error)[:300]}); "
+            "take the tokenizer of the model's makers"
         ) from None
 
 
