@@ -9,7 +9,7 @@ import pytest
 
 from intactkv_eval.cli import main
 from intactkv_eval.errors import CheckpointError
-from intactkv_eval.harness.expressions import endless_expression
+from intactkv_eval.harness.expressions import KNOWN, endless_expression, first_slow
 from intactkv_eval.harness.lm import IntactKVLM
 from intactkv_eval.sweep.work import Place, Workshop
 
@@ -78,6 +78,8 @@ def test_published_expressions_are_read_at_once(saved_llama):
     """Of GPT-2, GPT-4, GPT-4o, Llama 3, Qwen, DeepSeek, BLOOM, Falcon and others."""
     begun = time.perf_counter()
     assert endless_expression(tuple(PUBLISHED)) is None
+    assert first_slow(KNOWN) is None
+    assert {PUBLISHED[0], PUBLISHED[2]} <= KNOWN
     assert time.perf_counter() - begun < 2
     said(saved_llama / "tokenizer.json", pre_tokenizer={"type": "Sequence", "pretokenizers": [*map(split, PUBLISHED)]})
     assert make(saved_llama).tok_encode("abc 123")
