@@ -27,7 +27,9 @@ from intactkv_eval.limits import (
 )
 
 _LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no id that is too high
-_STEP = re.compile(rb'"type"\s*:\s*"(Replace|Split|Prepend|TemplateProcessing|Precompiled|Sequence)"|\\\\u00[2-7]')
+_STEP = re.compile(rb'"type"\s*:\s*"(Replace|Split|Prepend|TemplateProcessing|Precompiled|Sequence)"')
+_ESCAPED = re.compile(rb"\\u00[2-7]")  # a name of a step may be written so
+_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 _KINDS = {
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
@@ -53,7 +55,7 @@ def check_tokenizer(pretrained: str, revision: str) -> None:
             raise CheckpointError(f"{path}: {error}") from None
     expressions: list[str] = []
     with suppress(ValueError, RecursionError):
-        for key, value in _sections(content.decode("utf-8"), _LONG_NUMBER.search(content) is not None):
+        for key, value in _sections(content.decode("utf-8"), _has_long_number(content)):
             if key in _KINDS and isinstance(value, dict):
                 expressions += _check_steps(pretrained, key, value)
             if key in {"model", "added_tokens"}:
@@ -77,10 +79,20 @@ def _sections(text: str, whole: bool) -> Iterator[tuple[str, Any]]:
             return
         key, place = read(text, place)
         place = _after_blank(text, place)
-        if key == "model" and not whole and not _STEP.search(text[place:].encode()):
+        if key == "model" and not whole and not _has_steps(text[place:].encode()):
             return
         value, place = read(text, place)
         yield str(key), value
+
+
+def _has_long_number(content: bytes) -> bool:
+    """Whether `_LONG_NUMBER` is there; where no eight digits stand together, that is known at once."""
+    return b"0" * 8 in content.translate(_DIGITS) and _LONG_NUMBER.search(content) is not None
+
+
+def _has_steps(content: bytes) -> bool:
+    """Two searches, each for a text that they begin with, are ten times as fast as one for either."""
+    return _STEP.search(content) is not None or _ESCAPED.search(content) is not None
 
 
 def _after_blank(text: str, place: int) -> int:
