@@ -81,6 +81,21 @@ def test_what_is_short_and_shares_nothing_is_read_faster_and_is_plain(data):
     assert value in (None, ())
 
 
+NAMED = {
+    "GLOBAL": b"cre\ncompile\n.", "STACK_GLOBAL": b"\x80\x04\x8c\x02re\x8c\x07compile\x93.",
+    "REDUCE": b"cre\ncompile\n(Va\ntR.", "INST": b"(Va\nire\ncompile\n.", "NEWOBJ": b"\x80\x02cre\nPattern\n)\x81.",
+    "in a list": b"](Va\ncre\ncompile\ne.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("calls", [None, {}], ids=["read by Python", "read by our own"])
+@pytest.mark.parametrize("data", NAMED.values(), ids=NAMED)
+def test_no_name_is_looked_up(data, calls):
+    """Short ones that Python's own reader gets, since they share no part, and the same by our own."""
+    with pytest.raises(pickle.UnpicklingError, match=r"it names re\.|more than plain values"):
+        read_plain(data, calls)
+
+
 def test_the_first_is_a_bomb_to_python_itself():
     """The control: with 24 levels, each one of which doubles the time, Python's reader takes long already."""
     begun = time.process_time()
