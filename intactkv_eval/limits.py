@@ -50,7 +50,7 @@ PICTURES_BYTES = 256 * MIB  # of a page
 FIGURES_BYTES = 512 * MIB  # of the numbers behind figures, unpacked: 64 attention maps of 1,400 tokens
 FIGURES_LIST = 64 * KIB  # of an archive's list of parts; there are about a dozen
 
-EXPRESSION_SECONDS = 2  # of processor time, for the regular expressions of a tokenizer.json on short texts
+EXPRESSION_SECONDS = 1  # of processor time, for the regular expressions of a tokenizer.json on short texts
 TEMPLATE_SECONDS = 4  # of processor time: a busy machine makes no template slow
 TEMPLATE_BYTES = 512 * MIB  # that its process may take beside what it has
 TEMPLATE_CHARACTERS = 100_000  # of one prompt
