@@ -59,7 +59,7 @@ fuzz: $(VENV)/.test
 statistics: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/simulate_statistics.py --write docs/statistics.md
 
-# 50 SIGKILLs each of capture, quantize, calibrate, eval, judge and sweep.
+# 50 SIGKILLs each of pivots, figures, kv-codebook, report, capture, quantize, calibrate, eval, judge and sweep.
 kills: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/stress/kills.py --kills 50
 

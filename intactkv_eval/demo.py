@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intactkv_eval.compat.lm_eval_api import EvaluationTracker, TaskManager, simple_evaluate
 from intactkv_eval.errors import CheckpointError
+from intactkv_eval.lm.result_stamps import stamps_of_results
 from intactkv_eval.report.collect import collect
 from intactkv_eval.report.tables import markdown
 from intactkv_eval.storage.files import shipped_folder
@@ -48,7 +49,7 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> str:
     manager = TaskManager(
         include_path=str(shipped_folder("tasks")), include_defaults=False, metadata={"pretrained": str(model)}
     )
-    with TemporaryDirectory(dir=folder) as fresh:
+    with TemporaryDirectory(dir=folder) as fresh, stamps_of_results():
         for number, cell in enumerate(CELLS, start=1):
             say(f"[{number}/{len(CELLS)}] " + ", ".join(f"{key}={value}" for key, value in cell.items()))
             _evaluate({"pretrained": str(model), "dtype": "float32", **cell}, manager, Path(fresh))

@@ -1,8 +1,12 @@
 """The errors a user can cause. Each message names the thing, what was expected, what came, and the fix."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 from intactkv_eval.sanitize import clean
+
+_PANIC = "PanicException"  # of no module that can be imported
 
 
 class IntactKVError(Exception):
@@ -37,6 +41,20 @@ class NumericsError(IntactKVError):
 
 class DataError(IntactKVError):
     """A data set or a text that is missing, too short, or not in a layout we read."""
+
+
+@contextmanager
+def panics_named(what: str) -> Iterator[None]:
+    """Raise CheckpointError where a library in Rust panics, as tokenizers does: its error is no Exception of Python."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != _PANIC:
+            raise
+        raise CheckpointError(
+            f"{what}: the tokenizers library fails on its tokenizer.json, or on a text by it ({str(error)[:300]}); "
+            "take the tokenizer of the model's makers"
+        ) from None
 
 
 def unknown_key(key: str, known: "tuple[str, ...] | list[str]") -> ConfigError:

@@ -15,14 +15,13 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, Pretrain
 
 from intactkv_eval.cell.trust import names_kernel
 from intactkv_eval.compat.transformers_api import CONFIG_MAPPING, file_of, loads_as
-from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError
+from intactkv_eval.errors import CheckpointError, ConfigError, IntactKVError, UnsupportedModelError, panics_named
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.limits import LAYERS, TOKENIZER_BYTES, check_regular, read_bytes
 
 _OURS = "intactkv_eval"
 _LOADERS = {"lm_eval", "transformers", "tokenizers", "huggingface_hub", "safetensors"}
 
-_PANIC = "PanicException"  # of libraries in Rust: no Exception, and of no module that can be imported
 _SENTENCE = "Hello there, how are you?"
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _READ = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
@@ -68,7 +67,8 @@ def loading(what: str) -> Iterator[None]:
     memory that runs out, is passed on as it is.
     """
     try:
-        yield
+        with panics_named(what):
+            yield
     except (IntactKVError, MemoryError, torch.OutOfMemoryError):
         raise
     except SafetensorError as error:
@@ -80,10 +80,6 @@ def loading(what: str) -> Iterator[None]:
         if _innermost(error.__traceback__) == _OURS:
             raise
         raise CheckpointError(f"{what}: its files cannot be loaded ({type(error).__name__}: {error})") from error
-    except BaseException as error:
-        if type(error).__name__ != _PANIC:
-            raise
-        raise CheckpointError(f"{what}: the tokenizers library fails on its tokenizer.json ({error})") from None
 
 
 def auto_class_of(pretrained: str, config: PretrainedConfig) -> Any:

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
+from intactkv_eval.assemble.tokenizer_expressions import endless_expression
 from intactkv_eval.compat.transformers_api import file_of
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.storage.limits import (
+    EXPRESSION_SECONDS,
     TOKEN_ID,
     TOKENIZER_BYTES,
     TOKENIZER_GROWTH,
@@ -25,7 +27,9 @@ from intactkv_eval.storage.limits import (
 )
 
 _LONG_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")  # without which there is no id that is too high
-_STEP = re.compile(rb'"type"\s*:\s*"(Replace|Prepend|TemplateProcessing|Precompiled|Sequence)"|\\\\u00[2-7]')
+_STEP = re.compile(rb'"type"\s*:\s*"(Replace|Split|Prepend|TemplateProcessing|Precompiled|Sequence)"')
+_ESCAPED = re.compile(rb"\\u00[2-7]")  # a name of a step may be written so
+_DIGITS = bytes.maketrans(b"123456789", b"0" * 9)
 _KINDS = {
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
@@ -37,8 +41,9 @@ _BLANK = re.compile(r"[\s:,]*")
 
 
 def check_tokenizer(pretrained: str, revision: str) -> None:
-    """Raise CheckpointError for a tokenizer.json with ids that no vocabulary has, or steps that make texts grow.
+    """Raise CheckpointError for a tokenizer.json that no text should meet.
 
+    That is one with ids that no vocabulary has, steps that make texts grow, or regular expressions that take too long.
     What is damaged otherwise is left to the tokenizers library.
     """
     content = b""
@@ -48,12 +53,20 @@ def check_tokenizer(pretrained: str, revision: str) -> None:
             content = b"" if path is None else read_bytes(path, TOKENIZER_BYTES)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from None
+    expressions: list[str] = []
     with suppress(ValueError, RecursionError):
-        for key, value in _sections(content.decode("utf-8"), _LONG_NUMBER.search(content) is not None):
+        for key, value in _sections(content.decode("utf-8"), _has_long_number(content)):
             if key in _KINDS and isinstance(value, dict):
-                _check_steps(pretrained, key, value)
+                expressions += _check_steps(pretrained, key, value)
             if key in {"model", "added_tokens"}:
                 _check_ids(pretrained, value)
+    slow = endless_expression(tuple(dict.fromkeys(expressions)))
+    if slow is not None:
+        raise CheckpointError(
+            f"{pretrained}: tokenizer.json has the regular expression {slow[:200]!r}, on which a short text takes "
+            f"more than {EXPRESSION_SECONDS} s or makes the tokenizers library fail; expected one that is read in "
+            "one pass"
+        )
 
 
 def _sections(text: str, whole: bool) -> Iterator[tuple[str, Any]]:
@@ -66,10 +79,20 @@ def _sections(text: str, whole: bool) -> Iterator[tuple[str, Any]]:
             return
         key, place = read(text, place)
         place = _after_blank(text, place)
-        if key == "model" and not whole and not _STEP.search(text[place:].encode()):
+        if key == "model" and not whole and not _has_steps(text[place:].encode()):
             return
         value, place = read(text, place)
         yield str(key), value
+
+
+def _has_long_number(content: bytes) -> bool:
+    """Whether `_LONG_NUMBER` is there; where no eight digits stand together, that is known at once."""
+    return b"0" * 8 in content.translate(_DIGITS) and _LONG_NUMBER.search(content) is not None
+
+
+def _has_steps(content: bytes) -> bool:
+    """Two searches, each for a text that they begin with, are ten times as fast as one for either."""
+    return _STEP.search(content) is not None or _ESCAPED.search(content) is not None
 
 
 def _after_blank(text: str, place: int) -> int:
@@ -89,8 +112,11 @@ def _check_ids(pretrained: str, found: Any) -> None:
         )
 
 
-def _check_steps(pretrained: str, section: str, value: Mapping[str, Any]) -> None:
-    """Raise CheckpointError where the steps of a section are too many, or grow a text beyond the limits."""
+def _check_steps(pretrained: str, section: str, value: Mapping[str, Any]) -> list[str]:
+    """The regular expressions of a section's steps.
+
+    Raises CheckpointError where they are too many, or grow a text beyond the limits.
+    """
     steps = list(_steps(value, _KINDS[section]))
     if len(steps) > TOKENIZER_STEPS:
         raise CheckpointError(
@@ -110,6 +136,9 @@ def _check_steps(pretrained: str, section: str, value: Mapping[str, Any]) -> Non
             f"{pretrained}: the {section} of tokenizer.json makes up to {growth:.3g} characters of one, which fills "
             f"the memory; expected at most {TOKENIZER_GROWTH:,}"
         )
+    patterns = (step.get("pattern") for step in steps)
+    found = (pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict))
+    return [expression for expression in found if isinstance(expression, str)]
 
 
 def _steps(value: Any, inside: str) -> Iterator[Mapping[str, Any]]:

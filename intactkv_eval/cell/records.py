@@ -7,6 +7,8 @@ from intactkv_eval.errors import ConfigError
 
 RECORD_FORMAT = "intactkv-run-2"
 """The format of a run's record in lm_eval's results JSON, and of a unit in a sweep's plan."""
+NUMBERS_HASH = "numbers_sha256"
+"""The key of figures.json under which the hash of the numbers beside it stands."""
 SPEED_ONLY = frozenset({"batch_size", "max_batch_size", "device"})
 """Arguments of lm_eval's `hf` that decide how fast a run is, and no figure of it."""
 

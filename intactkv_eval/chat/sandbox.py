@@ -1,26 +1,14 @@
-"""Prompts of a chat template, which may be a stranger's program: written in a child process, bound in time and memory.
+"""Prompts of a chat template, which may be a stranger's program: written in a child process (child_process.py)."""
 
-The child runs the template and nothing else, so it is safe beside threads and a GPU; what it made comes back as JSON.
-"""
-
-import json
-import os
-import resource
-import select
-import signal
-import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.errors import PivotError
+from intactkv_eval.storage.child_process import result_of_child
 from intactkv_eval.storage.limits import TEMPLATE_BYTES, TEMPLATE_CHARACTERS, TEMPLATE_SECONDS
-
-_WALL_SECONDS = 60.0  # a child that does not even start
 
 
 def prompts_of(tokenizer: Any, messages: Sequence[str], chat: ChatSettings) -> list[str]:
@@ -39,10 +27,7 @@ def prompts_of_chats(
     def write() -> list[str]:
         return [chat.render(tokenizer, talk, invite=True) for chat in settings for talk in talks]
 
-    try:
-        found = json.loads(_of_child(lambda: _outcome(write)))
-    except ValueError:  # nothing, or half of it: the child was ended
-        found = {}
+    found = result_of_child(lambda: _outcome(write), TEMPLATE_SECONDS, TEMPLATE_BYTES) or {}
     if "prompts" not in found:
         reason = found.get("error") or f"more than {TEMPLATE_SECONDS} s or {TEMPLATE_BYTES >> 20} MiB"
         raise PivotError(f"pivot=prompt: the chat template fails on a user message: {reason}")
@@ -59,36 +44,3 @@ def _outcome(write: Callable[[], list[str]]) -> dict[str, Any]:
     if longest > TEMPLATE_CHARACTERS:
         return {"error": f"it writes {longest} characters, at most {TEMPLATE_CHARACTERS} are a prompt"}
     return {"prompts": prompts}
-
-
-def _of_child(work: Callable[[], dict[str, Any]]) -> str:
-    """The JSON of `work`'s result, from a child process; nothing where the child did not end by itself."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads: the child uses no lock of theirs
-        child = os.fork()
-    if not child:
-        try:
-            _bind()
-            with os.fdopen(writing, "w") as out:
-                json.dump(work(), out)
-        finally:
-            os._exit(0)  # without what the parent would do on its way out
-    os.close(writing)
-    try:
-        with os.fdopen(reading) as made:
-            return made.read() if select.select([made], [], [], _WALL_SECONDS)[0] else ""
-    finally:
-        with suppress(ProcessLookupError, ChildProcessError):  # where SIGCHLD is ignored, or another has waited for it
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-
-
-def _bind() -> None:
-    """Limits for this process: of processor time, and of memory where the system tells how much it has."""
-    resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    own = Path("/proc/self/statm")
-    if own.exists():
-        taken = int(own.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + TEMPLATE_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))

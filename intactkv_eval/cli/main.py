@@ -24,7 +24,7 @@ from intactkv_eval.cli.quantize import quantize
 from intactkv_eval.cli.report import report
 from intactkv_eval.cli.sweep import sweep
 from intactkv_eval.cli.tasks import tasks
-from intactkv_eval.errors import IntactKVError
+from intactkv_eval.errors import IntactKVError, panics_named
 from intactkv_eval.sanitize import clean_logs, say
 
 _CELL = "pretrained=MODEL,weights=rtn,bits=3"
@@ -84,7 +84,8 @@ def main() -> None:
     """Entry point: the user's faults end in one message and exit code 2."""
     clean_logs()
     try:
-        app()
+        with panics_named("the model"):
+            app()
     except IntactKVError as error:
         say(f"intactkv: {error}", err=True)
         sys.exit(2)

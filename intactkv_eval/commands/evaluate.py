@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging, stamps_of_results
+from intactkv_eval.compat.lm_eval_api import HarnessCLI, setup_logging
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.batch_size import check_batch_size
 from intactkv_eval.lm.evaluate_task import cache_explained, check_known, check_tasks, check_written, results_below
@@ -21,6 +21,7 @@ from intactkv_eval.lm.harness_flags import (
 )
 from intactkv_eval.lm.hf_arguments import checked_cell, split_model_args
 from intactkv_eval.lm.plugin import NAME
+from intactkv_eval.lm.result_stamps import stamps_of_results
 from intactkv_eval.storage.files import check_writable, shipped_folder
 
 

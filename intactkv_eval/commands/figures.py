@@ -1,13 +1,16 @@
 """What `intactkv figures` does: a cell and texts in, the numbers that its figures show out."""
 
 import gc
+import hashlib
 import json
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from intactkv_eval.assemble.chat_date import date_of, moment_of_run
+from intactkv_eval.cell.records import NUMBERS_HASH
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.commands.figure_data import (
     SHOWN,
@@ -109,13 +112,14 @@ def _numbers_to_folder(
 
 
 def _save(out: Path, numbers: dict[str, Any], said: dict[str, Any]) -> None:
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:
-            np.savez_compressed(file, **numbers)
-
-    write_atomic(out / "figures.npz", write)
-    content = json.dumps(struck_record(said), indent=1, ensure_ascii=False) + "\n"
-    write_atomic(out / "figures.json", lambda partial: partial.write_text(content, encoding="utf-8"))
+    """The words first, with the hash of the numbers: a kill between the two leaves no words beside other numbers."""
+    held = BytesIO()
+    np.savez_compressed(held, **numbers)
+    content = held.getvalue()
+    said = {**struck_record(said), NUMBERS_HASH: hashlib.sha256(content).hexdigest()}
+    text = json.dumps(said, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(out / "figures.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomic(out / "figures.npz", lambda partial: partial.write_bytes(content))
 
 
 def _settings(arguments: dict[str, Any], options: FigureOptions, digest: str) -> str:

@@ -14,10 +14,9 @@ package imports lm_eval from here alone. Knows no model and no task of ours.
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Mapping
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING
-from functools import wraps
 from importlib import import_module
 from io import StringIO
 from typing import Any
@@ -28,7 +27,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.loggers import EvaluationTracker
+from lm_eval.loggers import EvaluationTracker, evaluation_tracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.models.utils_hf import stop_sequences_criteria
@@ -45,6 +44,7 @@ __all__ = [
     "Instance",
     "TaskManager",
     "default_seeds",
+    "evaluation_tracker",
     "hash_args",
     "help_of_run",
     "make_request",
@@ -54,7 +54,6 @@ __all__ = [
     "setup_logging",
     "simple_evaluate",
     "simple_parse_args_string",
-    "stamps_of_results",
     "stop_sequences_criteria",
     "task_base",
     "with_cpu_memory",
@@ -146,26 +145,3 @@ def rolling_text(request: Any) -> str:
 def rolling_value(answer: Any) -> float:
     """The log-likelihood in the answer to a rolling request."""
     return float(answer[0] if isinstance(answer, tuple) else answer)
-
-
-@contextmanager
-def stamps_of_results() -> Iterator[list[str]]:
-    """The dates by which this process names results files while it lasts: two processes may share a folder.
-
-    They are lm_eval's own, which its command makes and does not hand out.
-    """
-    stamps: list[str] = []
-    save = EvaluationTracker.save_results_aggregated
-
-    @wraps(save)
-    def noted(tracker: Any, *arguments: Any, **named: Any) -> Any:
-        try:
-            return save(tracker, *arguments, **named)
-        finally:
-            stamps.extend([tracker.date_id] if getattr(tracker, "date_id", None) else [])
-
-    EvaluationTracker.save_results_aggregated = noted
-    try:
-        yield stamps
-    finally:
-        EvaluationTracker.save_results_aggregated = save

@@ -101,11 +101,13 @@ class Journal:
             try:
                 kept = self._handle.write(written)
                 if kept != len(written):  # as on a disk that fills up
-                    raise OSError(errno.ENOSPC, f"{kept} of {len(written)} bytes")
+                    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {kept} of {len(written)} bytes")
                 os.fsync(self._handle.fileno())
             except OSError as error:
                 os.ftruncate(self._handle.fileno(), end)  # half a line would spoil those behind it
-                raise ConfigError(f"{NAME}: a reply cannot be written ({error}); make room and run again") from None
+                raise ConfigError(
+                    f"{self._handle.name}: a reply cannot be written ({error.strerror}); make room and run again"
+                ) from None
             self._all.append(line)
             if line.error is None:
                 self.lines[line.match] = line

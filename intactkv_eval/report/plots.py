@@ -6,6 +6,8 @@ Source: IntactKV, figures 1 to 3 (activations, attention, loss by the size of th
 """
 
 from collections.abc import Callable
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -13,8 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from intactkv_eval.cell.records import NUMBERS_HASH
 from intactkv_eval.errors import ConfigError
+from intactkv_eval.report.figure_numbers import read_numbers
 from intactkv_eval.storage.documents import parse_json
+from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.limits import read_bytes
 
 Array = NDArray[Any]
@@ -29,23 +34,43 @@ def draw(folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     Raises ConfigError where matplotlib is missing, or the folder holds no numbers.
     """
     plotting = check_drawing(formats)
-    try:
-        with np.load(folder / "figures.npz") as held:
-            numbers = {name: held[name] for name in held.files}
-        said = parse_json(read_bytes(folder / "figures.json"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: holds no numbers of figures ({error}); run intactkv figures") from None
+    numbers, said = _read(folder)
     written = []
     for name, (needed, drawn) in FIGURES.items():
         if needed not in numbers:
             continue
-        figure = drawn(plotting, numbers, said)
-        figure.supxlabel("\n".join(wrap(said["settings"], 110)), x=0.01, ha="left", fontsize=7, color="#444444")
+        try:
+            figure = drawn(plotting, numbers, said)
+            figure.supxlabel("\n".join(wrap(said["settings"], 110)), x=0.01, ha="left", fontsize=7, color="#444444")
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            plotting.close("all")
+            raise ConfigError(
+                f"{folder}: figures.npz and figures.json do not go together ({type(error).__name__}: "
+                f"{str(error)[:200]}); run intactkv figures"
+            ) from None
         for kind in formats:
+            held = BytesIO()
+            figure.savefig(held, format=kind, dpi=160, bbox_inches="tight", metadata=_undated(kind))
             written.append(folder / f"{name}.{kind}")
-            figure.savefig(written[-1], dpi=160, bbox_inches="tight", metadata=_undated(kind))
+            write_atomic(written[-1], partial(_put, held.getvalue()))
         plotting.close(figure)
     return written
+
+
+def _read(folder: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The numbers and the words beside them, which are of one run. Raises ConfigError where there are none."""
+    try:
+        numbers, digest = read_numbers(folder / "figures.npz")
+        said = parse_json(read_bytes(folder / "figures.json"))
+        if not isinstance(said, dict) or said.get(NUMBERS_HASH) != digest:
+            raise ValueError("figures.npz holds other numbers than those that figures.json is about")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder}: holds no numbers of figures ({error}); run intactkv figures") from None
+    return numbers, said
+
+
+def _put(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def check_drawing(formats: tuple[str, ...]) -> Any:

@@ -26,6 +26,7 @@ PICKLE_BYTES = 64 * MIB
 PICKLE_STEPS = 2_000_000  # about three seconds
 PICKLE_PARTS = 10_000_000  # of a value, each as often as it occurs
 TENSORS_TIMES = 4  # how much larger than a file of torch.save its tensors may be: two may share a storage
+TORCH_LIST = 32 * MIB  # of such a file's list of parts, one for each tensor; a million of them are more than any has
 HEADER_BYTES = 100 * MIB  # of a safetensors, as safetensors itself has it
 
 TOKENIZER_BYTES = 512 * MIB  # of each file of a tokenizer; the largest known tokenizer.json has 35 MB
@@ -46,7 +47,10 @@ ARCHIVE_FILES = 10_000
 ARCHIVE_HEADER = 64 * KIB  # of a file's name and its attributes
 PICTURE_BYTES = 32 * MIB
 PICTURES_BYTES = 256 * MIB  # of a page
+FIGURES_BYTES = 512 * MIB  # of the numbers behind figures, unpacked: 64 attention maps of 1,400 tokens
+FIGURES_LIST = 64 * KIB  # of an archive's list of parts; there are about a dozen
 
+EXPRESSION_SECONDS = 1  # of processor time, for the regular expressions of a tokenizer.json on short texts
 TEMPLATE_SECONDS = 4  # of processor time: a busy machine makes no template slow
 TEMPLATE_BYTES = 512 * MIB  # that its process may take beside what it has
 TEMPLATE_CHARACTERS = 100_000  # of one prompt
@@ -84,15 +88,18 @@ READERS = (
            f"a header of {human_size(HEADER_BYTES)}, checked against the file", _BY_SIZE),
     Reader("files of torch.save, answers of `--use_cache`", "storage/plain_pickle.py, storage/torch_pickle.py",
            f"{human_size(PICKLE_BYTES)} of pickle; tensors {TENSORS_TIMES} times the file",
-           f"{DOCUMENT_DEPTH} levels, {PICKLE_PARTS:,} parts", f"{PICKLE_STEPS:,} steps, about 3 s"),
+           f"{DOCUMENT_DEPTH} levels, {PICKLE_PARTS:,} parts; a list of {human_size(TORCH_LIST)}",
+           f"{PICKLE_STEPS:,} steps, about 3 s"),
     Reader("an index of shards", "weights/checkpoint.py", human_size(DOCUMENT_BYTES), f"{SHARDS:,} shards", _BY_SIZE),
     Reader("a model's structure", "assemble/load_errors.py, model/sizes.py",
            f"{WEIGHTS_TIMES} times its weight files ({CODES_TIMES} times where they are quantized) and "
            f"{human_size(SPARE_BYTES)}; buffers, once and as much", f"{LAYERS:,} layers, {MODULES:,} modules",
            "by its modules"),
-    Reader("a tokenizer", "assemble/tokenizer_check.py", f"{human_size(TOKENIZER_BYTES)} a file",
+    Reader("a tokenizer", "assemble/tokenizer_check.py, assemble/tokenizer_expressions.py",
+           f"{human_size(TOKENIZER_BYTES)} a file",
            f"ids to {TOKEN_ID:,}; {TOKENIZER_STEPS} steps of a kind, which make at most {TOKENIZER_GROWTH} characters "
-           f"of one and put in at most {TOKENIZER_TEXT:,}", _BY_SIZE),
+           f"of one and put in at most {TOKENIZER_TEXT:,}",
+           f"its bytes; its regular expressions, on short texts, by {EXPRESSION_SECONDS} s of processor time"),
     Reader("a chat template, for `pivot=prompt`", "chat/sandbox.py", human_size(TEMPLATE_BYTES),
            f"{TEMPLATE_CHARACTERS:,} characters of a prompt", f"{TEMPLATE_SECONDS} s of processor time"),
     Reader("an archive of a cluster's results", "sweep/archive.py", f"{human_size(ARCHIVE_BYTES)}, unpacked",
@@ -100,6 +107,9 @@ READERS = (
     Reader("pictures of `--figures`", "report/page.py", f"{human_size(PICTURE_BYTES)} each, "
            f"{human_size(PICTURES_BYTES)} all",
            "PNG, JPEG or SVG by their first bytes", _BY_SIZE),
+    Reader("the numbers of `intactkv figures`", "report/plots.py, report/figure_numbers.py",
+           f"{human_size(FIGURES_BYTES)}, unpacked",
+           f"plain numbers of the shape that their bytes have; a list of {human_size(FIGURES_LIST)}", _BY_SIZE),
 )  # fmt: skip
 """Of every reader of files from strangers."""
 

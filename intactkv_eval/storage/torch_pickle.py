@@ -8,7 +8,6 @@ Source of the layout: torch/serialization.py (_save, _load), torch/_utils.py (_r
 
 import pickle
 import zipfile
-import zlib
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,15 +17,16 @@ from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.storage.documents import BROKEN_PICKLE
-from intactkv_eval.storage.limits import PICKLE_BYTES, TENSORS_TIMES, check_regular
+from intactkv_eval.storage.limits import PICKLE_BYTES, TENSORS_TIMES, TORCH_LIST
 from intactkv_eval.storage.plain_pickle import read_plain
+from intactkv_eval.storage.zip_file import BROKEN_ZIP, opened_zip
 
 _TYPES = {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool,
 }  # fmt: skip
-_BROKEN = (*BROKEN_PICKLE, zipfile.BadZipFile, zlib.error)
+_BROKEN = (*BROKEN_PICKLE, *BROKEN_ZIP)
 
 
 class _Storage(NamedTuple):
@@ -41,9 +41,8 @@ def read_torch_file(path: Path) -> Any:
     plain values and tensors: a pickle that names a class or a function is never run.
     """
     try:
-        check_regular(path)
         size = path.stat().st_size
-        with zipfile.ZipFile(path) as archive:
+        with opened_zip(path, size, TORCH_LIST) as archive:
             return _Reader(archive, size).value()
     except zipfile.BadZipFile:
         raise CheckpointError("no whole zip archive, as torch.save has written since torch 1.6") from None
@@ -56,8 +55,6 @@ class _Reader:
         self._archive, self._left = archive, TENSORS_TIMES * size
         self._parts = {info.filename: info for info in archive.infolist()}
         self._storages: dict[str, _Storage] = {}
-        if len(self._parts) != len(archive.infolist()):
-            raise pickle.UnpicklingError("two parts of one name")
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size
                for info in archive.infolist()):  # fmt: skip
             raise pickle.UnpicklingError("a part is compressed, which torch.save never does")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from intactkv_eval.assemble.chat_date import moment_of_run
 from intactkv_eval.assemble.model_cache import ModelCache
-from intactkv_eval.errors import CheckpointError, IntactKVError
+from intactkv_eval.errors import CheckpointError, IntactKVError, panics_named
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.preparation import placed, prepare
@@ -42,7 +42,7 @@ class Workshop:
 
     def run(self, unit: Unit, place: WorkerSlot, out: Path) -> None:
         """Fill the empty folder `out` with the unit's results. Raises IntactKVError, or what lm_eval raises."""
-        with moment_of_run(unit.begun, chosen=False):
+        with moment_of_run(unit.begun, chosen=False), panics_named(f"pretrained={unit.arguments.get('pretrained')!r}"):
             self._run_now(unit, place, out)
 
     def _run_now(self, unit: Unit, place: WorkerSlot, out: Path) -> None:

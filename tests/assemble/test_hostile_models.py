@@ -202,7 +202,9 @@ def test_where_the_section_stands_is_no_matter(saved_llama):
     content = {key: value for key, value in json.loads(path.read_text()).items() if key != "normalizer"}
     steps = json.dumps(GROWING["a sequence"][1])
     whole = json.dumps(content)[:-1]
+    one = json.dumps(GROWING["one step"][1]).replace("Repl", "\\u0052epl")
     for text in (
+        f'{whole}, "normalizer": {one}}}',
         f'{whole}, "normalizer": {steps}}}',
         f'{whole}, "norm\\u0061lizer": {steps.replace("Repl", chr(92) + "u0052epl")}}}',
         f'{{"normalizer": {steps}, {whole[1:]}}}',

@@ -1,13 +1,23 @@
-"""What a worker of a Ray cluster sends: damaged on its way, or packed of damaged files."""
+"""Archives: what a worker of a Ray cluster sends, and the numbers of figures; damaged, or packed of damaged files."""
 
 import gzip
+import hashlib
 import io
+import json
 import shutil
 import tarfile
+import zipfile
 
 import mutate
+import numpy as np
 
+from intactkv_eval.report.plots import _read
 from intactkv_eval.sweep.archive import unpack
+
+ARRAYS = {"magnitudes": np.ones((3, 4), np.float32), "surface_layer": np.array(2), "nats": np.zeros((2, 3))}
+HEADERS = ["{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "(" * 300, "-" * 9000 + "1",
+           "{'descr': '<f8', 'fortran_order': True, 'shape': (99999999, 99999999), }",
+           "{'descr': '<f4', 'fortran_order': False, 'shape': (4,), }"]  # fmt: skip
 
 
 def packed(folder):
@@ -43,3 +53,27 @@ def read(place, data):
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
     unpack(data, place)
+
+
+def damaged_numbers(draw):
+    """An archive of arrays whose bytes are changed, those of an array before they are packed or all of them after."""
+    held, broken = io.BytesIO(), draw.choice([None, *ARRAYS])
+    with zipfile.ZipFile(held, "w", draw.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        for name, array in ARRAYS.items():
+            one = io.BytesIO()
+            np.save(one, array)
+            content = one.getvalue()
+            if name == broken and draw.random() < 0.5:
+                text = draw.choice(HEADERS).encode() + b"\n"
+                content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(16)
+            elif name == broken:
+                content = mutate.of_bytes(content, draw)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content)
+    return held.getvalue() if broken and draw.random() < 0.5 else mutate.of_bytes(held.getvalue(), draw)
+
+
+def read_figures(path):
+    """As whoever draws them again does, with words that are of these numbers."""
+    said = {"settings": "s", "numbers_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    path.with_name("figures.json").write_text(json.dumps(said))
+    _read(path.parent)

@@ -75,12 +75,25 @@ GROWING = [
 ]  # fmt: skip
 
 
+PARTS = ["a", "a+", "\\w+", "\\s*", "[a-z]*", "\\p{L}+", ".", ".*", "a|aa", "(?=a)", "\\1", " ?", "é", "a{2,9}"]
+REPEATS, ENDS = ["", "+", "*", "{3}", "*?"], ["", "$", "!", "\\b", "(?!\\S)"]
+
+
 def of_tokenizer(value, draw: random.Random):
     """A tokenizer.json whose steps grow a text, or are other than they were."""
     steps = [copy.deepcopy(draw.choice(GROWING)) for _ in range(draw.choice([1, 2, 12, 300]))]
     section, inside = draw.choice([("normalizer", "normalizers"), ("decoder", "decoders")])
     grown = {**value, section: {"type": "Sequence", inside: steps}}
     return of_value(grown, draw) if draw.random() < 0.5 else grown
+
+
+def of_expressions(value, draw: random.Random):
+    """A tokenizer.json with regular expressions of random parts, some of which never end."""
+    parts = [draw.choice(PARTS) for _ in range(draw.randint(1, 6))]
+    expression = "".join(f"({part}){draw.choice(REPEATS)}" if draw.random() < 0.5 else part for part in parts)
+    step = {"type": "Split", "pattern": {"Regex": f"({expression}){draw.choice(REPEATS)}{draw.choice(ENDS)}"},
+            "behavior": "Isolated", "invert": False}  # fmt: skip
+    return {**value, "pre_tokenizer": step}
 
 
 def of_json(value, draw: random.Random) -> bytes:

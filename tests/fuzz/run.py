@@ -16,6 +16,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -76,8 +77,21 @@ def read_one(target, data: bytes, fresh: bool = True) -> str:
     return f"took {grown / 2**30:.1f} GB" if grown > BYTES else ended
 
 
-def fuzz(found, inputs: int, seed: int, keep: Path | None) -> tuple[Counter, dict[str, str]]:
-    """`inputs` of all targets in turn; how many ended how, and the first failure of each kind."""
+@dataclass
+class Worst:
+    """What reads took at most: seconds that the machine did not spend on other work, by target; bytes of the process."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes: int = 0
+
+
+def fuzz(
+    found, inputs: int, seed: int, keep: Path | None, worst: Worst | None = None
+) -> tuple[Counter, dict[str, str]]:
+    """`inputs` of all targets in turn; how many ended how, and the first failure of each kind.
+
+    worst: gets what reads took at most.
+    """
     ends: Counter = Counter()
     failures: dict[str, str] = {}
     seen: set[str] = set()
@@ -85,7 +99,11 @@ def fuzz(found, inputs: int, seed: int, keep: Path | None) -> tuple[Counter, dic
     for number in range(inputs):
         name = names[number % len(names)]
         data = found[name].make(Random(f"{seed}/{name}/{number}"))
+        begun = time.monotonic() - queued()
         ended = read_one(found[name], data, fresh=number % 100 == 0)
+        if worst is not None:
+            worst.seconds[name] = max(worst.seconds.get(name, 0.0), time.monotonic() - queued() - begun)
+            worst.bytes = max(worst.bytes, peak())
         ends[name, ended if ended in {"read", "refused"} else "failed"] += 1
         kind = f"{name}: {ended.partition(': ')[0]}"
         if ended not in {"read", "refused"} and kind not in seen:
@@ -114,13 +132,16 @@ def main() -> int:
         seeds.make_seeds(Path(name), byte_tokenizer())
         found = {key: one for key, one in targets.targets(Path(name)).items() if asked.only in key}
         begun = time.monotonic()
-        ends, failures = fuzz(found, asked.inputs, asked.seed, asked.keep)
+        worst = Worst()
+        ends, failures = fuzz(found, asked.inputs, asked.seed, asked.keep, worst)
         seconds = time.monotonic() - begun
     for key in sorted(found):
         counts = ", ".join(f"{ends[key, end]} {end}" for end in ("read", "refused", "failed"))
         print(f"{key:28} {counts}")
     for failure, digest in failures.items():
         print(f"\n{digest} {failure}")
+    slowest = max(worst.seconds, key=lambda key: worst.seconds[key])
+    print(f"\nslowest read: {worst.seconds[slowest]:.2f} s ({slowest}); memory at most {worst.bytes / 2**20:.0f} MiB")
     print(f"{sum(ends.values())} inputs in {seconds:.0f} s, {len(failures)} kinds of failure")
     return int(bool(failures))
 

@@ -50,6 +50,9 @@ def targets(folder: Path) -> dict[str, Target]:
     made["pictures"] = Target(
         lambda draw: mutate.of_bytes(draw.choice(PICTURES), draw), file_read(folder / "pictures", "a.svg", shown)
     )
+    made["numbers"] = Target(
+        archives.damaged_numbers, file_read(folder / "figures", "figures.npz", archives.read_figures)
+    )
     made["archive"] = Target(lambda draw: archives.damaged(sent, draw), partial(archives.read, folder / "archive"))
     return dict(sorted(made.items()))
 
@@ -131,6 +134,8 @@ def _models(folder: Path) -> dict[str, Target]:
             IntactKVLM(str(path.parent), device="cpu", pivot="none")
 
         def make(draw: Random, value=content, name=name) -> bytes:
+            if name == "tokenizer.json" and draw.random() < 0.1:
+                return json.dumps(mutate.of_expressions(value, draw)).encode()
             if name == "tokenizer.json" and draw.random() < 0.2:
                 return json.dumps(mutate.of_tokenizer(value, draw)).encode("utf-8", "surrogatepass")
             return mutate.of_json(value, draw)

@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 
 _IMPORTED = ("cli.main", "commands.evaluate", "commands.capture", "commands.quantize", "commands.calibrate",
-             "commands.judge", "sweep.runner")  # fmt: skip
+             "commands.judge", "sweep.runner", "commands.find_pivots", "commands.figures", "commands.kv_codebook")  # fmt: skip
 _parent: list[subprocess.Popen] = []
 
 
@@ -66,6 +66,7 @@ def _serve() -> None:
 
     for name in _IMPORTED:
         import_module(f"intactkv_eval.{name}")
+    import_module("matplotlib.pyplot")
     works = {"begin": _begin, "ended": _ended, "kill": _kill}
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply

@@ -1,4 +1,4 @@
-"""The six works that are killed: what is run, and what its end must be. Each in a folder of its own."""
+"""The works that are killed: what is run, and what its end must be. Each in a folder of its own."""
 
 import hashlib
 import json
@@ -8,10 +8,15 @@ from pathlib import Path
 
 import yaml
 
+from intactkv_eval.bench.report import write_results
+from intactkv_eval.kv_quant.codebook import Codebook
+from intactkv_eval.pivot.prefix_file import ChoiceFile
 from intactkv_eval.report.collect import read_run
+from intactkv_eval.report.figure_numbers import read_numbers
 from intactkv_eval.weights.checkpoint import Checkpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all today. "
+WORKS = ("pivots", "figures", "kv-codebook", "report", "capture", "quantize", "calibrate", "eval", "judge", "sweep")
 TASK = {"task": "intactkv_demo_ppl", "limit": 8, "metadata": {"ppl_window": 64}}
 
 
@@ -75,7 +80,27 @@ def works(model: Path, server_url: str, bench: Path, answers: Sequence[Path]) ->
         (folder / "grid.yaml").write_text(yaml.safe_dump(grid))
         return ["sweep", str(folder / "grid.yaml"), "--out", str(folder / "sweep")]
 
+    results = model.parent / "results"
+    write_results(results, 40, 3)
+    texts = ["--samples", "6", "--length", "48", "--seed", "1"]
+
     return {
+        "pivots": Work(
+            lambda folder: ["pivots", str(model), "--data", str(text), *texts, "--max-prefix-tokens", "3", "--out", str(folder / "prefix.json")],
+            lambda folder: _read_by(ChoiceFile.load, folder / "prefix.json"),
+        ),
+        "figures": Work(
+            lambda folder: ["figures", "--model_args", cell, "--data", str(text), *texts, "--formats", "svg,png", "--out", str(folder / "figures")],
+            lambda folder: _drawn(folder / "figures"),
+        ),
+        "kv-codebook": Work(
+            lambda folder: ["kv-codebook", str(model), "--data", str(text), *texts, "--out", str(folder / "codebook.safetensors")],
+            lambda folder: _read_by(Codebook.load, folder / "codebook.safetensors"),
+        ),
+        "report": Work(
+            lambda folder: ["report", str(results), "--out", str(folder / "report.html")],
+            lambda folder: _files(folder, "report.html"),
+        ),
         "capture": Work(
             lambda folder: ["capture", str(model), "--pivot", "tokens:256+72+73", "--out", str(folder / "pivot.safetensors")],
             lambda folder: _files(folder, "pivot.safetensors"),
@@ -103,6 +128,24 @@ def works(model: Path, server_url: str, bench: Path, answers: Sequence[Path]) ->
 def _files(folder: Path, pattern: str) -> dict[str, str] | None:
     found = {path.name: digest(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
     return found or None
+
+
+def _read_by(read: Callable[[Path], object], path: Path) -> dict[str, str] | None:
+    """A file that its reader takes."""
+    if not path.is_file():
+        return None
+    read(path)
+    return {path.name: digest(path)}
+
+
+def _drawn(folder: Path) -> dict[str, str] | None:
+    """Figures and their numbers; who reads only words and numbers that are of one run finds them so."""
+    if not (folder / "figures.npz").exists():
+        return None
+    numbers, told = read_numbers(folder / "figures.npz")
+    assert numbers
+    assert json.loads((folder / "figures.json").read_text())["numbers_sha256"] == told
+    return _files(folder, "[!.]*")
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,13 +1,10 @@
-"""The small model and the works over it, for tests that run commands in processes of their own."""
+"""The small model, a judge and the works over them, for tests that run commands in processes of their own."""
 
 import pytest
-from helpers import works
-from helpers.tiny import build_model, byte_tokenizer
+from stress.kills import serving_apart, stage
 
 
 @pytest.fixture(scope="module")
 def staged(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("staged")
-    build_model("llama").save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
-    return works.works(folder / "model", "http://127.0.0.1:9/v1", folder, [folder, folder])
+    with serving_apart() as url:
+        yield stage(tmp_path_factory.mktemp("staged"), url)

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import works
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", ["capture", "quantize", "calibrate", "eval", "judge", "sweep"])
+@pytest.mark.parametrize("work", sorted(works.WORKS))
 def test_killed_works_end_as_undisturbed(work):
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(

@@ -38,7 +38,7 @@ def shared(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["calibrate", "capture", pytest.param("eval", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)],
+    ["calibrate", "capture", "pivots", "figures", "kv-codebook", "report", "judge", pytest.param("eval", marks=pytest.mark.slow), pytest.param("sweep", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_of_the_same(staged, shared, tmp_path, name):
     """One of them may be refused with a message; what is there in the end is what one alone makes."""

@@ -2,6 +2,7 @@
 
 import pickle
 import resource
+import struct
 import time
 import zipfile
 from collections import OrderedDict
@@ -78,6 +79,21 @@ def test_what_is_short_and_shares_nothing_is_read_faster_and_is_plain(data):
     except (pickle.UnpicklingError, ValueError, LookupError, TypeError):
         return
     assert value in (None, ())
+
+
+NAMED = {
+    "GLOBAL": b"cre\ncompile\n.", "STACK_GLOBAL": b"\x80\x04\x8c\x02re\x8c\x07compile\x93.",
+    "REDUCE": b"cre\ncompile\n(Va\ntR.", "INST": b"(Va\nire\ncompile\n.", "NEWOBJ": b"\x80\x02cre\nPattern\n)\x81.",
+    "in a list": b"](Va\ncre\ncompile\ne.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("calls", [None, {}], ids=["read by Python", "read by our own"])
+@pytest.mark.parametrize("data", NAMED.values(), ids=NAMED)
+def test_no_name_is_looked_up(data, calls):
+    """Short ones that Python's own reader gets, since they share no part, and the same by our own."""
+    with pytest.raises(pickle.UnpicklingError, match=r"it names re\.|more than plain values"):
+        read_plain(data, calls)
 
 
 def test_the_first_is_a_bomb_to_python_itself():
@@ -229,3 +245,14 @@ def test_advice_to_trust_the_file_is_given_nowhere(tmp_path):
 
 class ConfigMaker:
     """Any class of one's own."""
+
+
+def test_a_long_list_of_parts_is_not_read(tmp_path):
+    """Each entry of 46 bytes became an object ten times as large."""
+    path, count = tmp_path / "a.pt", 10**6
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 65535, 65535, 46 * count, 0, 0)
+    path.write_bytes((b"PK\x01\x02" + bytes(42)) * count + end)
+    begun = time.monotonic()
+    with pytest.raises(CheckpointError, match="a list of parts of 46,000,000 bytes; expected at most 32 MiB"):
+        read_torch_file(path)
+    assert time.monotonic() - begun < 2
