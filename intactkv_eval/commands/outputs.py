@@ -70,7 +70,7 @@ LOG = Kind("the log of a calibration", _begins(b"epoch,step,loss,held_out_blocks
 CONVERSATIONS = Kind("answered conversations of a calibration", _matches(rb'\{"messages": \[[^\n]*\]\}\r?\n'))
 ANSWERS = Kind("answers in FastChat's layout", _matches(rb'\{"question_id": [0-9]+, "answer_id": "'))
 REPLIES = Kind("a judge's replies", _begins(b'{"key":"'))
-PLAN = Kind("a sweep's plan", _matches(rb'\[\s*(\]|\{\s*"key": )'))
+PLAN = Kind("a sweep's plan", _matches(rb'\[\s*(\]|\{\s*"format": "intactkv-run-)'))
 NUMBERS = Kind("the numbers of `intactkv figures`", _matches(rb'\{\s*"settings": .*"pivot_words": '))
 TABLES = {
     "md": Kind("a table of `intactkv report`", _begins(b"| model | weights | kv | pivot |")),

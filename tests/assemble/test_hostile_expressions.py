@@ -11,7 +11,7 @@ from intactkv_eval.assemble.tokenizer_expressions import KNOWN, endless_expressi
 from intactkv_eval.cli.main import main
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.sweep.work import Place, Workshop
+from intactkv_eval.sweep.work import WorkerSlot, Workshop
 
 
 def make(folder):
@@ -90,7 +90,7 @@ def test_a_panic_at_a_text_is_one_message(saved_llama, tmp_path, monkeypatch, ca
     """Of an expression that is slow on the texts of a task alone; a panic is no Exception of Python."""
     said(saved_llama / "tokenizer.json", pre_tokenizer=split("q(a+)+$"))
     (tmp_path / "text.txt").write_text(f"q{'a' * 60}c " * 200)
-    arguments = ["pivots", str(saved_llama), "--text", str(tmp_path / "text.txt"), "--samples", "2", "--length", "16"]
+    arguments = ["pivots", str(saved_llama), "--data", str(tmp_path / "text.txt"), "--samples", "2", "--length", "16"]
     monkeypatch.setattr("sys.argv", ["intactkv", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -116,4 +116,4 @@ def test_a_panic_in_a_sweep_is_the_error_of_its_cell(monkeypatch):
     with pytest.raises(
         CheckpointError, match=r"pretrained='m': the tokenizers library fails on its tokenizer.json.*boom"
     ):
-        Workshop(SimpleNamespace(share=False)).run(unit, Place("cpu", Path()), Path())
+        Workshop(SimpleNamespace(share=False)).run(unit, WorkerSlot("cpu", Path()), Path())

@@ -25,7 +25,7 @@ from helpers.tiny import build_model, byte_tokenizer
 @contextmanager
 def serving_apart() -> Iterator[str]:
     """A judge in a process of its own, which outlives the kills; its address."""
-    program = [sys.executable, str(HERE.parent / "judge" / "server.py")]
+    program = [sys.executable, str(HERE.parent / "helpers" / "server.py")]
     with subprocess.Popen(
         program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:

@@ -4,9 +4,9 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-from intactkv_eval.harness import flags
 
-from intactkv_eval import cli
+from intactkv_eval.cli import main as cli
+from intactkv_eval.lm import harness_flags as flags
 from intactkv_eval.sweep import local, on_ray
 
 

@@ -11,7 +11,7 @@ import pytest
 import intactkv_eval
 from intactkv_eval.sweep import local, on_ray
 from intactkv_eval.sweep.progress import Progress
-from intactkv_eval.sweep.work import Place
+from intactkv_eval.sweep.work import WorkerSlot
 
 PACKAGE = Path(intactkv_eval.__file__).parent
 DATES = {"judge/run.py": 1}  # when a reply came
@@ -28,7 +28,7 @@ def test_a_cell_took_no_negative_time(backwards, tmp_path):
     placed = []
     folder = SimpleNamespace(start=lambda key: tmp_path, place=lambda key, record: placed.append(record))
     workshop = SimpleNamespace(run=lambda *arguments: None)
-    assert local._tried(workshop, SimpleNamespace(key="k", label="l"), Place("cpu", tmp_path), folder) is None
+    assert local._tried(workshop, SimpleNamespace(key="k", label="l"), WorkerSlot("cpu", tmp_path), folder) is None
     assert 0 <= placed[0]["seconds"] < 60
 
 
