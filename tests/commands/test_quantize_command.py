@@ -194,7 +194,14 @@ def test_a_static_checkpoint_takes_a_pivot_where_awq_is_not_known(text, tokenize
     options = ("--act-bits", 8, "--act-scheme", "tensor", "--data", text, "--samples", 3, "--length", 24)
     quantize(tmp_path / "phi3", tmp_path / "out", text, *options, bits=8)
     lm = IntactKVLM(str(tmp_path / "out"), reference=str(tmp_path / "phi3"), device="cpu", dtype="float32")
-    assert torch.isfinite(lm.pivoted_model.logits(torch.arange(9)[None])).all()
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        whole = IntactKVLM(str(tmp_path / "phi3"), device="cpu", dtype="float32").pivoted_model.logits(ids)
+        found = lm.pivoted_model.logits(ids)
+        with activations_off(lm.pivoted_model.model):
+            weights_alone = lm.pivoted_model.logits(ids)
+    assert 0 < (found - whole).norm() / whole.norm() < 0.1
+    assert not torch.equal(found, weights_alone), "activations are quantized"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,9 @@ def test_another_model_in_the_same_place_is_another_row(folder, change):
 def test_how_fast_it_ran_is_no_identity(folder):
     write(folder, BOS, [3.2, 3.3, 3.4, 3.1] * 6, 4, record={"hf_arguments": {"batch_size": "8", "device": "cpu"}})
     runs, _ = collect([folder])
-    assert compare(runs[3], "ppl_x", runs).to_baseline is not None
+    delta = compare(runs[3], "ppl_x", runs).to_baseline
+    assert delta.value == pytest.approx(runs[3].scores["ppl_x"].value - runs[1].scores["ppl_x"].value)
+    assert abs(delta.value) > 1
 
 
 def test_a_quantized_checkpoint_is_compared_with_its_reference(tmp_path):

@@ -103,11 +103,11 @@ def test_lm_evals_bypass_is_no_figure(tmp_path):
 )
 def test_other_prompts_are_not_compared_though_nothing_was_logged(tmp_path, change, named):
     said = {"n-shot": {"ppl_x": 3}, "n-samples": {"ppl_x": {"original": 10, "effective": 10}}}
-    paths = [accuracy(tmp_path, cell, [1.0, 0.0], date, **said) for date, cell in enumerate((NONE, BOS), 1)]
+    paths = [accuracy(tmp_path, cell, [1.0, date - 1.0], date, **said) for date, cell in enumerate((NONE, BOS), 1)]
     for path in paths:
         path.with_name(f"samples_ppl_x_{path.stem[-1]}.jsonl").unlink()
         edit(path, lambda content: content["config"].update(fewshot_seed=1))
-    assert to_baseline(tmp_path) is not None
+    assert to_baseline(tmp_path).value == 0.5
     edit(paths[1], change)
     assert to_baseline(tmp_path) is None
     assert named in markdown(collect([tmp_path])[0]).split("Not compared with a baseline:")[1]
@@ -116,9 +116,9 @@ def test_other_prompts_are_not_compared_though_nothing_was_logged(tmp_path, chan
 def test_examples_of_another_seed_are_the_same_where_the_prompts_are(tmp_path):
     said = {"n-shot": {"ppl_x": 3}, "task_hashes": {"ppl_x": "a"}}
     for date, cell in enumerate((NONE, BOS), 1):
-        path = accuracy(tmp_path, cell, [1.0, 0.0], date, **said)
+        path = accuracy(tmp_path, cell, [1.0, float(date == 2)], date, **said)
         edit(path, lambda content, date=date: content["config"].update(fewshot_seed=date))
-    assert to_baseline(tmp_path) is not None
+    assert to_baseline(tmp_path).value == 0.5
 
 
 def test_a_pivot_that_was_made_anew_is_another_row(tmp_path):

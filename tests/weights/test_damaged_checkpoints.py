@@ -70,10 +70,19 @@ def test_a_pattern_that_takes_gigabytes(pattern):
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"re:.*\.layers\.\d{1,2}\..*", r"-:(?i)(?:ab){e<=2}", r"(?>a){1000}(?P<x>b)(?P=x)(?!R)"]
+    ("pattern", "matched", "other"),
+    [
+        (r".*\.layers\.\d{1,2}\..*", "model.layers.12.mlp", "model.layers.123.mlp"),
+        (r"(?i)(?:abcd){e<=1}", "ABXD", "wxyz"),
+        (r"(?>a){1000}(?P<x>b)(?P=x)(?!R)", f"{'a' * 1000}bb", f"{'a' * 1000}bc"),
+    ],
 )
-def test_patterns_that_are_read(pattern):
-    check_settings(GPTQSettings, {"dynamic": {pattern: {}}})
+def test_patterns_that_are_read(pattern, matched, other):
+    """They are taken, and match as the expressions that they are."""
+    for sign in ("", "+:", "-:"):
+        check_settings(GPTQSettings, {"dynamic": {f"{sign}{pattern}": {}}})
+    assert matches(pattern, matched)
+    assert not matches(pattern, other)
 
 
 def test_slow_patterns_have_one_second_together():
