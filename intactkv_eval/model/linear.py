@@ -16,9 +16,9 @@ from intactkv_eval.compat.tensor_parts import is_wrapper, weight_hash
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.model.activation_quant import InputStage
 from intactkv_eval.weights.formats import gptq
-from intactkv_eval.weights.packing import unpack
 from intactkv_eval.weights.quantized import QuantizedWeight
 from intactkv_kernels.dispatch import BackendLayer, build_layer, choose_backend
+from intactkv_kernels.packing import unpack
 from intactkv_kernels.parts import Parts
 
 

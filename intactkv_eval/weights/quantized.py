@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from intactkv_eval.errors import CheckpointError, ConfigError
-from intactkv_eval.weights.packing import PLANES, pack, packed_words, unpack
+from intactkv_kernels.bit_planes import PLANES, packed_words
+from intactkv_kernels.packing import pack, unpack
 
 BITS = tuple(PLANES)
 

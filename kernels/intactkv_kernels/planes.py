@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from intactkv_kernels.bit_planes import PLANES
 from intactkv_kernels.native import library
 from intactkv_kernels.parts import PackedWeight
 from intactkv_kernels.scratch import room
@@ -24,7 +25,6 @@ TILE = 1024  # outputs that are dequantized at once: measured; half and twice as
 HUGE = 2**21  # bytes of a huge page
 # Measured (docs/kernels.md): up to this many rows the product on planes is faster than dequantized tiles.
 FEW_ROWS = {2: 40, 3: 40, 4: 40, 8: 16}
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # of scales, as planes.c numbers them
 
 

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+from intactkv_kernels.bit_planes import packed_words
+
 CHUNK = 32  # columns; the smallest span that fills whole words in planes of 1, 2, 4 and 8 bits alike
 GEMV_ROWS = 2  # beyond, reading x again for every few rows of codes costs more than the codes; tensor cores pay off
 TILES_IN_GROUP = 8  # tiles of rows that walk over the same codes side by side, while those are in the L2 cache
@@ -32,7 +33,7 @@ class Problem:
     @property
     def words(self) -> int:
         """W, the words of a row of codes."""
-        return sum(ceil_div(self.i, 32 // width) for width in PLANES[self.bits])
+        return packed_words(self.i, self.bits)
 
     @property
     def groups(self) -> int:

@@ -16,7 +16,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 import triton
 from helpers.tolerances import RELATIVE_RMS, relative_rms
 
-from intactkv_eval.weights.packing import pack, packed_words
+from intactkv_kernels.bit_planes import packed_words
+from intactkv_kernels.packing import pack
 from intactkv_kernels.reference import quantized_linear
 from intactkv_kernels.triton_launch import Plan, Problem, chunks_per_split, compile_options, grid, make_plan
 from intactkv_kernels.triton_linear import triton_linear

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intactkv_eval.weights.packing import PLANES, pack, packed_words, unpack
+from intactkv_kernels.bit_planes import PLANES, packed_words
+from intactkv_kernels.packing import pack, unpack
 
 
 @given(

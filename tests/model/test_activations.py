@@ -224,5 +224,5 @@ def test_sixteen_bit_models_give_what_the_float32_model_gives():
         four = coarse(IDS).logits.float()
     size = whole.norm()
     assert (rounded - expected).norm() / size < 0.08
-    assert 0 < (expected - whole).norm() / size < 0.03
+    assert 0 < (expected - whole).norm() / size < 0.05
     assert (four - whole).norm() / size > 3 * (rounded - whole).norm() / size

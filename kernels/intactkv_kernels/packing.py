@@ -1,29 +1,13 @@
 """Bit packing: small unsigned codes into 32-bit words, and back, exactly.
 
-Layout. Codes of a row are split into bit planes whose width divides 32, so no code crosses a word:
-
-    2 bits: (2,)      3 bits: (2, 1)      4 bits: (4,)      8 bits: (8,)
-
-A plane of width p holds 32/p codes a word, the first code in the lowest bits; plane follows plane along the row.
-The 3-bit code is its low two bits in the first plane and its high bit in the second. Knows no scales and no model.
+The layout is that of bit_planes.py: a plane of width p holds 32/p codes a word, the first code in the lowest bits. Knows
+no scales and no model.
 """
 
 import torch
 from torch import Tensor
 
-PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-WORD_BITS = 32
-
-
-def plane_words(columns: int, width: int) -> int:
-    """Words that a plane of `width` bits needs for `columns` codes."""
-    per_word = WORD_BITS // width
-    return -(-columns // per_word)
-
-
-def packed_words(columns: int, bits: int) -> int:
-    """Words in a packed row of `columns` codes of `bits` bits."""
-    return sum(plane_words(columns, width) for width in PLANES[bits])
+from intactkv_kernels.bit_planes import PLANES, WORD_BITS, plane_words
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
