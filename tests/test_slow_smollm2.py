@@ -16,7 +16,7 @@ from intactkv_eval.compat.lm_eval_api import make_request
 from intactkv_eval.demo import run_demo
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.model.input_transforms import apply_stages
+from intactkv_eval.model.input_transforms import apply_input_transforms
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 from intactkv_eval.quantize.on_the_fly import quantize_model
@@ -125,7 +125,7 @@ def test_a_rotation_with_every_quantizer_off_is_the_plain_model(smollm2, intact)
     with torch.inference_mode():
         wanted = model(torch.cat([torch.tensor([front] * 2), text], dim=1)).logits[:, len(front) :]
         pivot = capture(model, front, fingerprint_of(model, "main")) if intact else None
-        apply_stages(model, rotate(model), ActivationSpec())
+        apply_input_transforms(model, rotate(model), ActivationSpec())
         found = PivotedModel(model, front, pivot and to_rotated(pivot)).body_logits(text)
         assert (found - wanted).norm() / wanted.norm() < 1e-4
         if pivot is not None:

@@ -184,7 +184,7 @@ def check_cache(pivoted: PivotedModel) -> None:
     """The cache's quantizer must fit the model and the rows that it is given."""
     if pivoted.codebook is not None:
         pivoted.codebook.check_calibrated(pivoted.token_ids, pivoted.exempt)
-    if pivoted.writer is not None and pivoted.writer.in_groups:
+    if pivoted.kv_quantizer is not None and pivoted.kv_quantizer.in_groups:
         check_groups(pivoted)
 
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.assemble.loaded_model import LoadedModel, own_copy
 from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.cell.spec import CellSpec
-from intactkv_eval.model.input_transforms import apply_stages, stage_specs
+from intactkv_eval.model.input_transforms import apply_input_transforms, input_transforms
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
@@ -28,7 +28,7 @@ def _evaluated(cell: CellSpec, loaded: LoadedModel, models: ModelCache | None) -
     model = loaded.model
     if quantized_layers(model):
         if cell.activations.bits < 16:
-            apply_stages(model, None, cell.activations)
+            apply_input_transforms(model, None, cell.activations)
         return model
     rotation = None
     if cell.weights.rotate:
@@ -36,7 +36,7 @@ def _evaluated(cell: CellSpec, loaded: LoadedModel, models: ModelCache | None) -
         rotation = rotate(model)
     if cell.weights.method == "none" and cell.activations.bits == 16 and rotation is None:
         return model
-    stages = stage_specs(list(linear_layers(model)), rotation, cell.activations)
+    stages = input_transforms(list(linear_layers(model)), rotation, cell.activations)
     if cell.weights.method == "none":
         return quantized_model(model, None, stages=stages)
     return quantize_model(model, cell.weights, cell.backend, loaded.search, stages)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.compat.transformers_api import cache_argument
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.kv_quant.quantizer import Writer
+from intactkv_eval.kv_quant.quantizer import KVQuantizer
 from intactkv_eval.model.hooks import attention_watched, hidden_of, watched
 from intactkv_eval.model.structure import cache_devices, decoder_layers
 from intactkv_eval.pivot.discover import observe
@@ -75,7 +75,7 @@ def by_intact_rows(
     pivot: PivotKV,
     texts: Sequence[Tensor],
     expected: Sequence[Outputs],
-    writer: Writer | None = None,
+    writer: KVQuantizer | None = None,
 ) -> dict[str, Array]:
     """Loss and nll of the quantized `model` with 0, 1, ... P rows of the pivot intact and the others computed.
 
@@ -95,7 +95,7 @@ def by_intact_rows(
 
 def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[str, Array]:
     """Keys and values [2, T, H*D] of one layer for tokens behind the pivot: as computed, and as they are stored."""
-    assert pivoted.writer is not None, "the cell's KV cache is not quantized"
+    assert pivoted.kv_quantizer is not None, "the cell's KV cache is not quantized"
     exact = PivotedModel(pivoted.model, pivoted.token_ids, pivoted.pivot)
     cache = exact.new_cache(1)
     taken = () if pivoted.pivot is not None else pivoted.token_ids
@@ -105,7 +105,7 @@ def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[st
     held: Any = cache.layers[layer]
     keys, values = held.keys, held.values
     positions = torch.arange(keys.shape[2], device=keys.device)[None]
-    stored = pivoted.writer.write(keys, values, layer, positions)
+    stored = pivoted.kv_quantizer.write(keys, values, layer, positions)
     kept = pivoted.exempt
     pairs = {"keys": (keys, stored[0]), "values": (values, stored[1])}
     made = {}
@@ -115,7 +115,9 @@ def cache_rows(pivoted: PivotedModel, ids: Sequence[int], layer: int) -> dict[st
     return made
 
 
-def _behind(model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, writer: Writer | None = None) -> Outputs:
+def _behind(
+    model: PreTrainedModel, pivot: PivotKV, intact: int, text: Tensor, writer: KVQuantizer | None = None
+) -> Outputs:
     """The model on `text` [T] behind the pivot's tokens, the first `intact` of which are the captured rows."""
     outputs: list[Any] = []
     rows = Rows(*(tuple(part[:, :intact] for part in kind) for kind in (pivot.keys, pivot.values)))

@@ -96,9 +96,9 @@ def _numbers_to_folder(
     pivoted, tokenizer = lm.pivoted_model, lm.tokenizer
     assert pivoted.pivot is not None
     if reference or _changes_outputs(cell):
-        numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected, pivoted.writer)
+        numbers |= by_intact_rows(pivoted.model, pivoted.pivot, samples.tokens, expected, pivoted.kv_quantizer)
     layer = count // 2 if options.layer is None else options.layer
-    if pivoted.writer is not None:
+    if pivoted.kv_quantizer is not None:
         numbers |= cache_rows(pivoted, samples.tokens[0][:SHOWN].tolist(), layer)
     said = {
         "settings": _settings(asked, options, samples.digest),

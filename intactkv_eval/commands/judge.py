@@ -9,7 +9,7 @@ from tqdm import tqdm
 from intactkv_eval.errors import ConfigError, DataError
 from intactkv_eval.judge.client import Judge, JudgeServer
 from intactkv_eval.judge.cost import BudgetTracker
-from intactkv_eval.judge.entries import Entry, check_models, load_entries
+from intactkv_eval.judge.entries import AnswerSet, check_models, load_entries
 from intactkv_eval.judge.journal import opened
 from intactkv_eval.judge.matches import Bench, pairwise_matches, single_matches
 from intactkv_eval.judge.options import JudgeOptions
@@ -49,7 +49,7 @@ def judge_command(
     return JudgeReport(report.table, (*capped, *report.incomplete))
 
 
-def _entries(sources: Sequence[Path], options: JudgeOptions) -> tuple[list[Entry], list[Entry]]:
+def _entries(sources: Sequence[Path], options: JudgeOptions) -> tuple[list[AnswerSet], list[AnswerSet]]:
     """Those that are judged, and the baseline where there is one."""
     if options.all_pairs and options.baseline is not None:
         raise ConfigError("--pairwise-all: judges every two of the models; with --baseline, name the one or the other")
@@ -67,7 +67,7 @@ def _entries(sources: Sequence[Path], options: JudgeOptions) -> tuple[list[Entry
     return entries, others
 
 
-def _bench(judge: str, options: JudgeOptions, entries: Sequence[Entry]) -> Bench:
+def _bench(judge: str, options: JudgeOptions, entries: Sequence[AnswerSet]) -> Bench:
     found = load_questions(options.bench, options.questions)
     other = next((entry.name for entry in entries if entry.questions not in {None, found.digest}), None)
     if other is not None:
@@ -80,7 +80,7 @@ def _bench(judge: str, options: JudgeOptions, entries: Sequence[Entry]) -> Bench
     return Bench(questions, load_prompts(options.bench, options.questions), references)
 
 
-def _groups(bench: Bench, entries: Sequence[Entry], baseline: Sequence[Entry], options: JudgeOptions) -> Groups:
+def _groups(bench: Bench, entries: Sequence[AnswerSet], baseline: Sequence[AnswerSet], options: JudgeOptions) -> Groups:
     if not options.is_pairwise:
         return {entry.name: list(single_matches(bench, entry.answers)) for entry in entries}
     pairs = combinations(entries, 2) if options.all_pairs else ((entry, baseline[0]) for entry in entries)

@@ -28,7 +28,7 @@ _OF_MODEL = re.compile(
 )
 
 
-class Kind(NamedTuple):
+class OutputKind(NamedTuple):
     """What a command writes: its name for people, and whether a file is one, by its first 64 KiB and its path."""
 
     name: str
@@ -63,26 +63,28 @@ def _matches(pattern: bytes) -> Callable[[bytes, Path], bool]:
     return lambda head, _: expression.match(head) is not None
 
 
-PIVOT = Kind("a PivotKV", _tensors("intactkv-pivot-"))
-CODEBOOK = Kind("a KV codebook", _tensors("intactkv-kv-codebook-"))
-PREFIX = Kind("a prefix of `intactkv pivots`", _matches(rb'\s*\{\s*"format":\s*"intactkv-prefix-'))
-LOG = Kind("the log of a calibration", _begins(b"epoch,step,loss,held_out_blocks"))
-CONVERSATIONS = Kind("answered conversations of a calibration", _matches(rb'\{"messages": \[[^\n]*\]\}\r?\n'))
-ANSWERS = Kind("answers in FastChat's layout", _matches(rb'\{"question_id": [0-9]+, "answer_id": "'))
-REPLIES = Kind("a judge's replies", _begins(b'{"key":"'))
-PLAN = Kind("a sweep's plan", _matches(rb'\[\s*(\]|\{\s*"format": "intactkv-run-)'))
-NUMBERS = Kind("the numbers of `intactkv figures`", _matches(rb'\{\s*"settings": .*"pivot_words": '))
+PIVOT = OutputKind("a PivotKV", _tensors("intactkv-pivot-"))
+CODEBOOK = OutputKind("a KV codebook", _tensors("intactkv-kv-codebook-"))
+PREFIX = OutputKind("a prefix of `intactkv pivots`", _matches(rb'\s*\{\s*"format":\s*"intactkv-prefix-'))
+LOG = OutputKind("the log of a calibration", _begins(b"epoch,step,loss,held_out_blocks"))
+CONVERSATIONS = OutputKind("answered conversations of a calibration", _matches(rb'\{"messages": \[[^\n]*\]\}\r?\n'))
+ANSWERS = OutputKind("answers in FastChat's layout", _matches(rb'\{"question_id": [0-9]+, "answer_id": "'))
+REPLIES = OutputKind("a judge's replies", _begins(b'{"key":"'))
+PLAN = OutputKind("a sweep's plan", _matches(rb'\[\s*(\]|\{\s*"format": "intactkv-run-)'))
+NUMBERS = OutputKind("the numbers of `intactkv figures`", _matches(rb'\{\s*"settings": .*"pivot_words": '))
 TABLES = {
-    "md": Kind("a table of `intactkv report`", _begins(b"| model | weights | kv | pivot |")),
-    "csv": Kind("a table of `intactkv report`", _begins(b"model,weights,kv,pivot,")),
-    "tex": Kind("a table of `intactkv report`", _begins(b"\\begin{tabular}{llll")),
-    "json": Kind("figures of `intactkv report`", _matches(rb'\[\s*\{.*"weights": .*"kv": .*"pivot": .*"status": ')),
-    "html": Kind("a page of `intactkv report`", _matches(rb".{0,2000}<title>IntactKV: ")),
+    "md": OutputKind("a table of `intactkv report`", _begins(b"| model | weights | kv | pivot |")),
+    "csv": OutputKind("a table of `intactkv report`", _begins(b"model,weights,kv,pivot,")),
+    "tex": OutputKind("a table of `intactkv report`", _begins(b"\\begin{tabular}{llll")),
+    "json": OutputKind(
+        "figures of `intactkv report`", _matches(rb'\[\s*\{.*"weights": .*"kv": .*"pivot": .*"status": ')
+    ),
+    "html": OutputKind("a page of `intactkv report`", _matches(rb".{0,2000}<title>IntactKV: ")),
 }
 """Of `intactkv report`, by the ending of the file's name."""
 
 
-def check_output(path: Path, kind: Kind, inputs: Iterable[object] = (), overwrite: bool = False) -> None:
+def check_output(path: Path, kind: OutputKind, inputs: Iterable[object] = (), overwrite: bool = False) -> None:
     """Raise ConfigError unless `path` may be written: before any work, and before anything is loaded.
 
     Args:
@@ -126,7 +128,7 @@ def check_figures(folder: Path, names: Iterable[str], inputs: Iterable[object], 
     given = list(inputs)
     check_output(folder / "figures.json", NUMBERS, given, overwrite)
     head = _head(folder / "figures.json") if _status(folder / "figures.json") else b""
-    beside = Kind("a figure beside the numbers of `intactkv figures`", lambda *_: NUMBERS.holds(head, folder))
+    beside = OutputKind("a figure beside the numbers of `intactkv figures`", lambda *_: NUMBERS.holds(head, folder))
     for name in ("figures.npz", *names):
         check_output(folder / name, beside, given, overwrite)
 
@@ -182,7 +184,7 @@ def _model_of(path: Path) -> Path | None:
     return next((folder for folder in folders for name in _IS_MODEL if (folder / name).exists()), None)
 
 
-def _is_ours(path: Path, kind: Kind, status: Any) -> bool:
+def _is_ours(path: Path, kind: OutputKind, status: Any) -> bool:
     if not stat.S_ISREG(status.st_mode):
         return False
     try:

@@ -27,7 +27,7 @@ from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.run_record import versions
 from intactkv_eval.model.checkpoint_loaders import StrictAutoModel
 from intactkv_eval.model.devices import check_device
-from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
+from intactkv_eval.model.input_transforms import apply_input_transforms, calibrate_ranges
 from intactkv_eval.model.matrices import matrix_of
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.auto import tokens_of
@@ -45,7 +45,7 @@ from intactkv_eval.storage.files import locked, remove_folder
 from intactkv_eval.weights.checkpoint import read_json
 from intactkv_eval.weights.formats import FORMATS
 from intactkv_eval.weights.formats.intactkv import range_tensors
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.input_transform import Rotation
 from intactkv_eval.weights.quantized import QuantizedWeight
 
@@ -128,7 +128,7 @@ def _quantize(
     job, rotation = work.job, None
     if job.rotate:
         rotation = rotate(model)
-        apply_stages(model, rotation, ActivationSpec())
+        apply_input_transforms(model, rotation, ActivationSpec())
         pivot = to_rotated(pivot) if pivot is not None else None
     store = BlockStore(work.folder, {**work.record, "format": work.layout})
     method = job.made()
@@ -158,19 +158,21 @@ def _run_all(walk: BlockWalk, samples: Sequence[Tensor]) -> None:
 
 def _scheme(
     job: Job, model: PreTrainedModel, layers: Mapping[str, QuantizedWeight], rotation: Rotation | None
-) -> Scheme:
+) -> CheckpointScheme:
     kept = tuple(n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n not in layers)
     ordered = any(weight.order is not None for weight in layers.values())
     made_by = f"intactkv_eval:{__version__} {job.method}"
     formula = job.symmetric_formula
-    return Scheme(job.bits, job.group_size, job.symmetric, made_by, kept, job.activations, rotation, ordered, formula)
+    return CheckpointScheme(
+        job.bits, job.group_size, job.symmetric, made_by, kept, job.activations, rotation, ordered, formula
+    )
 
 
 def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
     """What the layout cannot hold is said before hours of work, not behind them."""
     method = job.made()
     ordered = bool(job.options.get("act_order")) and not job.options.get("static_groups")
-    scheme = Scheme(job.bits, job.group_size, job.symmetric, "")
+    scheme = CheckpointScheme(job.bits, job.group_size, job.symmetric, "")
     shapes = {tuple(matrix_of(layer).shape): name for name, layer in linear_layers(model).items()}
     for (outputs, inputs), name in shapes.items():
         zeros = quantize_rtn(
@@ -186,7 +188,7 @@ def _check_layout(model: PreTrainedModel, layout: str, job: Job) -> None:
 
 def _export(
     work: _Work,
-    scheme: Scheme,
+    scheme: CheckpointScheme,
     model: PreTrainedModel,
     tokenizer: Any,
     layers: Mapping[str, QuantizedWeight],

@@ -7,7 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cell.spec import ActivationSpec, CellSpec, pivot_kind
-from intactkv_eval.model.input_transforms import apply_stages
+from intactkv_eval.model.input_transforms import apply_input_transforms
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.kv import PivotKV
 from intactkv_eval.pivot.same_weights import Rules, check_same
@@ -64,5 +64,5 @@ def turned_alike(model: PreTrainedModel, pivot: PivotKV, seed: int | None) -> Pi
     """Turn the full-precision `model`, in place, as the cell's is by `seed`; its pivot in that basis."""
     if seed is None:
         return pivot
-    apply_stages(model, rotate(model, seed), ActivationSpec())
+    apply_input_transforms(model, rotate(model, seed), ActivationSpec())
     return to_rotated(pivot)

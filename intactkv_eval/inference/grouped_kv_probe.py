@@ -9,7 +9,7 @@ from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.inference.padding_probe import disagreement
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import KNOWN_LAYERS
-from intactkv_eval.kv_quant.quantizer import Writer
+from intactkv_eval.kv_quant.quantizer import KVQuantizer
 
 _TOKENS = 24
 
@@ -42,7 +42,7 @@ def check_groups(pivoted: PivotedModel) -> None:
     ids = torch.randint(0, words, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     plain = PivotedModel(model, pivoted.token_ids, pivoted.pivot).forward(ids).logits[0]
     try:
-        found = pivoted.forward_in_groups(ids, Writer(_Exact())).logits[0]
+        found = pivoted.forward_in_groups(ids, KVQuantizer(_Exact())).logits[0]
     except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         raise UnsupportedModelError(f"{name}{type(error).__name__}: {str(error)[:200]}") from error
     reason = disagreement(found.double(), plain.double(), plain.dtype)

@@ -45,7 +45,7 @@ def disagreement(found: Tensor, expected: Tensor, dtype: torch.dtype) -> str | N
     return None if worst <= allowed else f"a trial gave other logits (relative difference {worst:.1e})"
 
 
-class Columns:
+class PaddingProbe:
     """What padding in the middle of a row does to `model`."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -24,11 +24,11 @@ from intactkv_eval.compat.rope_length import (
     rope_by_length,
 )
 from intactkv_eval.errors import PivotError
-from intactkv_eval.inference.padding_probe import Columns
-from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
+from intactkv_eval.inference.padding_probe import PaddingProbe
+from intactkv_eval.kv_cache.grouped import SideBySideCache, StreamCache, TokenGroups
 from intactkv_eval.kv_cache.pivot_cache import FrontRows, PivotCache, QuantizedRows
 from intactkv_eval.kv_quant.codebook import Codebook
-from intactkv_eval.kv_quant.quantizer import LayerKV, Writer, writer_of
+from intactkv_eval.kv_quant.quantizer import KVQuantizer, LayerKV, kv_quantizer_of
 from intactkv_eval.model.structure import cache_devices, text_config
 from intactkv_eval.pivot.kv import PivotKV
 
@@ -59,7 +59,9 @@ class PivotedModel:
         self.model, self.token_ids, self.pivot = model, token_ids, pivot
         self.kv, self.codebook = kv or KVSpec(), codebook
         self.rope, self._in_long_texts = rope_by_length(model.config), in_long_texts
-        self.writer: Writer | None = writer_of(self.kv, model, codebook)  # at once: it may try the model
+        self.kv_quantizer: KVQuantizer | None = kv_quantizer_of(
+            self.kv, model, codebook
+        )  # at once: it may try the model
         if pivot is not None and len(pivot.keys) != len(self.devices):
             raise PivotError(f"the PivotKV has {len(pivot.keys)} layers, this model {len(self.devices)}")
 
@@ -114,9 +116,9 @@ class PivotedModel:
 
         Rows that are quantized in groups stay exact here: their group is quantized when it is old enough.
         """
-        if self.pivot is None or not self.kv.quantize_pivot or self.writer is None or self.writer.in_groups:
+        if self.pivot is None or not self.kv.quantize_pivot or self.kv_quantizer is None or self.kv_quantizer.in_groups:
             return self.pivot
-        return QuantizedRows.of(self.pivot, self.writer, self.devices)
+        return QuantizedRows.of(self.pivot, self.kv_quantizer, self.devices)
 
     def front_layers(self) -> list[LayerKV]:
         """Keys and values [H, P, D] of `front_rows` on each layer's device; nothing where there is none."""
@@ -152,12 +154,14 @@ class PivotedModel:
 
         padding: [B] of left-padded rows.
         """
-        return PivotCache(self.model.config, batch_size, self.writer, front or self.front_rows, self.devices, padding)
+        return PivotCache(
+            self.model.config, batch_size, self.kv_quantizer, front or self.front_rows, self.devices, padding
+        )
 
     @cached_property
-    def columns(self) -> Columns:
+    def columns(self) -> PaddingProbe:
         """What padding in the middle of a row does to the model."""
-        return Columns(self.model)
+        return PaddingProbe(self.model)
 
     @property
     def window(self) -> int | None:
@@ -178,7 +182,7 @@ class PivotedModel:
         Behind rows that are cached, attention needs a mask, which costs twice its work. So long bodies have an intact
         pivot's tokens in front, plain causal attention, and the rows of these tokens are replaced by the intact ones.
         """
-        in_groups = self.writer is not None and self.writer.in_groups
+        in_groups = self.kv_quantizer is not None and self.kv_quantizer.in_groups
         length = len(self.token_ids)
         return length if self.pivot is not None and not in_groups and tokens >= _LONG * max(1, length // 8) else 0
 
@@ -192,22 +196,24 @@ class PivotedModel:
         if self.lead(ids.shape[1]):
             front = torch.tensor(self.token_ids, dtype=torch.long, device=ids.device).expand(len(ids), -1)
             whole, front_rows = torch.cat([front, ids], dim=1), self.front_rows
-            replacing = PivotCache(self.model.config, len(ids), self.writer, front_rows, self.devices, computed=True)
+            replacing = PivotCache(
+                self.model.config, len(ids), self.kv_quantizer, front_rows, self.devices, computed=True
+            )
             return run_with_cache(self.model, replacing, whole)
-        if self.writer is not None and self.writer.in_groups:
-            return self.forward_in_groups(ids, self.writer)
-        cache = self.new_cache(len(ids)) if self.pivot is not None or self.writer is not None else None
+        if self.kv_quantizer is not None and self.kv_quantizer.in_groups:
+            return self.forward_in_groups(ids, self.kv_quantizer)
+        cache = self.new_cache(len(ids)) if self.pivot is not None or self.kv_quantizer is not None else None
         return run_with_cache(self.model, cache, ids)
 
     @torch.no_grad()
-    def forward_in_groups(self, ids: Tensor, writer: Writer, cache: SideBySideCache | None = None) -> Any:
-        """The same, with each row of the cache quantized by `writer` and in full side by side.
+    def forward_in_groups(self, ids: Tensor, kv_quantizer: KVQuantizer, cache: SideBySideCache | None = None) -> Any:
+        """The same, with each row of the cache quantized by `kv_quantizer` and in full side by side.
 
         cache: what stands in front and, if it keeps rows, gets these too; without it the pivot's rows stand in front.
         """
-        groups = self._groups(writer)
+        groups = self._groups(kv_quantizer)
         if cache is None:
-            cache = SideBySideCache(self.front_layers(), len(ids), writer.scheme, groups)
+            cache = SideBySideCache(self.front_layers(), len(ids), kv_quantizer.scheme, groups)
         first = cache.get_seq_length()
         total = first + ids.shape[1]
         masks = {
@@ -224,13 +230,13 @@ class PivotedModel:
 
         For schemes that quantize in groups: each token sees the cache as it would one at a time.
         """
-        assert self.writer is not None, "nothing is quantized"
-        ids, groups = ids.to(self.device), self._groups(self.writer)
-        cache = SideBySideCache(self.front_layers(), len(ids), self.writer.scheme, groups, keep=True)
+        assert self.kv_quantizer is not None, "nothing is quantized"
+        ids, groups = ids.to(self.device), self._groups(self.kv_quantizer)
+        cache = SideBySideCache(self.front_layers(), len(ids), self.kv_quantizer.scheme, groups, keep=True)
         with self._frequencies_of(ids.shape[1]):
             for start in range(cache.get_seq_length(), ids.shape[1] - 1, _PIECE):  # long masks are large
-                self.forward_in_groups(ids[:, start : min(start + _PIECE, ids.shape[1] - 1)], self.writer, cache)
-        return StreamCache(cache.rows(), len(ids), self.writer.scheme, groups)
+                self.forward_in_groups(ids[:, start : min(start + _PIECE, ids.shape[1] - 1)], self.kv_quantizer, cache)
+        return StreamCache(cache.rows(), len(ids), self.kv_quantizer.scheme, groups)
 
     def body_logits(self, bodies: Tensor) -> Tensor:
         """Right-padded bodies [B, T], T > 0 -> logits [B, T, V]; the pivot stands in front of each row."""
@@ -269,8 +275,8 @@ class PivotedModel:
         body = self.body_logits(inputs[:, length:])
         return torch.cat([front.to(body.device), body], dim=1)
 
-    def _groups(self, writer: Writer) -> Groups:
-        return Groups(self.exempt, writer.scheme.recent)
+    def _groups(self, kv_quantizer: KVQuantizer) -> TokenGroups:
+        return TokenGroups(self.exempt, kv_quantizer.scheme.recent)
 
 
 class _InLongTexts(PivotedModel):

@@ -25,7 +25,7 @@ _LONGEST = 200  # letters of a name; a file's may have 255
 
 
 @dataclass(frozen=True)
-class Entry:
+class AnswerSet:
     """A model's answers by question. run: that they are from, if any.
 
     group: what tells runs apart that differ in more than their seed. seed: of their sampling. questions: SHA-256 of the
@@ -45,13 +45,13 @@ class Entry:
         return next((answer.model_id for answer in self.answers.values()), self.name)
 
 
-def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
+def load_entries(sources: Iterable[Path], bench: str) -> list[AnswerSet]:
     """The entries of files and folders, each once.
 
     Raises DataError for a source without answers, a file with those of several models, a run without samples, or two
     entries of one name.
     """
-    found: list[Entry] = []
+    found: list[AnswerSet] = []
     for source in sources:
         if source.suffix == ".jsonl":
             found.append(_of_file(source))
@@ -69,7 +69,7 @@ def load_entries(sources: Iterable[Path], bench: str) -> list[Entry]:
     return found
 
 
-def check_models(entries: Sequence[Entry]) -> None:
+def check_models(entries: Sequence[AnswerSet]) -> None:
     """Raise DataError where two entries call their model by one name: their judgments could not be told apart."""
     named = [entry.model for entry in entries]
     twice = next((entry for entry in entries if named.count(entry.model) > 1), None)
@@ -90,15 +90,15 @@ def export_answers(sources: Iterable[Path], out: Path, bench: str) -> list[Path]
     return written
 
 
-def _of_file(path: Path) -> Entry:
+def _of_file(path: Path) -> AnswerSet:
     answers = read_answers(path)
     models = sorted({answer.model_id for answer in answers.values()})
     if len(models) > 1:
         raise DataError(f"{path}: answers of {len(models)} models ({', '.join(models[:5])}); make a file of each")
-    return Entry(path.stem, answers)
+    return AnswerSet(path.stem, answers)
 
 
-def _of_run(path: Path, bench: str) -> Entry | None:
+def _of_run(path: Path, bench: str) -> AnswerSet | None:
     run = read_run(path)
     if run is None:
         return None
@@ -121,7 +121,7 @@ def _of_run(path: Path, bench: str) -> Entry | None:
     asked = [content["config"].get("gen_kwargs"), alike, content.get("chat_template_sha"), sorted(answers)]
     apart = hashlib.sha256(f"{run.identity} {run.pivot_tokens} {json.dumps(asked, default=str)}".encode()).hexdigest()
     digest = str(metadata.get("data", "")).removeprefix("sha256:") or None
-    return Entry(name, answers, f"{base} [{apart[:6]}]", run, metadata.get("seed"), digest)
+    return AnswerSet(name, answers, f"{base} [{apart[:6]}]", run, metadata.get("seed"), digest)
 
 
 def run_name(run: Run) -> str:

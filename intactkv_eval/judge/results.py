@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.judge.entries import Entry, lettered
+from intactkv_eval.judge.entries import AnswerSet, lettered
 from intactkv_eval.judge.scores import ALL, WHOLE, Scores
 from intactkv_eval.report.incomplete import JUDGED, PAIRED
 from intactkv_eval.report.samples import samples_of
@@ -39,7 +39,7 @@ class JudgeRecord:
         return f"{self.bench} judged by {self.judge}{beside}"
 
 
-def write_results(out: Path, entry: Entry, record: JudgeRecord, scores: Scores) -> Path | None:
+def write_results(out: Path, entry: AnswerSet, record: JudgeRecord, scores: Scores) -> Path | None:
     """The results file. None where the entry is no run, or no question is judged whole: then those of earlier answers
     go.
     """

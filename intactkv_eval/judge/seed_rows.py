@@ -8,15 +8,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from intactkv_eval.judge.entries import Entry
+from intactkv_eval.judge.entries import AnswerSet
 from intactkv_eval.judge.scores import Figure, Scores
 from intactkv_eval.report.score import Score
 from intactkv_eval.report.seeds import seeds_merged
 
 
-def seed_rows(entries: Sequence[Entry], scores: Mapping[str, Scores]) -> dict[str, dict[str, Figure]]:
+def seed_rows(entries: Sequence[AnswerSet], scores: Mapping[str, Scores]) -> dict[str, dict[str, Figure]]:
     """A row for each group of several seeds. scores: of each entry."""
-    groups: dict[str, list[Entry]] = defaultdict(list)
+    groups: dict[str, list[AnswerSet]] = defaultdict(list)
     for entry in entries:
         if entry.group is not None and entry.seed is not None:
             groups[entry.group].append(entry)
@@ -32,7 +32,7 @@ def seed_rows(entries: Sequence[Entry], scores: Mapping[str, Scores]) -> dict[st
     return found
 
 
-def _merged(entries: Sequence[Entry], rows: Sequence[Scores]) -> dict[str, Score]:
+def _merged(entries: Sequence[AnswerSet], rows: Sequence[Scores]) -> dict[str, Score]:
     """Part -> the score of all seeds, of the parts that every one has a figure of."""
     parts = [part for part in rows[0].figures if all(_has(row.figures.get(part)) for row in rows)]
     first = entries[0].run

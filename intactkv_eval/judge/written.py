@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intactkv_eval.judge.client import JudgeServer
-from intactkv_eval.judge.entries import Entry
+from intactkv_eval.judge.entries import AnswerSet
 from intactkv_eval.judge.fastchat import Judged, pair_rows, single_rows, write_rows
 from intactkv_eval.judge.journal import Journal
 from intactkv_eval.judge.matches import Bench, Match
@@ -38,7 +38,7 @@ class Judgement:
     judge: str
     options: JudgeOptions
     bench: Bench
-    entries: Sequence[Entry]
+    entries: Sequence[AnswerSet]
     out: Path
 
     @property

@@ -19,11 +19,11 @@ from torch import Tensor
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.compat.transformers_api import DynamicLayer
 from intactkv_eval.kv_quant.quantizer import LayerKV
-from intactkv_eval.kv_quant.scheme import Scheme
+from intactkv_eval.kv_quant.scheme import KVScheme
 
 
 @dataclass(frozen=True)
-class Groups:
+class TokenGroups:
     """Which rows behind `exempt` columns are quantized, and for which query. residual: R, more than 0."""
 
     exempt: int
@@ -72,7 +72,7 @@ class Groups:
 class _GroupCache(CountingCache):
     """front: keys and values [H, P, D] or [B, H, P, D] of each layer, possibly none."""
 
-    def __init__(self, front: Sequence[LayerKV], batch_size: int, scheme: Scheme, groups: Groups) -> None:
+    def __init__(self, front: Sequence[LayerKV], batch_size: int, scheme: KVScheme, groups: TokenGroups) -> None:
         super().__init__()
         self._scheme, self._groups = scheme, groups
         for pair in front:
@@ -95,14 +95,14 @@ def _positions(start: int, stop: int, states: Tensor) -> Tensor:
 
 
 class SideBySideCache(_GroupCache):
-    """For many tokens at once: returns all copies of rows, of which `Groups.mask` shows each query the right ones.
+    """For many tokens at once: returns all copies of rows, of which `TokenGroups.mask` shows each query the right ones.
 
     Right-padded rows need nothing else: no token sees a group that is not whole before it.
     keep: whether rows are held in full, for the next tokens and for `rows`.
     """
 
     def __init__(
-        self, front: Sequence[LayerKV], batch_size: int, scheme: Scheme, groups: Groups, keep: bool = False
+        self, front: Sequence[LayerKV], batch_size: int, scheme: KVScheme, groups: TokenGroups, keep: bool = False
     ) -> None:
         super().__init__(front, batch_size, scheme, groups)
         self._keep = keep
@@ -142,7 +142,7 @@ class StreamCache(_GroupCache):
     front: full rows, the computed ones of a prompt among them. The tokens of one update must have the same boundaries.
     """
 
-    def __init__(self, front: Sequence[LayerKV], batch_size: int, scheme: Scheme, groups: Groups) -> None:
+    def __init__(self, front: Sequence[LayerKV], batch_size: int, scheme: KVScheme, groups: TokenGroups) -> None:
         super().__init__(front, batch_size, scheme, groups)
         self._done: dict[int, tuple[int, int]] = {}  # of each layer, the columns below which rows are quantized
         for layer in self.layers:  # rows are quantized in place

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.errors import PivotError
-from intactkv_eval.kv_quant.quantizer import LayerKV, Writer
+from intactkv_eval.kv_quant.quantizer import KVQuantizer, LayerKV
 
 
 class FrontRows(Protocol):
@@ -42,12 +42,12 @@ class QuantizedRows:
     values: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, front: FrontRows, writer: Writer, devices: Sequence[torch.device]) -> "QuantizedRows":
-        """The rows of `front`, as `writer` stores them, each layer's on its device."""
+    def of(cls, front: FrontRows, kv_quantizer: KVQuantizer, devices: Sequence[torch.device]) -> "QuantizedRows":
+        """The rows of `front`, as `kv_quantizer` stores them, each layer's on its device."""
         positions = torch.arange(front.keys[0].shape[1])[None]
         pairs = zip(front.keys, front.values, devices, strict=True)
         rows = [
-            writer.write(keys[None].to(device), values[None].to(device), layer, positions)
+            kv_quantizer.write(keys[None].to(device), values[None].to(device), layer, positions)
             for layer, (keys, values, device) in enumerate(pairs)
         ]
         return cls(tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
@@ -56,7 +56,7 @@ class QuantizedRows:
 class PivotCache(CountingCache):
     """The KV cache [B, H, P + T, D] of one call.
 
-    writer: what quantizes later rows, None for none. devices: of each layer, where its pivot rows go. padding: the left
+    kv_quantizer: of later rows, None for none. devices: of each layer, where its pivot rows go. padding: the left
     padding [B] of each row, so that places are those of real tokens. computed: the model is given the pivot's tokens
     too, and its own rows of them are replaced as they are written: the cache begins empty, attention is plain causal.
     Raises PivotError where the PivotKV has another number of layers than the model.
@@ -66,14 +66,14 @@ class PivotCache(CountingCache):
         self,
         config: PretrainedConfig,
         batch_size: int,
-        writer: Writer | None = None,
+        kv_quantizer: KVQuantizer | None = None,
         pivot: FrontRows | None = None,
         devices: list[torch.device] | None = None,
         padding: Tensor | None = None,
         computed: bool = False,
     ) -> None:
         super().__init__(config=config)
-        self._writer = writer
+        self._writer = kv_quantizer
         self._padding = padding
         self._replacing = pivot if computed else None
         if pivot is None:

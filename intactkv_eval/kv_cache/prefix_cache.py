@@ -1,4 +1,4 @@
-"""SharedCache: the KV of one prefix in front of many rows, without a copy for each; for a single forward.
+"""SharedPrefixCache: the KV of one prefix in front of many rows, without a copy for each; for a single forward.
 
 Every layer keeps the whole prefix, sliding ones too: the windows are the mask's. Appending makes new tensors, so that
 the prefix itself is never written to; they live no longer than their layer needs them, unless they are to be a prefix
@@ -12,21 +12,26 @@ from torch import Tensor
 
 from intactkv_eval.compat.cache_use import CountingCache
 from intactkv_eval.compat.transformers_api import DynamicLayer
-from intactkv_eval.kv_quant.quantizer import LayerKV, Writer
+from intactkv_eval.kv_quant.quantizer import KVQuantizer, LayerKV
 
 
-class SharedCache(CountingCache):
+class SharedPrefixCache(CountingCache):
     """prefix: keys and values [1, H, S, D] of each layer, possibly none.
 
-    writer: what quantizes rows, None for nothing. positions: [B, T] of the tokens that will be written.
+    kv_quantizer: what quantizes rows, None for nothing. positions: [B, T] of the tokens that will be written.
     keep: whether `rows` is to hold them afterwards.
     """
 
     def __init__(
-        self, prefix: Sequence[LayerKV], batch_size: int, writer: Writer | None, positions: Tensor, keep: bool = False
+        self,
+        prefix: Sequence[LayerKV],
+        batch_size: int,
+        kv_quantizer: KVQuantizer | None,
+        positions: Tensor,
+        keep: bool = False,
     ) -> None:
         super().__init__()
-        self._writer, self._positions, self._keep = writer, positions, keep
+        self._writer, self._positions, self._keep = kv_quantizer, positions, keep
         for keys, values in prefix:
             layer = DynamicLayer()
             layer.lazy_initialization(keys, values)

@@ -1,4 +1,4 @@
-"""OnceCache: a PivotCache for one forward. Attention gets all rows, and none but the pivot's stay behind.
+"""SingleForwardCache: a PivotCache for one forward. Attention gets all rows, and none but the pivot's stay behind.
 
 A forward that nothing goes on from would otherwise hold the KV of every layer until its end.
 """
@@ -11,7 +11,7 @@ from intactkv_eval.kv_cache.pivot_cache import PivotCache
 from intactkv_eval.kv_quant.quantizer import LayerKV
 
 
-class OnceCache(PivotCache):
+class SingleForwardCache(PivotCache):
     """The pivot's rows, in front of whatever is written. Takes what PivotCache takes, a pivot among it."""
 
     def store(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> LayerKV:

@@ -13,28 +13,28 @@ from intactkv_eval.kv_quant.channel_key import ChannelKey
 from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.kv_quant.latent import check_keys_are_cached
 from intactkv_eval.kv_quant.pre_rope import PreRope
-from intactkv_eval.kv_quant.scheme import Scheme
+from intactkv_eval.kv_quant.scheme import KVScheme
 from intactkv_eval.kv_quant.token_head import TokenHead
 
 LayerKV = tuple[Tensor, Tensor]
 """Keys and values [B, H, T, D] of one layer."""
 
 
-def _channel_key(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> Scheme:
+def _channel_key(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> KVScheme:
     if spec.group_size is None or spec.residual_length is None:
         raise ConfigError("kv_scheme=channel_key needs kv_group_size and kv_residual_length")
     check_keys_are_cached(model, "channel_key")
     return ChannelKey(spec.bits, spec.group_size, spec.residual_length)
 
 
-def _pre_rope(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> Scheme:
+def _pre_rope(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> KVScheme:
     if codebook is None or codebook.bits != spec.bits:
         held = "none" if codebook is None else f"those of {codebook.bits} bits"
         raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs a codebook of {spec.bits} bits, got {held}")
     return PreRope(codebook, model)
 
 
-SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, Codebook | None], Scheme]] = {
+SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, Codebook | None], KVScheme]] = {
     "token_head": lambda spec, model, codebook: TokenHead(spec.bits, spec.rotate, spec.clip),
     "channel_key": _channel_key,
     "pre_rope": _pre_rope,
@@ -42,10 +42,10 @@ SCHEMES: dict[str, Callable[[KVSpec, PreTrainedModel, Codebook | None], Scheme]]
 
 
 @dataclass(frozen=True)
-class Writer:
+class KVQuantizer:
     """Quantizes what is written to a cache, but for the first `keep` tokens of each row."""
 
-    scheme: Scheme
+    scheme: KVScheme
     keep: int = 0
 
     @property
@@ -62,10 +62,10 @@ class Writer:
         return torch.where(kept, keys, fake[0]), torch.where(kept, values, fake[1])
 
 
-def writer_of(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None = None) -> Writer | None:
-    """The writer of a cell on `model`, None where its KV cache is not quantized.
+def kv_quantizer_of(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None = None) -> KVQuantizer | None:
+    """The kv_quantizer of a cell on `model`, None where its KV cache is not quantized.
 
     Raises ConfigError for codebook that are missing or do not fit, UnsupportedModelError where the scheme does not fit
     the model.
     """
-    return None if spec.bits == 16 else Writer(SCHEMES[spec.scheme](spec, model, codebook), spec.sink_tokens)
+    return None if spec.bits == 16 else KVQuantizer(SCHEMES[spec.scheme](spec, model, codebook), spec.sink_tokens)

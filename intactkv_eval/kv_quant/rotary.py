@@ -31,7 +31,7 @@ _STEADY_16_BITS = 5e-2
 
 
 @dataclass(frozen=True)
-class Layout:
+class RotaryLayout:
     """Which channels are a pair: those of two halves, or neighbours. angles: how cos and sin come from the module.
 
     `channel`: one for each channel. `pair`: one for each pair. `halves`: laid out for halves, though the pairs are
@@ -63,18 +63,23 @@ class Layout:
 
 # The order in which they are tried: most models are of the first.
 _LAYOUTS = (
-    Layout(False, "channel"), Layout(False, "pair"), Layout(True, "channel"), Layout(True, "pair"),
-    Layout(True, "halves"), Layout(False, "channel", backwards=True), Layout(True, "pair", sine_first=True),
-)  # fmt: skip
+    RotaryLayout(False, "channel"),
+    RotaryLayout(False, "pair"),
+    RotaryLayout(True, "channel"),
+    RotaryLayout(True, "pair"),
+    RotaryLayout(True, "halves"),
+    RotaryLayout(False, "channel", backwards=True),
+    RotaryLayout(True, "pair", sine_first=True),
+)
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class RotaryTurn:
     """cos, sin: [B or 1, 1, T, R] of some rows; None where the layer does not rotate."""
 
     cos: Tensor | None
     sin: Tensor | None
-    layout: Layout = _LAYOUTS[0]
+    layout: RotaryLayout = _LAYOUTS[0]
 
     def do(self, keys: Tensor) -> Tensor:
         """[B, H, T, D] before RoPE -> after it."""
@@ -99,12 +104,12 @@ class Rotary:
     module: nn.Module | None
     kinds: tuple[str | None, ...]
     rotates: tuple[bool, ...]
-    layout: Layout = _LAYOUTS[0]
+    layout: RotaryLayout = _LAYOUTS[0]
 
-    def at(self, positions: Tensor, layer: int, states: Tensor) -> Turn:
+    def at(self, positions: Tensor, layer: int, states: Tensor) -> RotaryTurn:
         """The rotation of rows at `positions` [B or 1, T] (of padding any), in the precision they are worked in."""
         if self.module is None or not self.rotates[layer]:
-            return Turn(None, None)
+            return RotaryTurn(None, None)
         kind = self.kinds[layer]
         named = {} if kind is None else {"layer_type": kind}
         like = working(states[:1, 0, :1])
@@ -112,7 +117,7 @@ class Rotary:
         cos, sin = self.module(like, position_ids=places, **named)
         cos, sin = (sin, cos) if self.layout.sine_first else (cos, sin)
         cos, sin = (self.layout.spread(part[:, None].to(like)) for part in (cos, sin))
-        return Turn(cos, sin, self.layout)
+        return RotaryTurn(cos, sin, self.layout)
 
 
 def find_rotary(model: PreTrainedModel) -> Rotary:

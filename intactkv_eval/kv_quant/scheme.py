@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Scheme(Protocol):
+class KVScheme(Protocol):
     """How keys and values [B, H, T, D] of a layer are stored. `positions` [B or 1, T] are the rows' places.
 
     Each method returns a new tensor of the same shape and dtype.

@@ -17,11 +17,11 @@ from intactkv_eval.compat.lm_eval_api import HFLM, Instance, normalize_gen_kwarg
 from intactkv_eval.compat.transformers_api import template_clock
 from intactkv_eval.errors import ConfigError, PivotError
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.generation.settings import own_lengths, say_length, served
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.generation_options import check_options, for_generate
-from intactkv_eval.lm.pivot_framing import Framing
+from intactkv_eval.lm.pivot_framing import PivotFraming
 from intactkv_eval.lm.row_stops import filling_token, row_stops
 from intactkv_eval.pivot.tokens import opens_messages
 
@@ -34,20 +34,20 @@ class PivotedGeneration(HFLM):
     """`hf` whose generation stands behind a pivot. What it uses is made by the class that inherits it."""
 
     cell: CellSpec
-    framing: Framing
+    framing: PivotFraming
     chat: ChatSettings  # of all chat prompts
     _is_head: bool  # whether the pivot is what the chat template's prompts begin with
     _longest: int | None
     _asked: Mapping[str, Any]
     _prompt_lengths: list[int]
-    _starts: SharedStart | None
+    _starts: PrefixCache | None
 
     @property
     def pivoted_model(self) -> PivotedModel:
         """The model with the pivot in front."""
         raise NotImplementedError
 
-    def _framing(self, token_ids: tuple[int, ...]) -> Framing:
+    def _framing(self, token_ids: tuple[int, ...]) -> PivotFraming:
         """Raises PivotError for the head of chat prompts that this run renders otherwise."""
         self.chat_template_args = dict(self.chat.arguments)
         pivot = self.pivoted_model.pivot
@@ -56,7 +56,7 @@ class PivotedGeneration(HFLM):
         first = self.prefix_token_id
         longer = len(token_ids) > 1 and token_ids[0] == first
         opens = longer and opens_messages(self.tokenizer, first, self.chat)
-        return Framing(token_ids, first, int(self.max_length), opens)
+        return PivotFraming(token_ids, first, int(self.max_length), opens)
 
     def check_head(self, prompt: str, tokens: Sequence[int]) -> None:
         """Raise PivotError for a chat prompt that would stand behind the opening of another one.
@@ -122,7 +122,7 @@ class PivotedGeneration(HFLM):
         options = requests[0].args[1]
         source = f"--gen_kwargs, or generation_kwargs of task {requests[0].task_name}"
         check_options(options, source)
-        served(self.model.generation_config, options, self.pivoted_model.writer is not None)
+        served(self.model.generation_config, options, self.pivoted_model.kv_quantizer is not None)
         new = int(normalize_gen_kwargs(dict(options), self.max_gen_toks)["max_gen_toks"])
         if new >= self.max_length:
             raise ConfigError(
@@ -201,7 +201,7 @@ class PivotedGeneration(HFLM):
             width = context.shape[1] - first  # behind it; beams without an EOS are filled up with -1
             for place, tokens in zip(torch.nonzero(alike)[:, 0].tolist(), made[:, width:].tolist(), strict=True):
                 found[place] = context[place].tolist() + list(takewhile(lambda token: token >= 0, tokens))
-        return _Rows(found)
+        return _TokenRows(found)
 
     @cached_property
     def filling_token(self) -> int | None:
@@ -211,7 +211,7 @@ class PivotedGeneration(HFLM):
         return filling_token(self.tokenizer, words, but)
 
 
-class _Rows(list[list[int]]):
+class _TokenRows(list[list[int]]):
     """Rows of tokens of unequal lengths."""
 
     def tolist(self) -> list[list[int]]:

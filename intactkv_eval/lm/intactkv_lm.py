@@ -38,16 +38,16 @@ from intactkv_eval.chat.bos_text import encoded_prompt, splits_bos
 from intactkv_eval.compat.lm_eval_api import Instance, rolling_text, simple_parse_args_string
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.batch_size import check_batch_size, rows_that_fit
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
-from intactkv_eval.inference.scoring.request_table import Score
+from intactkv_eval.inference.scoring.request_table import RequestScore
 from intactkv_eval.inference.scoring.score import Counts, score
 from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.lm.harness_flags import begin_command, chosen_flags
 from intactkv_eval.lm.hf_arguments import chat_arguments, check_front, checked_cell
 from intactkv_eval.lm.loading import CellLoading
-from intactkv_eval.lm.multi_turn import PivotedTalks
+from intactkv_eval.lm.multi_turn import MultiTurnGeneration
 from intactkv_eval.lm.pair_checks import check_pairs, nothing_left
 from intactkv_eval.lm.plugin import register
 from intactkv_eval.lm.response_cache import guard_response_cache
@@ -62,7 +62,7 @@ from intactkv_kernels.native import library
 logger = logging.getLogger(__name__)
 
 
-class IntactKVLM(CellLoading, PivotedTalks):
+class IntactKVLM(CellLoading, MultiTurnGeneration):
     """The model class `intactkv` of lm_eval.
 
     Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
@@ -112,7 +112,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
         check_front(self.hf_arguments, self.pivoted_model.token_ids, self.tokenizer)
         self._set_ranks()
         self._shared = SharedModel(self.pivoted_model)
-        self._starts = SharedStart(self._shared) if self.cell.share_prefix else None
+        self._starts = PrefixCache(self._shared) if self.cell.share_prefix else None
         self.counts = Counts()
         self.framing = self._framing(self.pivoted_model.token_ids)
         if self.max_length < 1:
@@ -258,7 +258,7 @@ class IntactKVLM(CellLoading, PivotedTalks):
         hidden = disable_tqdm or self.rank != 0
         with tqdm(total=len(framed), desc="Running loglikelihood requests", disable=hidden) as bar:
 
-            def done(index: int, result: Score) -> None:
+            def done(index: int, result: RequestScore) -> None:
                 if requests[index][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], tuple(result))
                 bar.update(1)

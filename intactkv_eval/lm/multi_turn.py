@@ -16,9 +16,9 @@ from intactkv_eval.chat.messages import Conversation, Message, filled, open_ques
 from intactkv_eval.compat.lm_eval_api import Instance, hash_args
 from intactkv_eval.errors import ConfigError, unknown_key
 from intactkv_eval.inference.batch_size import kv_bytes_per_token
-from intactkv_eval.inference.generation.multi_turn import Asked, Turn, converse
+from intactkv_eval.inference.generation.multi_turn import ChatTurn, TurnPrompt, converse
 from intactkv_eval.inference.generation.plan import eos_ids
-from intactkv_eval.inference.generation.sampling import Draw
+from intactkv_eval.inference.generation.sampling import SamplingParams
 from intactkv_eval.inference.generation.turn_cache import BUDGET
 from intactkv_eval.lm.generation import PivotedGeneration
 from intactkv_eval.training.examples import rendered
@@ -41,7 +41,7 @@ def number(name: str, value: Any, kind: Callable[[Any], Number], most: float = f
 
 
 @dataclass(frozen=True)
-class Talk:
+class MultiTurnRequest:
     """A conversation with open questions, and how they are answered."""
 
     messages: Conversation
@@ -59,7 +59,7 @@ def _behind_last(token: int, tokens: Sequence[int]) -> list[int]:
     return list(tokens[places[-1] + 1 :] if places else tokens)
 
 
-class PivotedTalks(PivotedGeneration):
+class MultiTurnGeneration(PivotedGeneration):
     """Answers conversations behind the pivot; the codec of its own talks."""
 
     @property
@@ -87,7 +87,7 @@ class PivotedTalks(PivotedGeneration):
         talks = [self._talk(requests[place].args[1]) for place in places]
         with tqdm(total=len(talks), desc="Running generate_turns requests", disable=disable_tqdm or self.rank) as bar:
 
-            def done(index: int, turns: list[Turn]) -> None:
+            def done(index: int, turns: list[ChatTurn]) -> None:
                 found[places[index]] = [list(turn) for turn in turns]
                 self.cache_hook.add_partial(REQUEST, self._kept_under(requests[places[index]]), found[places[index]])
                 bar.update(1)
@@ -99,7 +99,7 @@ class PivotedTalks(PivotedGeneration):
         """What answers are kept under: prompts are written here, so their date is no part of the request."""
         return (*request.args, self.chat.date) if self.chat.date is not None else tuple(request.args)
 
-    def _converse(self, talks: Sequence[Talk], done: Any) -> None:
+    def _converse(self, talks: Sequence[MultiTurnRequest], done: Any) -> None:
         longest = min(max(map(self._tokens, talks), default=1), int(self.max_length))
         rows = min(self._rows_for(None)(longest), max(len(talks), 1))
         if self._starts is None:
@@ -109,7 +109,7 @@ class PivotedTalks(PivotedGeneration):
         with self._starts.turns_kept(max(BUDGET, whole), longest):
             converse(self.pivoted_model, talks, self, rows, self._starts, done)
 
-    def _tokens(self, talk: Talk) -> int:
+    def _tokens(self, talk: MultiTurnRequest) -> int:
         """Of the whole conversation, where each answer is as long as it may be."""
         said, answers = talk.messages, 0
         while waits(said):
@@ -119,7 +119,7 @@ class PivotedTalks(PivotedGeneration):
     def _rows_for(self, override: int | None) -> Any:
         raise NotImplementedError
 
-    def _talk(self, options: Mapping[str, Any]) -> Talk:
+    def _talk(self, options: Mapping[str, Any]) -> MultiTurnRequest:
         for key in options:
             if key not in OPTIONS:
                 raise unknown_key(key, OPTIONS)
@@ -129,7 +129,7 @@ class PivotedTalks(PivotedGeneration):
         if not 0 < most < self.max_length:
             raise ConfigError(f"max_gen_toks={most}: {self.max_length} tokens fit behind the pivot, prompt included")
         until = options.get("until") or own.stop_strings or ()
-        return Talk(
+        return MultiTurnRequest(
             messages=tuple(Message(one["role"], one["content"]) for one in options["messages"]),
             most=most,
             temperature=number("temperature", options.get("temperature") or 0.0, float),
@@ -139,7 +139,7 @@ class PivotedTalks(PivotedGeneration):
             until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
         )
 
-    def ask(self, talk: Talk, answers: Sequence[str]) -> Asked | None:
+    def ask(self, talk: MultiTurnRequest, answers: Sequence[str]) -> TurnPrompt | None:
         """The conversation up to its first open question, answers filled in; the pivot's tokens taken off."""
         said = filled(talk.messages, answers)
         end = open_question(said)
@@ -156,10 +156,10 @@ class PivotedTalks(PivotedGeneration):
         most = min(talk.most, room - len(body))
         if most < talk.most:
             self.framing.counts["answers_with_less_room"] += 1
-        draw = Draw(talk.temperature, talk.top_k, talk.top_p, f"{talk.seed}/{len(answers)}")
-        return Asked(prompt, body, most, draw)
+        draw = SamplingParams(talk.temperature, talk.top_k, talk.top_p, f"{talk.seed}/{len(answers)}")
+        return TurnPrompt(prompt, body, most, draw)
 
-    def answer(self, talk: Talk, tokens: Sequence[int]) -> tuple[str, bool]:
+    def answer(self, talk: MultiTurnRequest, tokens: Sequence[int]) -> tuple[str, bool]:
         """The text behind its thoughts, without special tokens and the space around it, cut at the first stop string.
 
         A stop string ends an answer among the thoughts too, as in lm_eval's `hf`.

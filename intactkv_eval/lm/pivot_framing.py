@@ -15,7 +15,7 @@ from intactkv_eval.inference.scoring.request_table import Request
 
 
 @dataclass
-class Framing:
+class PivotFraming:
     """token_ids: the pivot, possibly empty. prefix: lm_eval's token for an empty context. room: tokens behind it.
 
     opens_messages: whether `prefix` stands in front of every message of chat prompts.

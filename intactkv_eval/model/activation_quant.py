@@ -23,7 +23,7 @@ from intactkv_eval.compat.transformers_api import Conv1D
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.weights.gradient import straight_through
 from intactkv_eval.weights.hadamard import hadamard_rows
-from intactkv_eval.weights.input_transform import StageSpec
+from intactkv_eval.weights.input_transform import InputTransform
 
 
 def quantize_activations(
@@ -62,7 +62,7 @@ class InputStage(nn.Module):
 
     range: Tensor | None
 
-    def __init__(self, spec: StageSpec, name: str = "the layer") -> None:
+    def __init__(self, spec: InputTransform, name: str = "the layer") -> None:
         super().__init__()
         self.spec, self.quantizes = spec, spec.activations.bits < 16
         held = None

@@ -17,15 +17,15 @@ from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activ
 from intactkv_eval.model.linear import QuantizedLinear, quantized_layers
 from intactkv_eval.model.loading import swap
 from intactkv_eval.model.structure import decoder_layers, linear_layers, matrices_of
-from intactkv_eval.weights.input_transform import Range, Rotation, StageSpec
+from intactkv_eval.weights.input_transform import InputTransform, Range, Rotation
 
 
-def stage_specs(
+def input_transforms(
     names: "list[str]",
     rotation: Rotation | None,
     activations: ActivationSpec,
     ranges: Mapping[str, Range] | None = None,
-) -> dict[str, StageSpec]:
+) -> dict[str, InputTransform]:
     """The stage of each of the layers `names` that needs one.
 
     Raises ConfigError where static ranges are missing or belong to no layer, or an online transform does.
@@ -39,11 +39,11 @@ def stage_specs(
             f"input stages: static ranges missing for {missing[:3] or 'none'}; ranges or online transforms for "
             f"{strange[:3] or list(held)[:3] or 'none'}, which are no quantized layers, or not with act_scheme=tensor"
         )
-    made = {name: StageSpec(online.get(name), activations, held.get(name)) for name in names}
+    made = {name: InputTransform(online.get(name), activations, held.get(name)) for name in names}
     return {name: spec for name, spec in made.items() if not spec.is_idle}
 
 
-def apply_stages(
+def apply_input_transforms(
     model: PreTrainedModel,
     rotation: Rotation | None,
     activations: ActivationSpec,
@@ -52,18 +52,18 @@ def apply_stages(
     """Give `model` its input stages, in place, in front of quantized and full-precision layers alike.
 
     Stages that it had are replaced: call it again to turn quantizers on or off. A full-precision layer keeps its
-    tensors and becomes a StagedLinear. Raises ConfigError as `stage_specs`, UnsupportedModelError where a matrix would
-    be passed over.
+    tensors and becomes a StagedLinear. Raises ConfigError as `input_transforms`, UnsupportedModelError where a matrix
+    would be passed over.
     """
-    layers = staged_layers(model)
-    specs = stage_specs(list(layers), rotation, activations, ranges)
+    layers = transformed_layers(model)
+    specs = input_transforms(list(layers), rotation, activations, ranges)
     for name, layer in layers.items():
-        spec = specs.get(name, StageSpec())
+        spec = specs.get(name, InputTransform())
         stage = None if spec.is_idle else InputStage(spec, name).to(_device(layer))
         if isinstance(layer, QuantizedLinear):
             layer.prepare = stage
         elif isinstance(layer, StagedLinear):
-            layer.prepare = stage or InputStage(StageSpec())
+            layer.prepare = stage or InputStage(InputTransform())
         elif stage is not None:
             swap(model, name, StagedLinear(layer, stage).train(layer.training))
 
@@ -73,7 +73,7 @@ def _device(layer: nn.Module) -> torch.device:
     return next(chain(layer.parameters(), layer.buffers())).device
 
 
-def staged_layers(model: PreTrainedModel) -> dict[str, Any]:
+def transformed_layers(model: PreTrainedModel) -> dict[str, Any]:
     """The layers that a stage may stand in front of: the quantized ones, or all linear layers of the decoder layers.
 
     Raises UnsupportedModelError where only a part of them is quantized.
@@ -99,7 +99,7 @@ def calibrate_ranges(model: PreTrainedModel, run: Callable[[], None]) -> dict[st
     come from a cache. Its hooks are always removed. Raises CheckpointError for NaN or inf, by layer, ConfigError for a
     layer that saw nothing.
     """
-    layers = staged_layers(model)
+    layers = transformed_layers(model)
     found: dict[str, Range] = {}
     hooks = [layer.register_forward_pre_hook(_watch(name, found)) for name, layer in layers.items()]
     try:

@@ -18,7 +18,7 @@ from intactkv_eval.model.activation_quant import InputStage, StagedLinear
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.matrices import finite_matrix
 from intactkv_eval.model.structure import check_resident, linear_layers
-from intactkv_eval.weights.input_transform import StageSpec
+from intactkv_eval.weights.input_transform import InputTransform
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 Quantizer = Callable[[Tensor, str], QuantizedWeight]
@@ -29,7 +29,7 @@ def quantized_model(
     source: PreTrainedModel,
     quantizer: Quantizer | None,
     backend: str = "auto",
-    stages: Mapping[str, StageSpec] | None = None,
+    stages: Mapping[str, InputTransform] | None = None,
 ) -> PreTrainedModel:
     """`source` with every linear layer of its decoder layers quantized, and with input stages by the layers' names.
 
@@ -42,7 +42,7 @@ def quantized_model(
     check_resident(source)
     target = _copy_on_meta(source)
     for name, layer in layers.items():
-        held = layer.prepare.spec if isinstance(layer, StagedLinear) else StageSpec()
+        held = layer.prepare.spec if isinstance(layer, StagedLinear) else InputTransform()
         spec = specs.get(name, held)
         prepare = None if spec.is_idle else InputStage(spec, name).to(layer.weight.device)
         if quantizer is None:

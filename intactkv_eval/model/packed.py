@@ -149,7 +149,7 @@ def _check_converted(named: NamedCheckpoint) -> None:
         )
 
 
-class _Places:
+class _ModulePlaces:
     """Where each module goes."""
 
     def __init__(self, table: Mapping[str, Any]) -> None:
@@ -182,11 +182,11 @@ def _check_sizes(checkpoint: Checkpoint, config: PretrainedConfig, auto_class: A
     check_fits(model, str(checkpoint.folder), checkpoint.files, quantized=True)
 
 
-def _devices(model: PreTrainedModel, device_map: Any, max_memory: Mapping[Any, Any] | None) -> _Places:
+def _devices(model: PreTrainedModel, device_map: Any, max_memory: Mapping[Any, Any] | None) -> _ModulePlaces:
     if device_map is None:
-        return _Places({"": "cpu"})
+        return _ModulePlaces({"": "cpu"})
     if not isinstance(device_map, str):
-        return _Places(device_map)
+        return _ModulePlaces(device_map)
     # Packed layers take a byte or less for each weight: counted as one, so that the map errs to the safe side.
     small = {
         f"{name}.weight": torch.int8 for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))
@@ -203,7 +203,7 @@ def _devices(model: PreTrainedModel, device_map: Any, max_memory: Mapping[Any, A
             f"device_map={device_map}: the model does not fit on the devices, and offloaded layers are not supported: "
             "give it more room with max_memory_per_gpu, or use device=cpu without parallelize"
         )
-    return _Places(found)
+    return _ModulePlaces(found)
 
 
 def _read_layer(
@@ -234,7 +234,7 @@ def _read_layer(
     return QuantizedLinear(weight.to(device), bias, dtype, backend, name, prepare)
 
 
-def _assign(model: PreTrainedModel, names: _Names, places: _Places, packed: Collection[str]) -> None:
+def _assign(model: PreTrainedModel, names: _Names, places: _ModulePlaces, packed: Collection[str]) -> None:
     """Everything that is not a packed layer's: embeddings, norms, layers left in full precision."""
     state, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
     wanted = {name for name, tensor in state.items() if tensor.is_meta or name in buffers}

@@ -30,7 +30,7 @@ class NamedCheckpoint:
         """As stored, the tensors that transformers converts when it loads them: they have no place of their own."""
         self.placeless: list[str] = []
         """As stored, the other tensors that have no place."""
-        places = _Places(model)
+        places = _TensorPlaces(model)
         for stored in sorted(checkpoint.names):
             stem, _, key = stored.rpartition(".")
             name, converted = places.of(f"{stem}.weight" if key in packed else stored)
@@ -62,7 +62,7 @@ class NamedCheckpoint:
         return {name: found[key] for name, key in stored.items()}
 
 
-class _Places:
+class _TensorPlaces:
     """Where a model has a place for a tensor of a checkpoint."""
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -33,15 +33,15 @@ _INTACTKV = (
 )
 
 
-class Published(NamedTuple):
+class PublishedQuestions(NamedTuple):
     """Where a file was published, at one commit, and the SHA-256 of its bytes."""
 
     url: str
     digest: str
 
 
-def _at(origin: str, files: Mapping[str, str]) -> dict[str, Published]:
-    return {name: Published(origin + name, digest) for name, digest in files.items()}
+def _at(origin: str, files: Mapping[str, str]) -> dict[str, PublishedQuestions]:
+    return {name: PublishedQuestions(origin + name, digest) for name, digest in files.items()}
 
 
 PUBLISHED = {

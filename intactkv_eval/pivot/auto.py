@@ -19,7 +19,7 @@ from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot import store
 from intactkv_eval.pivot.capture import check_supported
 from intactkv_eval.pivot.prefix_choice import Evidence, PrefixLimits, choose
-from intactkv_eval.pivot.prefix_file import ChoiceFile, Searched
+from intactkv_eval.pivot.prefix_file import PrefixFile, Searched
 from intactkv_eval.pivot.tokens import resolve_tokens
 from intactkv_eval.storage.files import cache_folder
 
@@ -52,7 +52,7 @@ class Search(NamedTuple):
 
 def search_prefix(
     model: PreTrainedModel, tokenizer: Any, first: tuple[int, ...], samples: Samples, search: Search
-) -> ChoiceFile:
+) -> PrefixFile:
     """The prefix that begins with `first`, and its evidence. Raises UnsupportedModelError or PivotError."""
     check_supported(model)
     layers = list(decoder_layers(model)[1])
@@ -69,7 +69,7 @@ def search_prefix(
         min_reduction=search.min_reduction,
     )
     words = tuple(tokenizer.decode([token]) for token in chosen.prefix)
-    return ChoiceFile(tokens=chosen.prefix, text=words, searched=searched, choice=chosen)
+    return PrefixFile(tokens=chosen.prefix, text=words, searched=searched, choice=chosen)
 
 
 def tokens_of(
@@ -109,7 +109,7 @@ def automatic_tokens(
     asked = hashlib.sha256(json.dumps([identity, source, search, first, _words(tokenizer)]).encode()).hexdigest()[:32]
     path = cache_folder() / "pivots" / f"auto-{asked}.json"
     if identity is not None and path.is_file():
-        return ChoiceFile.load(path).tokens
+        return PrefixFile.load(path).tokens
     model = load()
     samples = load_samples(search.data, tokenizer, search.samples, search.length, search.seed)
     made = search_prefix(model, tokenizer, first, samples, search)
@@ -124,7 +124,7 @@ def _words(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
-def control(made: ChoiceFile) -> str:
+def control(made: PrefixFile) -> str:
     """What the prefix does to the full-precision model on held-out texts, in a line."""
     before, after = made.choice.before, made.choice.after
     if before.prefix == after.prefix:

@@ -36,7 +36,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Choice:
+class PrefixChoice:
     """prefix: what was chosen. before, after: with the first token alone, and with the prefix. steps: of the search,
     the prefix and the pivots a thousand tokens behind it."""
 
@@ -68,7 +68,7 @@ def choose(
     texts: Sequence[Tensor],
     limits: PrefixLimits,
     done: Callable[[], object] = lambda: None,
-) -> Choice:
+) -> PrefixChoice:
     """A prefix that begins with `first`. texts: [T] each; every other one is searched. done: called after each text."""
     searched, held_out = texts[::2], texts[1::2]
 
@@ -99,7 +99,7 @@ def choose(
         return Evidence(one, rate(behind(one, held_out), held_out), nll)
 
     before = evidence(first)
-    return Choice(prefix, before, before if prefix == first else evidence(prefix), tuple(steps))
+    return PrefixChoice(prefix, before, before if prefix == first else evidence(prefix), tuple(steps))
 
 
 def pivots_behind(

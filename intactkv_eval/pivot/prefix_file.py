@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from intactkv_eval.errors import PivotError
-from intactkv_eval.pivot.prefix_choice import Choice
+from intactkv_eval.pivot.prefix_choice import PrefixChoice
 from intactkv_eval.storage.documents import parse_json
 from intactkv_eval.storage.files import write_atomic
 from intactkv_eval.storage.limits import read_bytes
@@ -28,7 +28,7 @@ class Searched(BaseModel):
     min_reduction: float
 
 
-class ChoiceFile(BaseModel):
+class PrefixFile(BaseModel):
     """tokens: the prefix; text: their words; evidence: what was measured on texts that it was not chosen on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,7 +37,7 @@ class ChoiceFile(BaseModel):
     tokens: tuple[Annotated[int, Field(ge=0, strict=True)], ...]
     text: tuple[str, ...]
     searched: Searched
-    choice: Choice
+    choice: PrefixChoice
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all. Raises OSError as the file system does."""
@@ -45,7 +45,7 @@ class ChoiceFile(BaseModel):
         write_atomic(path, lambda partial: partial.write_text(content, encoding="utf-8"))
 
     @classmethod
-    def load(cls, path: Path) -> "ChoiceFile":
+    def load(cls, path: Path) -> "PrefixFile":
         """Read what `save` wrote. Raises PivotError for a missing, damaged or foreign file."""
         if not path.is_file():
             raise PivotError(f"pivot file {path} does not exist")

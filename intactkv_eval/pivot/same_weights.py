@@ -157,11 +157,11 @@ def _of_matrix(q: Tensor, w: Tensor, rules: Rules, scaled: bool) -> tuple[str | 
     told = f"differs from the reference's by {residual:.2f} of its size"
     if cosine < least:
         return f"{told}: its cosine with it is {cosine:.2f} (a rounded copy: {least} or more)", residual
-    fault = _of_groups(Groups(q, w), rules, residual) if rules.grouped else None
+    fault = _of_groups(GroupStructure(q, w), rules, residual) if rules.grouped else None
     return (None if fault is None else f"{told}{fault}"), residual
 
 
-def _of_groups(groups: "Groups", rules: Rules, residual: float) -> str | None:
+def _of_groups(groups: "GroupStructure", rules: Rules, residual: float) -> str | None:
     fine = (rules.bits is None or rules.bits >= 8) and groups.are_fine()
     if fine and residual > _MOST_FINE:
         return f" (a copy in as many values as it takes: at most {_MOST_FINE})"
@@ -186,7 +186,7 @@ def fitted(q: Tensor, w: Tensor) -> Tensor:
     return w * rows * columns
 
 
-class Groups:
+class GroupStructure:
     """Q and W in pieces of 16 neighbours [N, 16], and every pair in a piece."""
 
     def __init__(self, q: Tensor, w: Tensor) -> None:

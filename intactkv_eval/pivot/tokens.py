@@ -9,7 +9,7 @@ from intactkv_eval.chat.bos_text import encoded_prompt
 from intactkv_eval.chat.sandbox import prompts_of
 from intactkv_eval.chat.templates import ChatSettings
 from intactkv_eval.errors import ConfigError, PivotError
-from intactkv_eval.pivot.prefix_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import PrefixFile
 from intactkv_eval.storage.files import read_text, shipped_folder
 
 # First user messages that begin in unlike ways: what their prompts have in common is the constant head.
@@ -33,7 +33,7 @@ def resolve_tokens(
     if spec.kind == "prompt":
         return prompt_head(tokenizer, chat)
     if spec.kind == "prefix_file":
-        chosen = ChoiceFile.load(Path(spec.source)).tokens
+        chosen = PrefixFile.load(Path(spec.source)).tokens
         check_vocabulary(chosen, vocab_size)
         return chosen
     if tokenizer.bos_token_id is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import run_with_cache
-from intactkv_eval.kv_cache.single_use import OnceCache
+from intactkv_eval.kv_cache.single_use import SingleForwardCache
 from intactkv_eval.model.layer_calls import LayerCall
 from intactkv_eval.model.structure import decoder_layers, layer_devices, linear_layers
 from intactkv_eval.pivot.kv import PivotKV
@@ -21,8 +21,8 @@ from intactkv_eval.quantize.block_walk_check import check_walk
 from intactkv_eval.quantize.method import Block
 
 
-class _Rows(NamedTuple):
-    """Rows of the pivot, as OnceCache takes them."""
+class _BlockRows(NamedTuple):
+    """Rows of the pivot, as SingleForwardCache takes them."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class BlockWalk:
         device: torch.device | None = None,
     ) -> None:
         self._model, self._device = model, device
-        self._pivot = None if pivot is None else _Rows(pivot.keys, pivot.values)
+        self._pivot = None if pivot is None else _BlockRows(pivot.keys, pivot.values)
         self._prefix, self._layers = decoder_layers(model)
         self._linear = linear_layers(model)
         self._devices = layer_devices(model)
@@ -115,11 +115,11 @@ class BlockWalk:
         devices = self._devices if self._device is None else [self._device] * len(self._devices)
         return call.run(self._layers[index], hidden, self._cache(hidden.dtype, devices), devices[index])
 
-    def _cache(self, dtype: torch.dtype, devices: list[torch.device]) -> OnceCache | None:
+    def _cache(self, dtype: torch.dtype, devices: list[torch.device]) -> SingleForwardCache | None:
         if self._pivot is None:
             return None
-        rows = _Rows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
-        return OnceCache(self._model.config, 1, None, rows, devices[: len(rows.keys)])
+        rows = _BlockRows(*(tuple(part.to(dtype) for part in kind) for kind in self._pivot))
+        return SingleForwardCache(self._model.config, 1, None, rows, devices[: len(rows.keys)])
 
     @torch.no_grad()
     def _note(self, samples: Sequence[Tensor]) -> None:

@@ -17,7 +17,7 @@ from intactkv_eval.storage.files import place_folder
 from intactkv_eval.storage.tensor_file import save_tensors
 from intactkv_eval.weights.checkpoint import INDEX
 from intactkv_eval.weights.formats import FORMATS, intactkv
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 SHARD = "5GB"
@@ -27,7 +27,7 @@ _BESIDE = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "*.
 def export(
     out: Path,
     layout: str,
-    scheme: Scheme,
+    scheme: CheckpointScheme,
     config: Mapping[str, Any],
     layers: Mapping[str, QuantizedWeight],
     others: Mapping[str, Tensor],

@@ -10,7 +10,7 @@ from intactkv_eval.errors import ConfigError
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.quantize.awq_search import AWQSearch, clipped
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.weights.input_transform import StageSpec
+from intactkv_eval.weights.input_transform import InputTransform
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 
@@ -19,7 +19,7 @@ def quantize_model(
     weights: WeightSpec,
     backend: str = "auto",
     search: AWQSearch | None = None,
-    stages: Mapping[str, StageSpec] | None = None,
+    stages: Mapping[str, InputTransform] | None = None,
 ) -> PreTrainedModel:
     """Quantize the linear layers of a model's decoder.
 

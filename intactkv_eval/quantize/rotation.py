@@ -31,7 +31,7 @@ _CHUNK = 4096  # rows in fp64 at once
 def rotate(model: PreTrainedModel, seed: int = 0) -> Rotation:
     """Rotate a full-precision model in place, untying lm_head, and say how.
 
-    It computes the same as before once its layers of `online` have their transforms (model.stages.apply_stages).
+    It computes the same as before once its layers of `online` have their transforms (model/input_transforms.py).
     Raises UnsupportedModelError, before anything is changed, where the architecture or one of its widths cannot be
     rotated.
     """

@@ -28,7 +28,7 @@ Column = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Entry:
+class GridEntry:
     """A figure of one cell, and what is said of its differences.
 
     base, fp, plain, bos: of the differences to the baseline, to full precision, to the checkpoint that was calibrated
@@ -53,12 +53,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
+class GridRow:
     """A cell: how it is named in the first four columns, and its figures by column."""
 
     identity: Identity
     labels: tuple[str, str, str, str]
-    entries: Mapping[Column, Entry]
+    entries: Mapping[Column, GridEntry]
 
     @property
     def run(self) -> Run:
@@ -70,7 +70,7 @@ class Row:
 class Grid:
     """titles: of each column. absent: labels, task and reason of what a sweep planned and has not."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[GridRow, ...]
     columns: tuple[Column, ...]
     titles: Mapping[Column, str]
     absent: tuple[tuple[tuple[str, str, str, str], Absent], ...] = ()
@@ -98,7 +98,7 @@ class Grid:
             for labels, one in self.absent
         ]
 
-    def gap(self, row: Row, column: Column) -> str:
+    def gap(self, row: GridRow, column: Column) -> str:
         """`missing` or `failed` where a sweep planned this figure and has it not; else nothing."""
         return self._words.get((row.labels, column[0]), "")
 
@@ -131,12 +131,12 @@ def grid_of(runs: Sequence[Run], absent: Sequence[Absent] = ()) -> Grid:
     for identity, scored in _by_cell(runs):
         ordered = sorted(scored, key=places.__getitem__)
         entries = {column: _entry(scored[column], column[0], index, unpaired) for column in ordered}
-        rows.append(Row(identity, named[identity], entries))
+        rows.append(GridRow(identity, named[identity], entries))
     rows = [_marked_stale(row) for row in _pivots_told_apart(rows)]
     gaps = tuple((named[identity], one) for identity, one in lacking)
     shown = {row.labels for row in rows}
     rows += [
-        Row(identity, named[identity], {})
+        GridRow(identity, named[identity], {})
         for identity in dict.fromkeys(i for i, _ in lacking)
         if named[identity] not in shown
     ]
@@ -156,7 +156,7 @@ def _gap(one: Absent) -> str:
     return one.word if one.word == one.why else f"{one.word}: {last}"
 
 
-def _marked_stale(row: Row) -> Row:
+def _marked_stale(row: GridRow) -> GridRow:
     """A row of an older revision says so beside its weights, so that no table shows it as one of today's."""
     if not row.identity.stale:
         return row
@@ -164,7 +164,7 @@ def _marked_stale(row: Row) -> Row:
     return replace(row, labels=(name, f"{weights} [stale]", kv, pivot))
 
 
-def _pivots_told_apart(rows: Sequence[Row]) -> list[Row]:
+def _pivots_told_apart(rows: Sequence[GridRow]) -> list[GridRow]:
     """Rows of one name with other pivots: beside it their file's whole name, their tokens, or a hash of their KV."""
     for of in _OF_PIVOT:
         alike: dict[tuple[str, ...], set[str]] = defaultdict(set)
@@ -179,20 +179,20 @@ def _pivots_told_apart(rows: Sequence[Row]) -> list[Row]:
     return list(rows)
 
 
-_OF_PIVOT: Sequence[Callable[[Row], str]] = (
+_OF_PIVOT: Sequence[Callable[[GridRow], str]] = (
     lambda row: row.identity.cell.pivot.source,
     lambda row: " ".join(map(str, row.run.pivot_tokens)),
     lambda row: row.run.rows or "",
 )
 
 
-def _entry(run: Run, task: str, index: RunIndex, unpaired: Unpaired) -> Entry:
+def _entry(run: Run, task: str, index: RunIndex, unpaired: Unpaired) -> GridEntry:
     found = compare_within(run, task, index)
     wanted = run.identity.cell.pivot.intact and found.to_baseline is None
-    return Entry(run, found, unpaired=(found.wanted or unpaired.why(run, task)) if wanted else "")
+    return GridEntry(run, found, unpaired=(found.wanted or unpaired.why(run, task)) if wanted else "")
 
 
-def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
+def _judged(rows: Sequence[GridRow]) -> tuple[GridRow, ...]:
     """The rows with their verdicts; a family is one kind of difference in one column, among the cells of one model."""
     entries = {(n, c): e for n, row in enumerate(rows) for c, e in row.entries.items()}
     models = [_base_model(row.identity) for row in rows]
@@ -211,7 +211,7 @@ def _judged(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, entries={c: said[n, c] for c in row.entries}) for n, row in enumerate(rows))
 
 
-def _share(entry: Entry, base: Verdict | None) -> ShareSet | None:
+def _share(entry: GridEntry, base: Verdict | None) -> ShareSet | None:
     share, delta = entry.found.share, entry.found.to_baseline
     if share is None or base is None or delta is None or delta.test is None or not entry.found.is_loss:
         return None

@@ -6,7 +6,7 @@ _MOST = 1_000_000
 """Tasks that the groups of one file hold, each counted for every group that it is looked for in."""
 
 
-class Groups:
+class TaskGroups:
     """children: what each group holds by itself; a file may name a group inside of itself."""
 
     def __init__(self, children: Mapping[str, Sequence[str]]) -> None:

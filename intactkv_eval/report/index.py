@@ -115,7 +115,7 @@ def _wanted_keys(score: Score, documents: int) -> Iterator[Key]:
             yield same, text, logged
 
 
-class Kind:
+class BaselineKind:
     """One kind of partner. keys: of a run that may be one. wanted: the key of a run's partner."""
 
     def __init__(
@@ -149,11 +149,11 @@ def _plain_baseline(identity: Identity) -> list[Key]:
 
 
 KINDS = {
-    "baseline": Kind(_by_cell, lambda identity: _wanted_cell(baseline_of(identity))),
-    "full precision": Kind(_by_cell, lambda identity: _wanted_cell(full_precision_of(identity))),
-    "plain": Kind(_plain, by_job),  # of another checkpoint, so of other weights, by the same job
-    "plain baseline": Kind(_plain_baseline, lambda identity: by_job(baseline_of(identity))),
-    "bos": Kind(_intact_bos, lambda identity: _wanted_cell(baseline_of(identity)), same_tokens=False),
+    "baseline": BaselineKind(_by_cell, lambda identity: _wanted_cell(baseline_of(identity))),
+    "full precision": BaselineKind(_by_cell, lambda identity: _wanted_cell(full_precision_of(identity))),
+    "plain": BaselineKind(_plain, by_job),  # of another checkpoint, so of other weights, by the same job
+    "plain baseline": BaselineKind(_plain_baseline, lambda identity: by_job(baseline_of(identity))),
+    "bos": BaselineKind(_intact_bos, lambda identity: _wanted_cell(baseline_of(identity)), same_tokens=False),
 }
 """baseline, full precision: of the same cell. plain: the checkpoint that was calibrated like this one, but not behind a
 pivot; plain baseline: that one, where it computes the tokens itself. bos: the same cell but for its tokens in front."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from intactkv_eval.report.grid import Column, Entry, Grid
+from intactkv_eval.report.grid import Column, Grid, GridEntry
 from intactkv_eval.report.pairing import unit_of
 from intactkv_eval.report.significance import MIN_ERROR, MIN_TEST
 
@@ -28,14 +28,14 @@ _KINDS = (("Δ base", "base"), ("Δ fp", "fp"), ("Δ plain", "plain"), ("Δ bos"
 
 def testing(grid: Grid) -> list[str]:
     """Of each column: the units that are resampled, the tests that were made, and how many stand together."""
-    columns: dict[Column, list[Entry]] = {column: [] for column in grid.columns}
+    columns: dict[Column, list[GridEntry]] = {column: [] for column in grid.columns}
     for row in grid.rows:
         for column, entry in row.entries.items():
             columns[column].append(entry)
     return [_of_column(grid.titles[column], entries) for column, entries in columns.items()]
 
 
-def _of_column(title: str, entries: Sequence[Entry]) -> str:
+def _of_column(title: str, entries: Sequence[GridEntry]) -> str:
     units = _different(unit_of(entry.found.score) for entry in entries)
     counts = [
         f"{', '.join(map(str, tests))} of {name}"
@@ -51,7 +51,7 @@ def _of_column(title: str, entries: Sequence[Entry]) -> str:
     return said
 
 
-def _methods(entry: Entry) -> list[str]:
+def _methods(entry: GridEntry) -> list[str]:
     deltas = (entry.found.to_baseline, entry.found.to_full_precision, entry.found.to_plain, entry.found.to_bos)
     return [delta.test.method for delta in deltas if delta and delta.test and delta.test.p is not None]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
-from intactkv_eval.report.grid import Entry, Grid, Row
+from intactkv_eval.report.grid import Grid, GridEntry, GridRow
 from intactkv_eval.report.incomplete import JUDGED
 from intactkv_eval.report.pairing import unit_of
 from intactkv_eval.sanitize import clean, struck_record
@@ -53,7 +53,7 @@ def records(grid: Grid) -> list[dict[str, object]]:
     return found
 
 
-def _of_row(row: Row) -> dict[str, object]:
+def _of_row(row: GridRow) -> dict[str, object]:
     """What all figures of a cell have."""
     return {
         "cell": row.identity.cell.model_dump(mode="json"),
@@ -66,7 +66,7 @@ def _of_row(row: Row) -> dict[str, object]:
     }
 
 
-def numbers(title: str, entry: Entry) -> dict[str, object]:
+def numbers(title: str, entry: GridEntry) -> dict[str, object]:
     """What is no number (NaN, infinite) is None: JSON has no word for it."""
     return {key: _storable(value) for key, value in _figures(title, entry).items()}
 
@@ -81,7 +81,7 @@ def _storable(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def _figures(title: str, entry: Entry) -> dict[str, object]:
+def _figures(title: str, entry: GridEntry) -> dict[str, object]:
     found, score = entry.found, entry.found.score
     test = found.to_baseline.test if found.to_baseline else None
     return {
@@ -118,7 +118,7 @@ def _delta_numbers(name: str, delta: Delta | None, verdict: Verdict | None) -> d
     }
 
 
-def _share_numbers(entry: Entry) -> dict[str, object]:
+def _share_numbers(entry: GridEntry) -> dict[str, object]:
     """An end at infinity is none; `recovered_outside`: the shares up to low and from high on, not those between."""
     share, found = entry.found.share, entry.share
     is_shown = share is not None and found is not None

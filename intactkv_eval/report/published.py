@@ -16,7 +16,7 @@ from math import isfinite
 from pathlib import PurePath
 
 from intactkv_eval.report.collect import Identity
-from intactkv_eval.report.grid import Entry, Grid
+from intactkv_eval.report.grid import Grid, GridEntry
 from intactkv_eval.storage.files import shipped_folder
 
 _NO_WORDS = {"hf", "meta"}
@@ -107,7 +107,7 @@ def _as_printed(key: tuple[object, ...], task: str) -> tuple[object, ...]:
     return (*key[:-1], "none") if task == "mt_bench" and key[-1] == "prompt (computed)" else key
 
 
-def _differs(entry: Entry, one: Published) -> str:
+def _differs(entry: GridEntry, one: Published) -> str:
     settings = entry.found.score.settings
     said = _unlike_theirs(entry.run.identity, one)
     wanted, made = _DOCUMENTS.get(one.task), settings.get("documents")

@@ -11,7 +11,7 @@ from intactkv_eval.storage.files import read_jsonl
 
 
 @dataclass(frozen=True)
-class Samples:
+class LoggedSamples:
     """values: the metric of each document, by its `doc_id`."""
 
     values: Mapping[int, float]
@@ -23,7 +23,7 @@ def samples_of(results: Path, task: str) -> Path:
     return results.with_name(results.name.replace("results_", f"samples_{task}_").removesuffix(".json") + ".jsonl")
 
 
-def read_samples(results: Path, task: str, metric: str, name: str | None, cluster: Any = None) -> Samples:
+def read_samples(results: Path, task: str, metric: str, name: str | None, cluster: Any = None) -> LoggedSamples:
     """Every logged document as the filter `name` read it; nothing where samples were not logged.
 
     cluster: the field that joins documents, as the task's metadata names it.
@@ -32,7 +32,7 @@ def read_samples(results: Path, task: str, metric: str, name: str | None, cluste
     that documents do not have.
     """
     if not _is_there(results, task):
-        return Samples({}, clusters_of([], cluster))
+        return LoggedSamples({}, clusters_of([], cluster))
     path = samples_of(results, task)
     values: dict[int, float] = {}
     rows = []
@@ -44,7 +44,7 @@ def read_samples(results: Path, task: str, metric: str, name: str | None, cluste
             raise ValueError(f"{path.name}: doc_id {str(place)[:80]} is no number, or comes twice")
         values[place] = float(row[metric])
         rows.append(row)
-    return Samples(values, clusters_of(rows, cluster))
+    return LoggedSamples(values, clusters_of(rows, cluster))
 
 
 def _is_there(results: Path, task: str) -> bool:

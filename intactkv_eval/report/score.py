@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from intactkv_eval.report.clusters import KEY
-from intactkv_eval.report.groups import Groups
+from intactkv_eval.report.groups import TaskGroups
 from intactkv_eval.report.incomplete import judge_settings, paired_figures
 from intactkv_eval.report.samples import read_samples
 from intactkv_eval.report.settings import SharedSettings, text_of
@@ -66,7 +66,7 @@ def read_scores(
     shared: settings that equal those of other files, as one object.
     """
     children = content.get("group_subtasks", {})
-    shared, groups = shared or SharedSettings(), Groups(children)
+    shared, groups = shared or SharedSettings(), TaskGroups(children)
     named = _without_groups(content["results"])
     shown: set[str] = set()
     for task in _in_order(content["results"], children, leaves):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from intactkv_eval.report.collect import Run
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
-from intactkv_eval.report.grid import Entry, Grid, grid_of
+from intactkv_eval.report.grid import Grid, GridEntry, grid_of
 from intactkv_eval.report.notes import MEANING, STALE, testing
 from intactkv_eval.report.numbers import HEAD, absent_records, numbers, records
 from intactkv_eval.report.planned import Absent
@@ -64,7 +64,7 @@ def _longer(grid: Grid) -> list[str]:
 _Pair = tuple[Score | None, Delta | None, Verdict | None]
 
 
-def _pairs(grid: Grid, said: str, names: tuple[str, str], of: Callable[[Entry], _Pair]) -> list[str]:
+def _pairs(grid: Grid, said: str, names: tuple[str, str], of: Callable[[GridEntry], _Pair]) -> list[str]:
     """A table of the figures that have a partner of one kind: score, difference, corrected p."""
     rows = []
     for row in grid.rows:

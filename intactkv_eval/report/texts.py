@@ -5,13 +5,13 @@ from typing import TypeGuard
 
 from intactkv_eval.report.compare import Delta
 from intactkv_eval.report.family import Verdict
-from intactkv_eval.report.grid import Entry
+from intactkv_eval.report.grid import GridEntry
 from intactkv_eval.report.incomplete import share_beside
 
 NO_NUMBER = "no number"  # where a file says NaN, infinity, or what cannot be added up
 
 
-def figures(entry: Entry) -> list[str]:
+def figures(entry: GridEntry) -> list[str]:
     """A figure, its differences to baseline and full precision with brackets, and the share recovered."""
     found = entry.found
     if not isfinite(found.score.value):
@@ -25,7 +25,7 @@ def figures(entry: Entry) -> list[str]:
     return [f"{found.score.value:.4f}{error}", base, lost, recovered(entry)]
 
 
-def recovered(entry: Entry) -> str:
+def recovered(entry: GridEntry) -> str:
     """The share in percent with its confidence set, `no loss` where there is nothing to give back, else nothing."""
     share, found = entry.found.share, entry.share
     if share is not None and not entry.found.is_loss:

@@ -11,7 +11,7 @@ from statistics import fmean
 
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
-from intactkv_eval.sweep.preparation import Calibrate, KVCodebook, Quantize
+from intactkv_eval.sweep.preparation import CalibratePreparation, CodebookPreparation, QuantizePreparation
 
 _WINDOW = 2048
 # Tokens that a task puts through the model, about, and its documents. MMLU: 5 shots are computed once a subject.
@@ -31,7 +31,11 @@ def estimate(units: Sequence[Unit], every: Sequence[Unit], folder: SweepFolder, 
     """Lines for people: what is left of `every` unit, loads, what is made, time or operations."""
     made = {one.name: one for unit in units for one in unit.preparations}
     missing = [one for name, one in made.items() if not (folder.made / name).exists()]
-    kinds = {"quantized": Quantize, "KV codebooks": KVCodebook, "pivots trained": Calibrate}
+    kinds = {
+        "quantized": QuantizePreparation,
+        "KV codebooks": CodebookPreparation,
+        "pivots trained": CalibratePreparation,
+    }
     counts = [f"{sum(isinstance(one, kind) for one in missing)} {name}" for name, kind in kinds.items()]
     loads = len({(unit.model, unit.weights if unit.weights[0] else None) for unit in units})
     lines = [f"{len(every)} cells, {len(every) - len(units)} done, {len(units)} to run on {slots} at a time; "

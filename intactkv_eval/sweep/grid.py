@@ -22,7 +22,13 @@ from intactkv_eval.lm import run_record
 from intactkv_eval.lm.hf_arguments import KNOWN, check_names, checked_cell, split_model_args
 from intactkv_eval.mt_bench.sources import PUBLISHED
 from intactkv_eval.sweep.identity import key_of
-from intactkv_eval.sweep.preparation import MADE, Calibrate, KVCodebook, Preparation, Quantize
+from intactkv_eval.sweep.preparation import (
+    MADE,
+    CalibratePreparation,
+    CodebookPreparation,
+    Preparation,
+    QuantizePreparation,
+)
 from intactkv_eval.sweep.spec import (
     CalibrateSpec,
     CodebookSpec,
@@ -88,9 +94,9 @@ class Unit:
         return cell_from_args({key: value for key, value in self.arguments.items() if key in CELL_KEYS})
 
     @property
-    def quantize(self) -> Quantize | None:
+    def quantize(self) -> QuantizePreparation | None:
         """How its checkpoint is made, if it is."""
-        return next((one for one in self.preparations if isinstance(one, Quantize)), None)
+        return next((one for one in self.preparations if isinstance(one, QuantizePreparation)), None)
 
     @property
     def source(self) -> str:
@@ -104,7 +110,7 @@ class Unit:
         weights = quantize.label if quantize else _weights(cell)
         kv = "kv16" if cell.kv.bits == 16 else f"kv{cell.kv.bits} {cell.kv.scheme}"
         kv += f" sink {cell.kv.sink_tokens}" if cell.kv.sink_tokens else ""
-        trained = any(isinstance(one, Calibrate) for one in self.preparations)
+        trained = any(isinstance(one, CalibratePreparation) for one in self.preparations)
         named = "calibrated" if trained else PurePath(cell.pivot.source).name
         pivot = named if cell.pivot.intact else "none" if named == "bos" else f"{named} computed"
         act = "" if cell.activations.bits == 16 else f" a{cell.activations.bits}"
@@ -124,7 +130,7 @@ def expand(sweep: SweepSpec) -> list[Unit]:
     if cells > MOST_CELLS:
         raise ConfigError(f"the sweep's lists multiply to {cells} cells; expected at most {MOST_CELLS}: shorten them")
     found: dict[str, Unit] = {}
-    models, weights, activations = (_Places() for _ in range(3))
+    models, weights, activations = (_GridPlaces() for _ in range(3))
     for grid in sweep.grids:
         for parts in product(grid.models, grid.weights, grid.activations, grid.kv):
             order = "quantize" in parts[1], weights.of(parts[1]), activations.of(parts[2])
@@ -135,7 +141,7 @@ def expand(sweep: SweepSpec) -> list[Unit]:
     return sorted(found.values(), key=lambda unit: (unit.model, unit.weights))
 
 
-class _Places(list[Entry]):
+class _GridPlaces(list[Entry]):
     """Entries in the order in which they came first, whatever grid they are of."""
 
     def of(self, entry: Entry) -> int:
@@ -233,7 +239,7 @@ def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]
             arguments.pop("reference", None)
         if calibrate is not None:
             plain = {key: value for key, value in arguments.items() if not key.startswith("kv_")}
-            made.append(Calibrate(plain, CalibrateSpec.model_validate(calibrate)))
+            made.append(CalibratePreparation(plain, CalibrateSpec.model_validate(calibrate)))
             arguments = {key: value for key, value in arguments.items() if key not in {"reference", "intact"}}
             arguments["pivot"] = MADE + made[-1].name
         checked_cell(*split_model_args(arguments))
@@ -244,20 +250,20 @@ def _resolved(flat: Entry, model: Entry) -> tuple[Entry, tuple[Preparation, ...]
     return arguments, tuple(made)
 
 
-def _quantize(asked: QuantizeSpec, model: Entry) -> Quantize:
+def _quantize(asked: QuantizeSpec, model: Entry) -> QuantizePreparation:
     if model.get("revision", "main") != "main" or "reference" in model:
         raise ConfigError("quantize: a model at a revision, or with a reference, is no source; name a folder of it")
-    made = Quantize(model, asked)
+    made = QuantizePreparation(model, asked)
     made.job()
     return made
 
 
-def _codebook(asked: CodebookSpec, model: Entry, arguments: Entry) -> KVCodebook:
+def _codebook(asked: CodebookSpec, model: Entry, arguments: Entry) -> CodebookPreparation:
     if arguments.get("kv_scheme") != "pre_rope":
         raise ConfigError("codebook: does nothing without kv_scheme: pre_rope")
     pivot = {key: arguments[key] for key in _OF_PIVOT if key in arguments}
     kv = cell_from_args({key: arguments[key] for key in arguments if key in CELL_KEYS} | {"kv_codebook": MADE}).kv
-    return KVCodebook(model, pivot, kv.bits, kv.sink_tokens, kv.quantize_pivot, asked)
+    return CodebookPreparation(model, pivot, kv.bits, kv.sink_tokens, kv.quantize_pivot, asked)
 
 
 def _weights(cell: CellSpec) -> str:

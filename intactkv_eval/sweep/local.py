@@ -22,7 +22,7 @@ from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import JobResult
 from intactkv_eval.sweep.spec import RunSpec
-from intactkv_eval.sweep.work import WorkerSlot, Workshop, last_lines, print_into
+from intactkv_eval.sweep.work import SweepWorker, WorkerSlot, last_lines, print_into
 
 _GOODBYE = 10.0  # seconds for an idle process to end by itself
 _SPAWN = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
@@ -123,7 +123,7 @@ def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> No
     clean_logs()
     waiting: queue.SimpleQueue[Unit | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, waiting), daemon=True).start()
-    with Workshop(run) as workshop:
+    with SweepWorker(run) as workshop:
         while True:
             unit = waiting.get()
             if unit is None:
@@ -133,7 +133,7 @@ def _serve(pipe: Connection, name: str, folder: SweepFolder, run: RunSpec) -> No
             pipe.send(_tried(workshop, unit, WorkerSlot(device, folder.made, responses), folder))
 
 
-def _tried(workshop: Workshop, unit: Unit, place: WorkerSlot, folder: SweepFolder) -> str | None:
+def _tried(workshop: SweepWorker, unit: Unit, place: WorkerSlot, folder: SweepFolder) -> str | None:
     begun = time.monotonic()  # a clock may go back
     try:
         workshop.run(unit, place, folder.start(unit.key))

@@ -24,7 +24,7 @@ from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import Unit
 from intactkv_eval.sweep.pool import JobResult
 from intactkv_eval.sweep.spec import RunSpec
-from intactkv_eval.sweep.work import WorkerSlot, Workshop, last_lines, print_into
+from intactkv_eval.sweep.work import SweepWorker, WorkerSlot, last_lines, print_into
 
 _SECONDS = 10.0  # for a cluster to answer
 _PASSED_ON = ("INTACTKV_", "HF_", "TRANSFORMERS_", "OMP_", "TOKENIZERS_")  # environment of the driver
@@ -117,7 +117,7 @@ class _Actor:
         self._made = made or cache_folder() / "sweep"
         setup_logging()
         clean_logs()
-        self._workshop = Workshop(run).__enter__()
+        self._workshop = SweepWorker(run).__enter__()
 
     def run(self, unit: Unit) -> _Found:
         """The unit's results; raises what is not the user's error."""

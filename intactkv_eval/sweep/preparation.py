@@ -28,7 +28,7 @@ _BESIDE = {"format", "dtype", "options", "preset"}
 
 
 @dataclass(frozen=True)
-class Quantize:
+class QuantizePreparation:
     """`intactkv quantize` of `model`."""
 
     model: Mapping[str, Any]
@@ -71,7 +71,7 @@ class Quantize:
 
 
 @dataclass(frozen=True)
-class KVCodebook:
+class CodebookPreparation:
     """`intactkv kv-codebook` for cells of `model` behind `pivot`."""
 
     model: Mapping[str, Any]
@@ -97,7 +97,7 @@ class KVCodebook:
 
 
 @dataclass(frozen=True)
-class Calibrate:
+class CalibratePreparation:
     """`intactkv calibrate` for the cell of `arguments`."""
 
     arguments: Mapping[str, Any]
@@ -121,7 +121,7 @@ class Calibrate:
         calibrate_to_file(cell, {**loading, "device": device}, options, training, out)
 
 
-Preparation = Quantize | KVCodebook | Calibrate
+Preparation = QuantizePreparation | CodebookPreparation | CalibratePreparation
 
 
 def placed(arguments: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from intactkv_eval.sweep.grid import Unit, check_entries, expand
 from intactkv_eval.sweep.local import LocalPool, check_slots
 from intactkv_eval.sweep.on_ray import RayPool
 from intactkv_eval.sweep.pool import Pool
-from intactkv_eval.sweep.preparation import Quantize, placed
+from intactkv_eval.sweep.preparation import QuantizePreparation, placed
 from intactkv_eval.sweep.progress import Progress
 from intactkv_eval.sweep.schedule import UnitFinished, run_units
 from intactkv_eval.sweep.spec import GridSpec, RunSpec, SweepSpec, read_sweep
@@ -186,7 +186,7 @@ def _planned(unit: Unit, folder: SweepFolder) -> dict[str, Any]:
     }
 
 
-def _quantization(quantize: Quantize) -> dict[str, Any]:
+def _quantization(quantize: QuantizePreparation) -> dict[str, Any]:
     job = quantize.job()
     ordered = bool(job.options.get("act_order")) and not job.options.get("static_groups") and job.group_size != -1
     return {

@@ -1,6 +1,6 @@
 """Running one unit in this process: what it needs is made, then it is evaluated as by `intactkv eval`.
 
-Knows nothing of other processes: executors (local.py, on_ray.py) call `Workshop.run` and see what comes.
+Knows nothing of other processes: executors (local.py, on_ray.py) call `SweepWorker.run` and see what comes.
 """
 
 import gc
@@ -26,7 +26,7 @@ class WorkerSlot(NamedTuple):
     responses: Path | None = None
 
 
-class Workshop:
+class SweepWorker:
     """What a process keeps from one unit to the next: loaded models, and preparations that failed."""
 
     def __init__(self, run: RunSpec) -> None:
@@ -34,7 +34,7 @@ class Workshop:
         self._models = ModelCache()
         self._failed: dict[str, str] = {}
 
-    def __enter__(self) -> "Workshop":
+    def __enter__(self) -> "SweepWorker":
         return self
 
     def __exit__(self, *_: object) -> None:

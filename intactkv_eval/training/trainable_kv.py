@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv_eval.compat.cache_use import run_with_cache
-from intactkv_eval.kv_cache.single_use import OnceCache
-from intactkv_eval.kv_quant.quantizer import Writer
+from intactkv_eval.kv_cache.single_use import SingleForwardCache
+from intactkv_eval.kv_quant.quantizer import KVQuantizer
 from intactkv_eval.pivot.kv import PivotKV
 
 
@@ -36,14 +36,14 @@ def run_behind(
     rows: Rows,
     devices: Sequence[torch.device],
     body: Tensor,
-    writer: Writer | None = None,
+    kv_quantizer: KVQuantizer | None = None,
 ) -> Any:
     """`module`, which is `model` or its base, on the tokens [T] behind `rows`. devices: of the model's layers.
 
-    writer: what quantizes the cache's later rows, None for nothing.
+    kv_quantizer: what quantizes the cache's later rows, None for nothing.
     """
     ids = body[None].to(model.get_input_embeddings().weight.device)
-    cache = OnceCache(model.config, 1, writer, rows, list(devices))
+    cache = SingleForwardCache(model.config, 1, kv_quantizer, rows, list(devices))
     return run_with_cache(module, cache, ids)
 
 

@@ -15,7 +15,7 @@ Range = tuple[float, float]
 """The lowest and the highest number of a layer's input, as calibration saw it."""
 
 
-class StageSpec(NamedTuple):
+class InputTransform(NamedTuple):
     """Of one layer. across: the width of the blocks that the transform goes across (1: the whole row), None for none.
 
     range: of a static (`tensor`) quantizer, None for all others.

@@ -1,7 +1,7 @@
 """Bit packing: small unsigned codes into 32-bit words, and back, exactly.
 
-The layout is that of bit_planes.py: a plane of width p holds 32/p codes a word, the first code in the lowest bits. Knows
-no scales and no model.
+The layout is that of bit_planes.py: a plane of width p holds 32/p codes a word, the first code in the lowest bits.
+Knows no scales and no model.
 """
 
 import torch

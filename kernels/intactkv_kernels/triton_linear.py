@@ -12,10 +12,10 @@ import functools
 import torch
 from torch import Tensor
 
+from intactkv_kernels.bit_planes import PLANES
 from intactkv_kernels.triton_gemm import gemm_kernel
 from intactkv_kernels.triton_gemv import gemv_kernel, sum_splits_kernel
 from intactkv_kernels.triton_launch import (
-    PLANES,
     SUM_OPTIONS,
     Plan,
     Problem,

@@ -11,7 +11,7 @@ from intactkv_eval.assemble.tokenizer_expressions import KNOWN, endless_expressi
 from intactkv_eval.cli.main import main
 from intactkv_eval.errors import CheckpointError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.sweep.work import WorkerSlot, Workshop
+from intactkv_eval.sweep.work import SweepWorker, WorkerSlot
 
 
 def make(folder):
@@ -109,11 +109,11 @@ def test_a_panic_in_a_sweep_is_the_error_of_its_cell(monkeypatch):
         raise PanicException("boom")
 
     monkeypatch.setattr("intactkv_eval.sweep.work.evaluate_task", evaluate)
-    monkeypatch.setattr(Workshop, "_prepare", lambda *_: None)
+    monkeypatch.setattr(SweepWorker, "_prepare", lambda *_: None)
     unit = SimpleNamespace(begun=None, seed=None, arguments={"pretrained": "m"}, task=SimpleNamespace(
         task="t", metadata={}, num_fewshot=None, limit=None, gen_kwargs=None), preparations=())  # fmt: skip
     monkeypatch.setattr("intactkv_eval.sweep.work._settings", lambda *_: {})
     with pytest.raises(
         CheckpointError, match=r"pretrained='m': the tokenizers library fails on its tokenizer.json.*boom"
     ):
-        Workshop(SimpleNamespace(share=False)).run(unit, WorkerSlot("cpu", Path()), Path())
+        SweepWorker(SimpleNamespace(share=False)).run(unit, WorkerSlot("cpu", Path()), Path())

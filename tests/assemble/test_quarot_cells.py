@@ -13,7 +13,7 @@ from intactkv_eval.errors import ConfigError, PivotError, UnsupportedModelError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.activation_quant import InputStage
-from intactkv_eval.model.input_transforms import apply_stages, stage_specs
+from intactkv_eval.model.input_transforms import apply_input_transforms, input_transforms
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
@@ -23,7 +23,7 @@ from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.report.collect import _checkpoint_label, identity_of
 from intactkv_eval.report.labels import weights_label
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 
 PIVOT = (BOS, 7, 8)
 BODY = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -40,9 +40,11 @@ def by_hand(model, weights, activations, turned, kv=None):
     model = copy.deepcopy(model)
     rotation = rotate(model) if turned else None
     if weights is None:
-        apply_stages(model, rotation, activations)
+        apply_input_transforms(model, rotation, activations)
     else:
-        model = quantize_model(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, activations))
+        model = quantize_model(
+            model, weights, stages=input_transforms(list(linear_layers(model)), rotation, activations)
+        )
     return PivotedModel(model, PIVOT, to_rotated(pivot) if turned else pivot, kv)
 
 
@@ -95,7 +97,7 @@ def checkpoint(saved_llama, llama, tmp_path):
     rotation = rotate(model)
     layers = {name: quantize_rtn(layer.weight, 4, -1, "quarot", name) for name, layer in linear_layers(model).items()}
     others = {n: t for n, t in model.state_dict().items() if n.removesuffix(".weight") not in layers}
-    scheme = Scheme(4, -1, True, "intactkv_eval:test rtn", ("lm_head",), SPEC, rotation)
+    scheme = CheckpointScheme(4, -1, True, "intactkv_eval:test rtn", ("lm_head",), SPEC, rotation)
     model.config.architectures = ["LlamaForCausalLM"]
     export(tmp_path / "quarot", "intactkv", scheme, model.config.to_diff_dict(), layers, others, saved_llama)
     return tmp_path / "quarot"
@@ -148,7 +150,13 @@ def test_activations_of_other_checkpoints_and_unrotatable_models(saved_llama, ll
     others = {n: t for n, t in llama.state_dict().items() if n.removesuffix(".weight") not in layers}
     llama.config.architectures = ["LlamaForCausalLM"]
     export(
-        tmp_path / "gptq", "gptq", Scheme(8, -1, True, "x"), llama.config.to_diff_dict(), layers, others, saved_llama
+        tmp_path / "gptq",
+        "gptq",
+        CheckpointScheme(8, -1, True, "x"),
+        llama.config.to_diff_dict(),
+        layers,
+        others,
+        saved_llama,
     )
     plain, coarse = (
         IntactKVLM(str(tmp_path / "gptq"), reference=str(saved_llama), **FP, **extra) for extra in ({}, A4)
@@ -166,7 +174,7 @@ def test_sixteen_bits(saved_llama, tokenizer, tmp_path):
     """The double rounding of V in bf16 is no more than rounding."""
     model = AutoModelForCausalLM.from_pretrained(saved_llama, dtype=torch.bfloat16)
     pivot = to_rotated(capture(model, PIVOT, fingerprint_of(model, "main")))
-    apply_stages(model, rotate(model), ActivationSpec())
+    apply_input_transforms(model, rotate(model), ActivationSpec())
     own = capture(model, PIVOT, fingerprint_of(model, "main"))
     for one, other in zip(pivot.values, own.values, strict=True):
         assert (one - other).norm() < 0.03 * other.norm()

@@ -16,7 +16,7 @@ from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.grid import expand
 from intactkv_eval.sweep.runner import RunLocation, Sweep
 from intactkv_eval.sweep.spec import RunSpec, read_sweep
-from intactkv_eval.sweep.work import WorkerSlot, Workshop
+from intactkv_eval.sweep.work import SweepWorker, WorkerSlot
 from intactkv_eval.training.trainer import Trainer
 
 DATED = (
@@ -151,7 +151,7 @@ def test_a_sweep_that_goes_on_on_another_day_has_one_date(dated, clock, tmp_path
     sweep.run(RunLocation(devices="cpu"))
     assert {unit.begun for unit in given} == {"2026-11-28T09:00:00"}
     assert {unit.key for unit in given} == {unit.key for unit in sweep.units}, "the date is no part of the key"
-    with Workshop(RunSpec()) as workshop:
+    with SweepWorker(RunSpec()) as workshop:
         for number, unit in enumerate(given[2:]):
             out = tmp_path / f"unit{number}"
             workshop.run(unit, WorkerSlot("cpu", tmp_path / "made"), out)

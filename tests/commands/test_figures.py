@@ -47,7 +47,7 @@ def test_each_size_is_the_model_with_so_many_intact_rows(models, bits):
     full, pivot, quantized = models
     whole, none = (PivotedModel(quantized, PIVOT, rows, KVSpec(bits=bits)) for rows in (pivot, None))
     expected = expected_outputs(full, pivot, TEXTS)
-    found = by_intact_rows(quantized, pivot, TEXTS, expected, whole.writer)
+    found = by_intact_rows(quantized, pivot, TEXTS, expected, whole.kv_quantizer)
     for size, model in ((0, none), (3, whole)):
         for place, text in enumerate(TEXTS):
             scores = model.body_logits(text[None])[0].log_softmax(-1)

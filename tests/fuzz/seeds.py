@@ -10,8 +10,8 @@ from intactkv_eval.commands.quantize import Source, quantize_to_folder
 from intactkv_eval.kv_quant.codebook_calibration import calibrate_codebook
 from intactkv_eval.lm.evaluate_task import evaluate_task
 from intactkv_eval.pivot.capture import capture, fingerprint_of
-from intactkv_eval.pivot.prefix_choice import Choice, Evidence
-from intactkv_eval.pivot.prefix_file import ChoiceFile, Searched
+from intactkv_eval.pivot.prefix_choice import Evidence, PrefixChoice
+from intactkv_eval.pivot.prefix_file import PrefixFile, Searched
 from intactkv_eval.quantize.job import job_from
 
 _MACHINE = ("pretty_env_info", "git_hash", "upper_git_hash")
@@ -27,11 +27,11 @@ def make_seeds(folder: Path, tokenizer) -> None:
     texts = [torch.randint(0, 200, (32,), generator=torch.Generator().manual_seed(place)) for place in range(4)]
     calibrate_codebook(model, texts, 3, fingerprint, (256,), 1, "seed").save(folder / "levels.safetensors")
     before, after = Evidence((256,), 3.0, (2.0, 2.1)), Evidence((256, 7), 1.0, (2.0, 2.2))
-    choice = Choice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
+    choice = PrefixChoice((256, 7), before, after, (((256,), 3.0), ((256, 7), 1.0)))
     searched = Searched(
         model="m", weight_hash="h", dtype="float32", samples={}, threshold=8.0, max_prefix_tokens=4, min_reduction=0.2
     )
-    ChoiceFile(tokens=(256, 7), text=("<s>", "a"), searched=searched, choice=choice).save(folder / "choice.json")
+    PrefixFile(tokens=(256, 7), text=("<s>", "a"), searched=searched, choice=choice).save(folder / "choice.json")
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     for layout, asked in (("compressed-tensors", {}), ("intactkv", {"rotate": True, "act_bits": 8})):

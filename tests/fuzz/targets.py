@@ -24,7 +24,7 @@ from intactkv_eval.chat.conversations import load_conversations
 from intactkv_eval.kv_quant.codebook import Codebook
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.pivot.kv import PivotKV
-from intactkv_eval.pivot.prefix_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import PrefixFile
 from intactkv_eval.quantize.awq_search import load_search
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep.grid import expand
@@ -206,6 +206,6 @@ def _texts(folder: Path) -> dict[str, Target]:
         "cell": Target(yaml_of(cells), file_read(folder, "cell.yaml", cell), yaml.safe_load(cells[0])),
         "sweep": Target(yaml_of(sweeps), file_read(folder, "sweep.yaml", sweep), yaml.safe_load(sweeps[0])),
         "choice": Target(
-            lambda draw: mutate.of_json(choice, draw), file_read(folder, "choice.json", ChoiceFile.load), choice
+            lambda draw: mutate.of_json(choice, draw), file_read(folder, "choice.json", PrefixFile.load), choice
         ),
     }

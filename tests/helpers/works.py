@@ -10,7 +10,7 @@ import yaml
 
 from intactkv_eval.bench.report import write_results
 from intactkv_eval.kv_quant.codebook import Codebook
-from intactkv_eval.pivot.prefix_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import PrefixFile
 from intactkv_eval.report.collect import read_run
 from intactkv_eval.report.figure_numbers import read_numbers
 from intactkv_eval.weights.checkpoint import Checkpoint
@@ -87,7 +87,7 @@ def works(model: Path, server_url: str, bench: Path, answers: Sequence[Path]) ->
     return {
         "pivots": Work(
             lambda folder: ["pivots", str(model), "--data", str(text), *texts, "--max-prefix-tokens", "3", "--out", str(folder / "prefix.json")],
-            lambda folder: _read_by(ChoiceFile.load, folder / "prefix.json"),
+            lambda folder: _read_by(PrefixFile.load, folder / "prefix.json"),
         ),
         "figures": Work(
             lambda folder: ["figures", "--model_args", cell, "--data", str(text), *texts, "--formats", "svg,png", "--out", str(folder / "figures")],

@@ -9,9 +9,9 @@ import torch
 from helpers.tiny import EOS, FAMILIES, PAD
 from test_prefix_cache import CELLS, pivoted
 
-from intactkv_eval.inference.generation.multi_turn import Asked, converse
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
-from intactkv_eval.inference.generation.sampling import Draw, RowSampler
+from intactkv_eval.inference.generation.multi_turn import TurnPrompt, converse
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
+from intactkv_eval.inference.generation.sampling import RowSampler, SamplingParams
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 
 QUESTIONS = [
@@ -36,8 +36,10 @@ class Tokens:
         if len(answers) == len(questions):
             return None
         said = [token for question, answer in zip(questions, answers, strict=False) for token in (*question, *answer)]
-        draw = Draw(self.temperature if place % 2 else 0.0, top_k=40, top_p=0.95, seed=f"{place}/{len(answers)}")
-        return Asked(str(place), [*said, *questions[len(answers)]], self.most + place, draw)
+        draw = SamplingParams(
+            self.temperature if place % 2 else 0.0, top_k=40, top_p=0.95, seed=f"{place}/{len(answers)}"
+        )
+        return TurnPrompt(str(place), [*said, *questions[len(answers)]], self.most + place, draw)
 
     def answer(self, talk, tokens):
         cut = tokens.index(self.until) if self.until in tokens else None
@@ -45,7 +47,7 @@ class Tokens:
 
 
 def talked(made, codec, rows, kept):
-    starts = SharedStart(SharedModel(made)) if kept else None
+    starts = PrefixCache(SharedModel(made)) if kept else None
     found = {}
     with starts.turns_kept() if starts else nullcontext():
         converse(made, list(enumerate(QUESTIONS)), codec, rows, starts, found.__setitem__)
@@ -121,7 +123,7 @@ def test_a_second_turn_and_a_next_chunk_compute_only_what_is_new(monkeypatch):
 
 def test_samples_follow_the_distribution_and_their_seed():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
-    draw = Draw(temperature=0.7, top_k=4, top_p=0.95, seed="one")
+    draw = SamplingParams(temperature=0.7, top_k=4, top_p=0.95, seed="one")
     drawn = Counter(int(RowSampler([draw])(None, scores).argmax()) for _ in range(20000))
     kept = (scores[0] / 0.7).masked_fill(torch.tensor([False, False, False, True, False]), -torch.inf).softmax(-1)
     assert kept[[0, 4, 1]].sum() > 0.95  # so the nucleus leaves the third out
@@ -129,13 +131,15 @@ def test_samples_follow_the_distribution_and_their_seed():
     for token, share in zip((0, 4, 1), expected.tolist(), strict=True):
         assert drawn[token] / 20000 == pytest.approx(share, abs=0.012)
     assert set(drawn) == {0, 4, 1}
-    again = [[int(Draw(1.0, seed=seed).sampled(scores).argmax()) for _ in range(1)] for seed in map(str, range(40))]
-    assert again == [[int(Draw(1.0, seed=seed).sampled(scores).argmax())] for seed in map(str, range(40))]
+    again = [
+        [int(SamplingParams(1.0, seed=seed).sampled(scores).argmax()) for _ in range(1)] for seed in map(str, range(40))
+    ]
+    assert again == [[int(SamplingParams(1.0, seed=seed).sampled(scores).argmax())] for seed in map(str, range(40))]
     assert any(one != other for one, other in pairwise(again))
 
 
 def test_greedy_rows_are_untouched_beside_sampled_ones():
     scores = torch.randn(3, 50)
-    out = RowSampler([Draw(), Draw(1.0, seed="a"), Draw(5e-5)])(None, scores)
+    out = RowSampler([SamplingParams(), SamplingParams(1.0, seed="a"), SamplingParams(5e-5)])(None, scores)
     assert torch.equal(out[[0, 2]], scores[[0, 2]])
     assert not torch.equal(out[1], scores[1])

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, GPTNeoConfig, MptConfig, PhiConfi
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.grouped_kv_probe import check_groups
-from intactkv_eval.inference.padding_probe import Columns
+from intactkv_eval.inference.padding_probe import PaddingProbe
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.inference.scoring.request_table import Request
 from intactkv_eval.inference.scoring.score import score
@@ -60,13 +60,13 @@ def assert_rows_are_alone(made, bodies, starts):
 def test_generated_tokens_do_not_depend_on_the_batch(counting, intact):
     made = pivoted(counting, (BOS, 7), intact, KVSpec())
     assert_rows_are_alone(made, BODIES, None)
-    assert_rows_are_alone(made, [BODIES[0], BODIES[1], BODIES[3]], SharedStart(SharedModel(made)))
+    assert_rows_are_alone(made, [BODIES[0], BODIES[1], BODIES[3]], PrefixCache(SharedModel(made)))
 
 
 @pytest.mark.parametrize("intact", [True, False], ids=["intact", "computed"])
 def test_nor_on_turns_that_are_held(counting, intact):
     made = pivoted(counting, (BOS, 7), intact, KVSpec())
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     with starts.turns_kept():
         first = generate(made, *padded([HEAD, BODIES[1][:24]]), 3, None, starts, **OPTIONS).tolist()
         assert_rows_are_alone(made, [first[0] + [4], first[1] + BODIES[1][:WINDOW], BODIES[2]], starts)
@@ -93,23 +93,23 @@ def test_a_trial_goes_as_far_as_it_is_asked():
     """A window of 300 does nothing in rows of 256 columns."""
     config = COUNTING["gpt_neo"]()
     config.window_size = 300
-    columns = Columns(built(config))
+    columns = PaddingProbe(built(config))
     assert [columns.counted(size) for size in (10, 256, 257)] == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_that_count_tokens_pass(dtype):
     model = built(PHI).to(dtype)
-    assert not Columns(model).counted(300)
+    assert not PaddingProbe(model).counted(300)
     made = pivoted(model, (BOS, 7), True, KVSpec())
     assert SharedModel(made).sharing is Sharing.TREES
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     generate(made, *padded([BODIES[0], BODIES[3]]), 2, None, starts, **OPTIONS)
     assert starts.computed == 1
 
 
 def test_tested_families_are_not_tried(monkeypatch):
-    monkeypatch.setattr(Columns, "_difference", lambda columns, size: pytest.fail("tried"))
-    assert not Columns(build_model("llama")).counted(10_000)
-    assert Columns(build_model("mistral")).counted(9)
-    assert not Columns(build_model("mistral")).counted(8)
+    monkeypatch.setattr(PaddingProbe, "_difference", lambda columns, size: pytest.fail("tried"))
+    assert not PaddingProbe(build_model("llama")).counted(10_000)
+    assert PaddingProbe(build_model("mistral")).counted(9)
+    assert not PaddingProbe(build_model("mistral")).counted(8)

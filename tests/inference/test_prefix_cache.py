@@ -6,7 +6,7 @@ from helpers.tiny import BOS, FAMILIES, PAD, build_model
 
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.pivot.capture import capture, fingerprint_of
@@ -36,7 +36,7 @@ def padded(bodies):
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_same_tokens_with_and_without_a_kept_start(family, cell):
     made = pivoted(family, cell)
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     ids, mask = padded(BODIES)
     expected = generate(made, ids, mask, 6, **OPTIONS)
     for _ in range(2):
@@ -48,7 +48,7 @@ def test_the_same_tokens_with_and_without_a_kept_start(family, cell):
 
 def test_one_row_at_a_time_finds_the_start_in_its_neighbours():
     made = pivoted("llama", "intact")
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     for body in [*BODIES, *BODIES]:
         ids, mask = padded([body])
         assert torch.equal(
@@ -59,7 +59,7 @@ def test_one_row_at_a_time_finds_the_start_in_its_neighbours():
 
 def test_nothing_is_kept_where_little_is_shared_or_the_model_cannot(monkeypatch):
     made = pivoted("llama", "intact")
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     assert starts.of([[*HEAD[:10], 1, 2], [*HEAD[:10], 3]]) is None
     assert starts.of([[4, 5, 6]]) is None
     assert starts.of([HEAD[:3]]) is None
@@ -69,7 +69,7 @@ def test_nothing_is_kept_where_little_is_shared_or_the_model_cannot(monkeypatch)
 
 def test_another_start_takes_the_place_of_the_kept_one():
     made = pivoted("llama", "intact")
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     other = [[9, *body] for body in BODIES]
     assert starts.of(BODIES).tokens == [tuple(HEAD)] * 3
     assert starts.of(other) is None  # the row before them shares nothing with them
@@ -81,7 +81,7 @@ def test_another_start_takes_the_place_of_the_kept_one():
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_second_turn_goes_on_from_the_first(family, cell):
     made = pivoted(family, cell)
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     ids, mask = padded([[5, *HEAD], [*HEAD[5:], 3, 9, 11], [8, 80, 81]])
     computed = []
     made.model.register_forward_pre_hook(
@@ -108,7 +108,7 @@ def test_a_second_turn_goes_on_from_the_first(family, cell):
 
 def test_held_turns_stay_in_their_budget():
     made = pivoted("llama", "intact")
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     with starts.turns_kept():
         for number in range(6):
             ids, mask = padded([[number + 20, *HEAD]])

@@ -13,13 +13,13 @@ from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.inference import pivoted_model
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.grouped_kv_probe import check_groups
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.inference.scoring.request_table import Request
 from intactkv_eval.inference.scoring.score import Counts, score
-from intactkv_eval.kv_cache.grouped import Groups
+from intactkv_eval.kv_cache.grouped import TokenGroups
 
 TOKENS = (BOS, 7, 30)
 GROUP = 4
@@ -130,7 +130,7 @@ def test_eager_attention():
 @pytest.mark.parametrize(("exempt", "residual"), [(0, 4), (3, 4), (2, 9)])
 def test_every_query_sees_one_copy_of_each_row_before_it(exempt, residual):
     """Whole or in pieces, with a window or without: of each older column the copy that its age says, and no other."""
-    groups = Groups(exempt, residual)
+    groups = TokenGroups(exempt, residual)
     for first, total in [(0, 1), (0, 30), (3, 30), (9, 13), (17, 30), (29, 30)]:
         quantized, mixed, full = (list(range(part.start, part.stop)) for part in groups.copies(first, total))
         columns = [*quantized, *mixed, *range(min(exempt, total)), *full]
@@ -168,7 +168,7 @@ def test_nothing_is_shared_and_it_is_said_once(caplog):
     assert counts.sharing == "nothing"
     assert len([record for record in caplog.records if "not shared" in record.message]) == 1
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
-    starts = SharedStart(shared)
+    starts = PrefixCache(shared)
     with starts.turns_kept():
         assert starts.turns is None
         assert starts.of([[*head, 1], [*head, 2]]) is None
@@ -185,7 +185,7 @@ def test_models_are_tried(monkeypatch):
     with pytest.raises(UnsupportedModelError, match="channel_key is not possible with BloomForCausalLM"):
         check_groups(PivotedModel(bloom.eval(), TOKENS, None, kv))
     made = pivoted(build_model("llama"), TOKENS, True, kv)
-    right = Groups.mask
-    monkeypatch.setattr(Groups, "mask", lambda self, first, total, *rest: right(self, first, total, *rest) * 0)
+    right = TokenGroups.mask
+    monkeypatch.setattr(TokenGroups, "mask", lambda self, first, total, *rest: right(self, first, total, *rest) * 0)
     with pytest.raises(UnsupportedModelError, match="other logits"):
         check_groups(made)

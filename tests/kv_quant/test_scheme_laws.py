@@ -7,7 +7,7 @@ from helpers.tiny import BOS, FAMILIES, PAD, build_model
 
 from intactkv_eval.compat.cache_use import run_with_cache
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 
@@ -26,7 +26,7 @@ def rows_after(made):
     """Keys and values of each layer behind a prefill and some steps."""
     ids = torch.cat([torch.tensor([TOKENS] * 2), BODY], dim=1)
     with torch.no_grad():
-        if made.writer.in_groups:
+        if made.kv_quantizer.in_groups:
             cache = made.prefilled(ids)
             run_with_cache(made.model, cache, BODY[:, -1:])
         else:
@@ -96,7 +96,7 @@ def test_eight_bits_are_close_to_none_and_two_are_not(family, scheme):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "qwen3"])
 def test_a_kept_start_and_kept_turns_of_pre_rope(family):
     made = pivoted(build_model(family, dtype=torch.float64), TOKENS, True, spec("pre_rope"))
-    starts = SharedStart(SharedModel(made))
+    starts = PrefixCache(SharedModel(made))
     ids = torch.cat([BODY[:1].expand(2, -1), torch.tensor([[PAD, 5, 6], [9, 8, 7]])], dim=1)
     ids[0] = torch.cat([ids[0, 21:22], ids[0, :21], ids[0, 22:]])
     mask = (ids != PAD).long()

@@ -11,7 +11,7 @@ from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import ConfigError
 from intactkv_eval.kv_quant.channel_key import ChannelKey
 from intactkv_eval.kv_quant.pre_rope import PreRope
-from intactkv_eval.kv_quant.quantizer import Writer, writer_of
+from intactkv_eval.kv_quant.quantizer import KVQuantizer, kv_quantizer_of
 from intactkv_eval.kv_quant.rotary import find_rotary
 from intactkv_eval.kv_quant.token_head import TokenHead
 
@@ -168,7 +168,7 @@ def test_pre_rope(family):
 
 def test_kept_rows_are_left_alone_in_both():
     rows = states(1, 2, 5, 8, dtype=torch.float32)
-    keys, values = Writer(TokenHead(2), keep=2).write(rows, rows + 1, 0, torch.arange(5)[None])
+    keys, values = KVQuantizer(TokenHead(2), keep=2).write(rows, rows + 1, 0, torch.arange(5)[None])
     assert torch.equal(keys[:, :, :2], rows[:, :, :2])
     assert torch.equal(values[:, :, :2], rows[:, :, :2] + 1)
     assert not torch.equal(keys[:, :, 2:], rows[:, :, 2:])
@@ -179,8 +179,8 @@ def test_levels_that_do_not_fit_are_refused(llama):
     asked = KVSpec(bits=3, scheme="pre_rope", codebook="x")
     for levels in (None, four):
         with pytest.raises(ConfigError, match="needs a codebook of 3 bits"):
-            writer_of(asked, llama, levels)
+            kv_quantizer_of(asked, llama, levels)
     llama.model.layers = llama.model.layers[:2]
     llama.config.num_hidden_layers = 2
     with pytest.raises(ConfigError, match="of 3 layers, this model has 2"):
-        writer_of(asked.model_copy(update={"bits": 4}), llama, four)
+        kv_quantizer_of(asked.model_copy(update={"bits": 4}), llama, four)

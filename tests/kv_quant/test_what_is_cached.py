@@ -11,7 +11,7 @@ from intactkv_eval.commands.kv_codebook import CodebookOptions, codebook_of_text
 from intactkv_eval.compat.cache_use import CountingCache, run_with_cache
 from intactkv_eval.errors import UnsupportedModelError
 from intactkv_eval.kv_quant.latent import holds_latent
-from intactkv_eval.kv_quant.quantizer import writer_of
+from intactkv_eval.kv_quant.quantizer import kv_quantizer_of
 from intactkv_eval.kv_quant.rotary import find_rotary
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
 
@@ -156,12 +156,12 @@ def test_a_latent_is_told_from_keys_and_values(case, dtype):
     is_latent = keys[0].shape[1] == 1 and keys[0].shape[-1] == LATENT["kv_lora_rank"]
     assert holds_latent(model) == is_latent
     if not is_latent:
-        assert writer_of(CHANNEL_KEY, model) is not None
+        assert kv_quantizer_of(CHANNEL_KEY, model) is not None
         return
     with pytest.raises(
         UnsupportedModelError, match=r"kv_scheme=channel_key .*latent row of 24 .*and 8 rotated numbers"
     ):
-        writer_of(CHANNEL_KEY, model)
+        kv_quantizer_of(CHANNEL_KEY, model)
     with pytest.raises(
         UnsupportedModelError, match=r"kv_scheme=pre_rope .*latent row of 24 .*use kv_scheme=token_head"
     ):

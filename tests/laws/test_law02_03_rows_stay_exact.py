@@ -14,7 +14,7 @@ from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 from intactkv_eval.inference.scoring.request_table import Request
 from intactkv_eval.inference.scoring.score import score
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
-from intactkv_eval.kv_quant.quantizer import writer_of
+from intactkv_eval.kv_quant.quantizer import kv_quantizer_of
 from intactkv_eval.pivot.capture import capture, fingerprint_of
 
 TOKENS = (BOS, 7, 9)
@@ -105,7 +105,9 @@ def test_kept_tokens_are_left_alone(llama):
     """kv_sink_tokens: the evaluated model's own first rows stay exact, counted from each row's first real token."""
     torch.manual_seed(0)
     states = torch.randn(2, 2, 5, 16)
-    cache = PivotCache(llama.config, 2, writer_of(KVSpec(bits=2, sink_tokens=2), llama), padding=torch.tensor([0, 1]))
+    cache = PivotCache(
+        llama.config, 2, kv_quantizer_of(KVSpec(bits=2, sink_tokens=2), llama), padding=torch.tensor([0, 1])
+    )
     keys, _ = cache.update(states, states, 0)
     kept = (keys == states).all(dim=3).all(dim=1)
     assert kept[0].tolist() == [True, True, False, False, False]

@@ -186,3 +186,13 @@ def test_kernels_know_nothing_of_us():
 def test_no_torch(module):
     code = f"import sys, {module}; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_class_name_once():
+    """A name means one thing in the package."""
+    places = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module_of(path))
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}

@@ -15,7 +15,7 @@ import intactkv_eval.inference.scoring.score as scoring_module
 from intactkv_eval.cell.spec import KVSpec
 from intactkv_eval.inference.padding_probe import TESTED
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.inference.scoring.lm_head import Head
+from intactkv_eval.inference.scoring.lm_head import LMHead
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.inference.scoring.request_table import Request
 from intactkv_eval.inference.scoring.score import Counts, score
@@ -140,11 +140,11 @@ def test_soft_capped_logits(monkeypatch):
                      num_key_value_heads=2, head_dim=16, sliding_window=8, initializer_range=0.15,
                      final_logit_softcapping=2.0, max_position_embeddings=128)
     ).eval()  # fmt: skip
-    assert not Head(model).is_plain
+    assert not LMHead(model).is_plain
     monkeypatch.setattr(head_module, "_CHANGES", ())
-    assert not Head(model).is_plain, "the trial sees it too"
+    assert not LMHead(model).is_plain, "the trial sees it too"
     monkeypatch.undo()
-    assert all(Head(build_model(family)).is_plain for family in FAMILIES)
+    assert all(LMHead(build_model(family)).is_plain for family in FAMILIES)
     made = pivoted(model, "intact")
     requests = few_shot_requests()
     assert_same(

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from intactkv_eval.kv_cache.grouped import Groups, SideBySideCache, StreamCache
+from intactkv_eval.kv_cache.grouped import SideBySideCache, StreamCache, TokenGroups
 from intactkv_eval.kv_quant.channel_key import ChannelKey
 from intactkv_eval.kv_quant.token_head import TokenHead, quarot_rows
 from intactkv_eval.weights.hadamard import hadamard_rows
@@ -88,7 +88,7 @@ def test_equal_values_of_which_quarot_makes_nan_are_left_alone():
 
 def streamed(bits, tokens):
     """A cache of so many of KIVI's rows, written one at a time, as the next token sees it."""
-    cache = StreamCache([], 1, ChannelKey(bits, GROUP, RESIDUAL), Groups(0, RESIDUAL))
+    cache = StreamCache([], 1, ChannelKey(bits, GROUP, RESIDUAL), TokenGroups(0, RESIDUAL))
     rows = [pad(RELEASED[name], (0, 0, 0, 1)) for name in ("kivi.keys", "kivi.values")]
     for column in range(tokens + 1):
         seen = cache.update(*(part[:, :, column : column + 1] for part in rows), 0)
@@ -96,11 +96,11 @@ def streamed(bits, tokens):
 
 
 def test_which_rows_kivi_quantizes():
-    groups = Groups(0, RESIDUAL)
+    groups = TokenGroups(0, RESIDUAL)
     full = [RELEASED["kivi.keys"], RELEASED["kivi.values"]]
     for tokens, quantized in enumerate(RELEASED["kivi.lengths"].tolist()):
         assert list(groups.boundaries(tokens)) == quantized
-        assert list(Groups(3, RESIDUAL).boundaries(3 + tokens)) == [3 + count for count in quantized]
+        assert list(TokenGroups(3, RESIDUAL).boundaries(3 + tokens)) == [3 + count for count in quantized]
         for part, rows, count in zip(streamed(2, tokens), full, quantized, strict=True):
             same = (part == rows[:, :, :tokens]).all(dim=-1).all(dim=1)[0]
             assert same[count:].all()
@@ -117,7 +117,7 @@ def test_kivis_cache(bits):
 @pytest.mark.parametrize("bits", [2, 4])
 def test_what_a_query_sees_of_kivis_cache(bits):
     """All queries at once, by a mask, against KIVI's own attention decoding one token after the other."""
-    groups = Groups(0, RESIDUAL)
+    groups = TokenGroups(0, RESIDUAL)
     cache = SideBySideCache([], 1, ChannelKey(bits, GROUP, RESIDUAL), groups)
     keys, values = cache.update(RELEASED["kivi.keys"], RELEASED["kivi.values"], 0)
     mask = groups.mask(0, TOKENS, None, torch.float32)

@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from intactkv_eval.chat.conversations import load_conversations
-from intactkv_eval.lm.pivot_framing import Framing
+from intactkv_eval.lm.pivot_framing import PivotFraming
 from intactkv_eval.pivot.tokens import prompt_head, use_chat_template
 from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.training.examples import examples_of
@@ -136,7 +136,7 @@ def test_vicunas_tokens_and_what_counts_of_them_are_the_released_ones(tmp_path, 
     """Of both of Llama's tokenizers, behind BOS and behind the head of the prompts."""
     wanted, tokenizer = VICUNA["examples"][name], llama_tokenizer(legacy)
     head = VICUNA["head"] if front == "prompt" else VICUNA["head"][:1]
-    framing = Framing(tuple(head), tokenizer.bos_token_id, 4096)
+    framing = PivotFraming(tuple(head), tokenizer.bos_token_id, 4096)
     (found,) = examples_of(load(tmp_path, name), tokenizer, framing.body, VICUNA["longest"], VICUNA["least_counted"])
     tokens, counts = wanted["tokens"], counted(wanted, len(wanted["tokens"]))
     if name == "a question without an answer at the end":  # cut off as the file is read: no counted token is behind it

@@ -11,13 +11,18 @@ from transformers.pytorch_utils import Conv1D
 from intactkv_eval.cell.spec import ActivationSpec, WeightSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.model.activation_quant import InputStage, StagedLinear, activations_off, quantize_activations
-from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges, stage_specs, staged_layers
+from intactkv_eval.model.input_transforms import (
+    apply_input_transforms,
+    calibrate_ranges,
+    input_transforms,
+    transformed_layers,
+)
 from intactkv_eval.model.linear import QuantizedLinear
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.quantize.on_the_fly import quantize_model
 from intactkv_eval.quantize.rtn import quantize_rtn
-from intactkv_eval.weights.input_transform import Rotation, StageSpec
+from intactkv_eval.weights.input_transform import InputTransform, Rotation
 
 IDS = torch.arange(2, 40)[None]
 A4 = ActivationSpec(bits=4, clip=0.9)
@@ -91,7 +96,7 @@ def test_a_range_belongs_to_static_quantizers(spec, ends):
 @pytest.mark.parametrize("ends", [None, (1.0, -1.0), (0.0, float("nan"))])
 def test_a_static_stage_needs_a_range(ends):
     with pytest.raises(ConfigError, match=r"up_proj: a static range"):
-        InputStage(StageSpec(None, STATIC, ends), "up_proj")
+        InputStage(InputTransform(None, STATIC, ends), "up_proj")
 
 
 @pytest.mark.parametrize("backend", ["dense", "cpu"])
@@ -100,7 +105,7 @@ def test_law_10_with_a_stage(backend, dtype):
     """y = F.linear(quantized(H x), dequantize(w), bias), exactly where the backend's product is torch's."""
     weight = quantize_rtn(torch.randn(24, 96).to(dtype), 4, 32)
     bias, x = torch.randn(24).to(dtype), torch.randn(2, 3, 96).to(dtype)
-    stage = InputStage(StageSpec(1, A4))
+    stage = InputStage(InputTransform(1, A4))
     prepared = quantize_activations(stage.rotated(x), A4)
     plain = QuantizedLinear(weight, bias, dtype, backend)
     layer = QuantizedLinear(weight, bias, dtype, backend, prepare=stage)
@@ -112,7 +117,7 @@ def test_law_10_with_a_stage(backend, dtype):
 
 def test_the_gradient_passes_through_the_rounding():
     x = torch.randn(3, 64, requires_grad=True)
-    layer = StagedLinear(nn.Linear(64, 8), InputStage(StageSpec(None, A4)))
+    layer = StagedLinear(nn.Linear(64, 8), InputStage(InputTransform(None, A4)))
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(3, -1))
 
@@ -120,7 +125,7 @@ def test_the_gradient_passes_through_the_rounding():
 @pytest.mark.parametrize("weights", [None, WeightSpec(method="rtn", bits=8, group_size=-1)])
 def test_every_linear_layers_input_is_quantized(model, weights):
     """W16A8 and W8A8 of all families, against hooks on the plain model that do the same; the source is left alone."""
-    specs = stage_specs(list(linear_layers(model)), None, A8)
+    specs = input_transforms(list(linear_layers(model)), None, A8)
     made = (
         quantized_model(model, None, stages=specs) if weights is None else quantize_model(model, weights, stages=specs)
     )
@@ -144,23 +149,23 @@ def test_every_linear_layers_input_is_quantized(model, weights):
 def test_stages_are_put_on_and_taken_off(llama):
     with torch.no_grad():
         before = llama(IDS).logits
-        apply_stages(llama, None, A4)
+        apply_input_transforms(llama, None, A4)
         coarse = llama(IDS).logits
-        apply_stages(llama, None, ActivationSpec())
+        apply_input_transforms(llama, None, ActivationSpec())
         assert torch.equal(llama(IDS).logits, before)
         assert not torch.equal(coarse, before)
         made = quantize_model(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
         plain = made(IDS).logits
-        apply_stages(made, None, A4)
+        apply_input_transforms(made, None, A4)
         assert not torch.equal(made(IDS).logits, plain)
-        apply_stages(made, None, ActivationSpec())
+        apply_input_transforms(made, None, ActivationSpec())
         assert torch.equal(made(IDS).logits, plain)
 
 
 def test_quantizing_a_staged_model_keeps_its_stages(llama):
-    apply_stages(llama, None, A4)
+    apply_input_transforms(llama, None, A4)
     made = quantize_model(llama, WeightSpec(method="rtn", bits=8, group_size=-1))
-    assert all(layer.prepare.spec == StageSpec(None, A4) for layer in staged_layers(made).values())
+    assert all(layer.prepare.spec == InputTransform(None, A4) for layer in transformed_layers(made).values())
 
 
 def test_calibrated_ranges_are_those_of_what_was_run(llama):
@@ -181,11 +186,11 @@ def test_calibrated_ranges_are_those_of_what_was_run(llama):
     with pytest.raises(RuntimeError, match="stop"):
         calibrate_ranges(llama, lambda: (_ for _ in ()).throw(RuntimeError("stop")))
     assert all(len(layer._forward_pre_hooks) == 1 for layer in linear_layers(llama).values())
-    apply_stages(llama, None, STATIC, found)
+    apply_input_transforms(llama, None, STATIC, found)
     assert calibrate_ranges(llama, run) == found, "the quantizers themselves are off meanwhile"
     with torch.no_grad():
         near = llama(IDS).logits
-    apply_stages(llama, None, ActivationSpec())
+    apply_input_transforms(llama, None, ActivationSpec())
     assert 0 < (near - llama(IDS).logits).norm() < 0.2 * near.norm()
 
 
@@ -208,7 +213,7 @@ def test_bad_calibrations(llama):
 )
 def test_stages_that_fit_no_layer_are_refused(rotation, spec, ranges, said):
     with pytest.raises(ConfigError, match=said):
-        stage_specs(["a"], rotation, spec, ranges)
+        input_transforms(["a"], rotation, spec, ranges)
 
 
 def test_sixteen_bit_models_give_what_the_float32_model_gives():
@@ -216,11 +221,11 @@ def test_sixteen_bit_models_give_what_the_float32_model_gives():
     model, wide = build_model("qwen2", dtype=torch.bfloat16), build_model("qwen2", dtype=torch.bfloat16).float()
     with torch.no_grad():
         whole = wide(IDS).logits
-        apply_stages(model, None, A8)
-        apply_stages(wide, None, A8)
+        apply_input_transforms(model, None, A8)
+        apply_input_transforms(wide, None, A8)
         rounded, expected = model(IDS).logits.float(), wide(IDS).logits
         coarse = build_model("qwen2", dtype=torch.bfloat16)
-        apply_stages(coarse, None, ActivationSpec(bits=4))
+        apply_input_transforms(coarse, None, ActivationSpec(bits=4))
         four = coarse(IDS).logits.float()
     size = whole.norm()
     assert (rounded - expected).norm() / size < 0.08

@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import UnsupportedModelError
-from intactkv_eval.model.input_transforms import apply_stages
+from intactkv_eval.model.input_transforms import apply_input_transforms
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.plain import is_plain_linear, scales_elementwise
 from intactkv_eval.model.structure import decoder_layers, linear_layers
@@ -62,7 +62,7 @@ def test_activations_behind_quantized_weights(family):
     """Of a packed model too, a norm by head is no matrix that was passed over."""
     model = quantized_model(made(FAMILIES[family]), lambda matrix, name: quantize_rtn(matrix, 4, 32, None, name))
     before = model(torch.arange(9)[None]).logits
-    apply_stages(model, None, ActivationSpec(bits=8))
+    apply_input_transforms(model, None, ActivationSpec(bits=8))
     after = model(torch.arange(9)[None]).logits
     assert 0 < (after - before).norm() < 0.2 * before.norm()
 

@@ -15,7 +15,7 @@ from intactkv_eval.lm.intactkv_lm import IntactKVLM
 from intactkv_eval.model.structure import decoder_layers
 from intactkv_eval.pivot.discover import find, observe, received
 from intactkv_eval.pivot.prefix_choice import PrefixLimits, choose, mean_nll
-from intactkv_eval.pivot.prefix_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import PrefixFile
 
 WORDS = torch.randint(0, 250, (40,), generator=torch.Generator().manual_seed(3)).tolist()
 PLANTED = 251
@@ -180,7 +180,7 @@ def test_the_command_shows_them_and_its_file_is_a_pivot(llama, tokenizer, prose,
     assert row.split(" | ")[1:3] == [str(comma), "4 of 4"]
     assert "pivot=tokens:256" in result.stdout
     assert "pivots a thousand tokens" in result.stdout
-    made = ChoiceFile.load(out)
+    made = PrefixFile.load(out)
     assert made.tokens[0] == BOS
     lm = IntactKVLM(str(folder), pivot=str(out), dtype="float32", device="cpu")
     assert lm.pivoted_model.token_ids == made.tokens
@@ -188,7 +188,7 @@ def test_the_command_shows_them_and_its_file_is_a_pivot(llama, tokenizer, prose,
     for token in (-1, 1.0, "1", True):
         out.write_text(json.dumps({**json.loads(out.read_text()), "tokens": [token]}))
         with pytest.raises(PivotError, match="no prefix that"):
-            ChoiceFile.load(out)
+            PrefixFile.load(out)
 
 
 def test_a_model_without_pivots_says_so(llama, tokenizer, prose, tmp_path):
@@ -250,9 +250,9 @@ def test_bad_settings_are_named(prose, more, said):
 def test_files_that_are_no_choice(tmp_path, content):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(PivotError, match=r"c\.json"):
-        ChoiceFile.load(tmp_path / "c.json")
+        PrefixFile.load(tmp_path / "c.json")
     with pytest.raises(PivotError, match="does not exist"):
-        ChoiceFile.load(tmp_path / "other.json")
+        PrefixFile.load(tmp_path / "other.json")
 
 
 def test_auto_needs_the_full_model(tmp_path, saved_llama):

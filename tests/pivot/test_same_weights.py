@@ -20,7 +20,7 @@ from torch import nn
 from intactkv_eval.errors import PivotError
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.structure import linear_layers
-from intactkv_eval.pivot.same_weights import Groups, Rules, check_same, difference
+from intactkv_eval.pivot.same_weights import GroupStructure, Rules, check_same, difference
 from intactkv_eval.pivot.weight_sample import Sampled, weight_sample
 from intactkv_eval.quantize.rtn import quantize_rtn
 
@@ -193,12 +193,12 @@ def test_another_architecture(llama):
 def test_groups_by_hand():
     q = torch.tensor([[0.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
     w = torch.tensor([[0.1, 0.9, 1.2, 2.8]], dtype=torch.float64)
-    assert not Groups(q, w).are_fine()
-    assert Groups(w, w).are_fine()
+    assert not GroupStructure(q, w).are_fine()
+    assert GroupStructure(w, w).are_fine()
     gaps = torch.tensor([1.0, 2.0, 2.0, 2.0]) / 2  # the farther neighbour
-    assert Groups(q, w).steps() == pytest.approx(float((q - w).norm() / gaps.norm()))
-    assert Groups(q, w).swapped() == 0
-    assert Groups(q, w.flip(1)).swapped() == 3 / 4
+    assert GroupStructure(q, w).steps() == pytest.approx(float((q - w).norm() / gaps.norm()))
+    assert GroupStructure(q, w).swapped() == 0
+    assert GroupStructure(q, w.flip(1)).swapped() == 3 / 4
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

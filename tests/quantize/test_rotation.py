@@ -13,10 +13,10 @@ from intactkv_eval.cell.spec import ActivationSpec, KVSpec, WeightSpec
 from intactkv_eval.errors import PivotError, UnsupportedModelError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
-from intactkv_eval.kv_cache.prefix_cache import SharedCache
-from intactkv_eval.kv_quant.quantizer import writer_of
+from intactkv_eval.kv_cache.prefix_cache import SharedPrefixCache
+from intactkv_eval.kv_quant.quantizer import kv_quantizer_of
 from intactkv_eval.kv_quant.token_head import TokenHead
-from intactkv_eval.model.input_transforms import apply_stages, stage_specs
+from intactkv_eval.model.input_transforms import apply_input_transforms, input_transforms
 from intactkv_eval.model.structure import linear_layers
 from intactkv_eval.pivot.basis import to_rotated
 from intactkv_eval.pivot.capture import capture, fingerprint_of
@@ -65,7 +65,7 @@ def test_with_all_quantizers_off_it_is_the_plain_model(name):
     before, old = logits(model), copy.deepcopy(model.state_dict())
     rotation = rotate(model, seed=1)
     without = error(logits(model), before)
-    apply_stages(model, rotation, OFF)
+    apply_input_transforms(model, rotation, OFF)
     assert error(logits(model), before) < 1e-4
     assert without > 0.05, "the online transforms are needed"
     outputs = [key for key in old if re.search(r"(embed_tokens|o_proj|down_proj|lm_head)\.weight", key)]
@@ -99,7 +99,7 @@ def test_law_1_in_the_rotated_basis(name):
     with torch.no_grad():
         plain = model(torch.cat([torch.tensor([PIVOT] * 2), IDS], dim=1)).logits[:, len(PIVOT) :]
     rotation = rotate(model)
-    apply_stages(model, rotation, OFF)
+    apply_input_transforms(model, rotation, OFF)
     turned = to_rotated(pivot)
     torch.testing.assert_close(PivotedModel(model, PIVOT, turned).body_logits(IDS), plain, **LAW_1)
     assert error(PivotedModel(model, PIVOT, pivot).body_logits(IDS), plain) > 1e-2
@@ -134,7 +134,7 @@ def test_widths_without_a_matrix_are_named(key, size):
 
 def test_twice_or_quantized_is_refused():
     model = made("llama")
-    apply_stages(model, rotate(model), OFF)
+    apply_input_transforms(model, rotate(model), OFF)
     with pytest.raises(UnsupportedModelError, match=r"down_proj|o_proj"):
         rotate(model)
 
@@ -157,9 +157,9 @@ def test_rotated_four_bits_are_better_where_channels_stand_out(weights):
         model = copy.deepcopy(plain)
         rotation = rotate(model) if turned else None
         if weights.method == "none":
-            apply_stages(model, rotation, A4)
+            apply_input_transforms(model, rotation, A4)
         else:
-            model = quantize_model(model, weights, stages=stage_specs(list(linear_layers(model)), rotation, A4))
+            model = quantize_model(model, weights, stages=input_transforms(list(linear_layers(model)), rotation, A4))
         found[turned] = (F.log_softmax(logits(model), dim=-1) - expected).square().mean().sqrt().item()
     assert found[True] < 0.75 * found[False], found
 
@@ -189,8 +189,8 @@ def test_both_caches_turn_keys_and_leave_values_to_the_weights():
     spec, places = KVSpec(bits=3, rotate=True), torch.arange(5)[None]
     keys, values = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
     model = made("llama")
-    writer, plain = writer_of(spec, model), TokenHead(3)
-    for cache in (PivotCache(model.config, 1, writer), SharedCache([], 1, writer, places)):
+    writer, plain = kv_quantizer_of(spec, model), TokenHead(3)
+    for cache in (PivotCache(model.config, 1, writer), SharedPrefixCache([], 1, writer, places)):
         held = cache.update(keys, values, 0)
         assert torch.equal(held[0], writer.scheme.keys(keys, 0, places))
         assert not torch.equal(held[0], plain.keys(keys, 0, places))

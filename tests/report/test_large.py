@@ -15,7 +15,7 @@ from intactkv_eval.report.alike import unlike
 from intactkv_eval.report.collect import Identity, Run, collect
 from intactkv_eval.report.compare import compare
 from intactkv_eval.report.grid import grid_of
-from intactkv_eval.report.groups import Groups
+from intactkv_eval.report.groups import TaskGroups
 from intactkv_eval.report.index import RunIndex
 from intactkv_eval.report.refused import Unpaired
 from intactkv_eval.report.score import Score
@@ -159,7 +159,7 @@ def test_groups_nested_deep_are_walked_once():
             return super().get(*arguments)
 
     many = 2000
-    groups = Groups(children := Counted({f"g{n}": [f"g{n + 1}"] for n in range(many)} | {f"g{many}": ["leaf"]}))
+    groups = TaskGroups(children := Counted({f"g{n}": [f"g{n + 1}"] for n in range(many)} | {f"g{many}": ["leaf"]}))
     shown = set()
     for n in range(many, -1, -1):
         groups.add_below(f"g{n}", shown)
@@ -169,7 +169,7 @@ def test_groups_nested_deep_are_walked_once():
 
 
 def test_groups_inside_of_themselves():
-    groups = Groups({"a": ["b", "x"], "b": ["a", "y"], "c": ["c"]})
+    groups = TaskGroups({"a": ["b", "x"], "b": ["a", "y"], "c": ["c"]})
     assert groups.leaves("a") == groups.leaves("b") == ["x", "y"]
     assert groups.leaves("c") == ["c"]
     assert groups.leaves("x") == ["x"]
@@ -178,7 +178,7 @@ def test_groups_inside_of_themselves():
 def test_groups_that_multiply_are_refused():
     """Two thousand groups around one chain of a thousand: two million tasks in 60 KB."""
     children = {f"outer{n}": ["g0", f"leaf{n}"] for n in range(2000)} | {f"g{n}": [f"g{n + 1}"] for n in range(1000)}
-    groups = Groups(children)
+    groups = TaskGroups(children)
     with pytest.raises(ValueError, match="together they hold more than 1000000 tasks"):
         [groups.leaves(f"outer{n}") for n in range(2000)]
 

@@ -12,7 +12,7 @@ import torch
 from intactkv_eval.quantize.export import export
 from intactkv_eval.storage.files import place_folder, shipped_folder, write_atomic
 from intactkv_eval.storage.tensor_file import save_tensors
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -37,7 +37,7 @@ def test_others_may_read_what_the_umask_lets_them(tmp_path, umask, expected):
     try:
         write_atomic(ours, lambda partial: partial.write_text("x"))
         write_atomic(theirs, lambda partial: save_tensors(partial, {"x": torch.ones(2)}))
-        export(tmp_path / "checkpoint", "gptq", Scheme(4, 32, True, "a test"), {}, {}, {"x": torch.ones(2)})
+        export(tmp_path / "checkpoint", "gptq", CheckpointScheme(4, 32, True, "a test"), {}, {}, {"x": torch.ones(2)})
     finally:
         os.umask(before)
     for path in (ours, theirs, *(tmp_path / "checkpoint").iterdir()):

@@ -10,7 +10,7 @@ import pytest
 
 from intactkv_eval.cell.config_files import load_config
 from intactkv_eval.errors import CheckpointError, ConfigError, DataError, PivotError
-from intactkv_eval.pivot.prefix_file import ChoiceFile
+from intactkv_eval.pivot.prefix_file import PrefixFile
 from intactkv_eval.quantize.awq_search import load_search
 from intactkv_eval.storage.documents import parse_json, parse_yaml
 from intactkv_eval.storage.files import read_jsonl, read_text
@@ -80,7 +80,7 @@ READ = {
     "levels.safetensors": (read_metadata, CheckpointError),
     "search.pt": (load_search, CheckpointError),
     "x.safetensors": (lambda path: Checkpoint(path.parent), CheckpointError),
-    "choice.json": (ChoiceFile.load, PivotError),
+    "choice.json": (PrefixFile.load, PivotError),
 }
 
 

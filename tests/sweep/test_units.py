@@ -14,7 +14,7 @@ from intactkv_eval.storage.files import shipped_folder
 from intactkv_eval.sweep import grid as grid_module
 from intactkv_eval.sweep.folder import SweepFolder
 from intactkv_eval.sweep.identity import digest_at
-from intactkv_eval.sweep.preparation import Calibrate, KVCodebook, Quantize
+from intactkv_eval.sweep.preparation import CalibratePreparation, CodebookPreparation, QuantizePreparation
 from intactkv_eval.sweep.spec import read_sweep
 
 SWEEPS = sorted(shipped_folder("sweeps").glob("*.yaml"))
@@ -68,7 +68,10 @@ def test_what_is_made_is_made_once(saved_llama):
     trained = {"pivot": "bos", "calibrate": {"data": "conversations.json"}}
     found = units(grid(saved_llama, weights=[GPTQ], kv=[{}, levels], pivots=["none", "bos", trained]))
     made = {preparation.name: preparation for unit in found for preparation in unit.preparations}
-    kinds = [sum(isinstance(one, kind) for one in made.values()) for kind in (Quantize, KVCodebook, Calibrate)]
+    kinds = [
+        sum(isinstance(one, kind) for one in made.values())
+        for kind in (QuantizePreparation, CodebookPreparation, CalibratePreparation)
+    ]
     assert kinds == [1, 2, 1], "levels of `bos` serve the trained rows too"
     intact, computed = (next(u for u in found if u.cell.pivot.intact is flag) for flag in (True, False))
     assert intact.cell.model.reference == str(saved_llama)

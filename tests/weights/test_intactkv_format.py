@@ -13,7 +13,7 @@ from intactkv_eval.assemble.checkpoint_info import read_quantization
 from intactkv_eval.cell.spec import ActivationSpec
 from intactkv_eval.errors import CheckpointError, ConfigError
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
-from intactkv_eval.model.input_transforms import apply_stages, calibrate_ranges
+from intactkv_eval.model.input_transforms import apply_input_transforms, calibrate_ranges
 from intactkv_eval.model.linear import quantized_layers
 from intactkv_eval.model.loading import quantized_model
 from intactkv_eval.model.matrices import matrix_of
@@ -24,7 +24,7 @@ from intactkv_eval.quantize.rotation import rotate
 from intactkv_eval.quantize.rtn import quantize_rtn
 from intactkv_eval.weights.checkpoint import Checkpoint
 from intactkv_eval.weights.formats.intactkv import range_tensors
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 
 IDS = torch.arange(2, 40)[None]
 A4 = ActivationSpec(bits=4, clip=0.9)
@@ -38,16 +38,16 @@ def rtn(matrix, name):
 def write(model, out, activations=A4, turned=True, beside=None):
     """What `intactkv quantize` does: the checkpoint, and the same model in memory."""
     rotation = rotate(model) if turned else None
-    apply_stages(model, rotation, ActivationSpec())
+    apply_input_transforms(model, rotation, ActivationSpec())
     static = activations.scheme == "tensor"
     ranges = calibrate_ranges(model, lambda: model(IDS)) if static else None
-    apply_stages(model, rotation, activations, ranges)
+    apply_input_transforms(model, rotation, activations, ranges)
     layers = {name: rtn(matrix_of(layer), name) for name, layer in linear_layers(model).items()}
     tied = set(model.all_tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
     left_out = {f"{name}.weight" for name in layers} | tied
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     model.config.architectures = [type(model).__name__]
-    scheme = Scheme(4, -1, True, "intactkv_eval:test rtn", ("lm_head",), activations, rotation)
+    scheme = CheckpointScheme(4, -1, True, "intactkv_eval:test rtn", ("lm_head",), activations, rotation)
     export(out, "intactkv", scheme, model.config.to_diff_dict(), layers, others | range_tensors(ranges or {}), beside)
     return quantized_model(model, rtn)
 
@@ -89,7 +89,7 @@ def test_no_other_library_takes_it_for_one_of_its_own(tmp_path):
 @pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-tensors"])
 def test_other_formats_cannot_say_it(layout, tmp_path):
     with pytest.raises(ConfigError, match="others would load it and compute without the rotation"):
-        export(tmp_path / "out", layout, Scheme(4, -1, True, "x", (), A4), {}, {}, {})
+        export(tmp_path / "out", layout, CheckpointScheme(4, -1, True, "x", (), A4), {}, {}, {})
     assert not (tmp_path / "out").exists()
 
 

@@ -22,10 +22,10 @@ from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.compat.transformers_api import keeps_given_cache, set_output_cache
 from intactkv_eval.errors import ConfigError, NumericsError, PivotError
 from intactkv_eval.inference.generation.plan import GenerationPlan, Stopping
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
 from intactkv_eval.inference.generation.sampling import BrokenLogits, FiniteLogits, RowSampler
 from intactkv_eval.inference.generation.settings import refusals_explained, served
-from intactkv_eval.inference.generation.turn_cache import Front
+from intactkv_eval.inference.generation.turn_cache import PrefixKV
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.kv_cache.grouped import StreamCache
 from intactkv_eval.kv_cache.pivot_cache import PivotCache
@@ -38,7 +38,7 @@ def generate(
     mask: Tensor,
     max_new_tokens: int,
     stopping: Stopping | None = None,
-    starts: SharedStart | None = None,
+    starts: PrefixCache | None = None,
     sampler: RowSampler | None = None,
     **options: Any,
 ) -> Tensor:
@@ -51,14 +51,14 @@ def generate(
     Raises PivotError for a row without a token where there is no pivot either, ConfigError for settings that cannot be
     served, or that transformers refuses.
     """
-    found = served(pivoted.model.generation_config, options, pivoted.writer is not None)
+    found = served(pivoted.model.generation_config, options, pivoted.kv_quantizer is not None)
     in_one_go = found.beams > 1 or found.in_one_go
     plan = GenerationPlan(max_new_tokens, stopping, sampler, found.options, found.beams, found.by_length, in_one_go)
     return _generated(pivoted, bodies, mask, plan, starts)
 
 
 def _generated(
-    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: SharedStart | None = None
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: PrefixCache | None = None
 ) -> Tensor:
     padding = (mask == 0).sum(dim=1)
     # The last new token is never an input.
@@ -85,7 +85,7 @@ def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, plan: GenerationP
     if not pivoted.rope.is_beyond(length):
         forget_long_texts(pivoted.model)
     fitting = pivoted.for_length(length)
-    alone = pivoted.pivot is None and pivoted.writer is None and plan.in_one_go
+    alone = pivoted.pivot is None and pivoted.kv_quantizer is None and plan.in_one_go
     if pivoted.rope.grows or alone:
         return _up_to_border(fitting, body, mask, plan)
     if not pivoted.rope.is_beyond(length):
@@ -107,7 +107,7 @@ def _across(pivoted: PivotedModel, body: Tensor, mask: Tensor, plan: GenerationP
 
 
 def _up_to_border(
-    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: SharedStart | None = None
+    pivoted: PivotedModel, bodies: Tensor, mask: Tensor, plan: GenerationPlan, starts: PrefixCache | None = None
 ) -> Tensor:
     """Rows that stay on one side of the border of the RoPE frequencies."""
     padding = (mask == 0).sum(dim=1)
@@ -118,7 +118,7 @@ def _up_to_border(
         return _apart(pivoted, bodies, mask, [empty, ~empty], plan)
     rows = [row[amount:] for row, amount in zip(bodies.tolist(), padding.tolist(), strict=True)]
     front = starts.of(rows) if starts else None
-    in_groups = pivoted.writer is not None and pivoted.writer.in_groups
+    in_groups = pivoted.kv_quantizer is not None and pivoted.kv_quantizer.in_groups
     apart = (in_groups or plan.by_length) and padding.any()
     if apart or _padding_counts(pivoted, rows, front, plan.new_tokens):
         lengths = [padding == amount for amount in sorted(set(padding.tolist()))]
@@ -131,7 +131,7 @@ def _up_to_border(
     cache: PivotCache | StreamCache | None = None
     if in_groups:
         cache = pivoted.prefilled(ids.repeat_interleave(plan.beams, 0))
-    elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.writer is not None:
+    elif front is not None or turns is not None or pivoted.pivot is not None or pivoted.kv_quantizer is not None:
         columns = (mask == 0).sum(dim=1).repeat_interleave(plan.beams)
         cache = pivoted.new_cache(len(rows) * plan.beams, columns, *([front.repeated(plan.beams)] if front else []))
     out = _called(pivoted, rows, ids, mask, cache, plan)
@@ -175,7 +175,7 @@ def _where(pivoted: PivotedModel, row: list[int]) -> str:
 
 
 def _behind_front(
-    rows: list[list[int]], pivot: tuple[int, ...], front: Front | None, bodies: Tensor
+    rows: list[list[int]], pivot: tuple[int, ...], front: PrefixKV | None, bodies: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[padding | pivot | what is computed already | padding | the rest] of each row, and its mask [B, T].
 
@@ -195,7 +195,7 @@ def _behind_front(
     return ids, mask
 
 
-def _padding_counts(pivoted: PivotedModel, rows: list[list[int]], front: Front | None, new_tokens: int) -> bool:
+def _padding_counts(pivoted: PivotedModel, rows: list[list[int]], front: PrefixKV | None, new_tokens: int) -> bool:
     """Whether padding would stand behind kept rows, in a model that counts columns: it would push them away."""
     if front is None and pivoted.pivot is None:
         return False
@@ -243,9 +243,9 @@ def _from_nothing(pivoted: PivotedModel, bodies: Tensor, plan: GenerationPlan) -
         raise PivotError("generation from an empty text needs a pivot or a BOS token in front; this cell has neither")
     ids = _pivot_ids(pivoted, bodies)
     cache: PivotCache | StreamCache | None = None
-    if pivoted.pivot is None and pivoted.writer is not None:
+    if pivoted.pivot is None and pivoted.kv_quantizer is not None:
         every = ids.repeat_interleave(plan.beams, 0)
-        cache = pivoted.prefilled(every) if pivoted.writer.in_groups else pivoted.new_cache(len(every))
+        cache = pivoted.prefilled(every) if pivoted.kv_quantizer.in_groups else pivoted.new_cache(len(every))
     with _answering_as_captured(pivoted) as given:
         made = _called(pivoted, [[]] * len(ids), ids, torch.ones_like(ids), cache, plan)[:, ids.shape[1] :]
     for one in given:
@@ -268,7 +268,7 @@ def _answering_as_captured(pivoted: PivotedModel) -> Iterator[list[CountingCache
         hook.remove()
         rows = len(output.logits)
         output.logits = pivoted.pivot_logits[-1:].expand(rows, 1, -1)
-        if pivoted.writer is not None and pivoted.writer.in_groups:
+        if pivoted.kv_quantizer is not None and pivoted.kv_quantizer.in_groups:
             ids = torch.tensor([[*pivoted.token_ids, 0]]).expand(rows, -1)
             given.append(pivoted.prefilled(ids))  # of all but the last, which are the pivot's
         else:

@@ -15,8 +15,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from intactkv_eval.inference.generation.generate import generate
-from intactkv_eval.inference.generation.prefix_cache import SharedStart
-from intactkv_eval.inference.generation.sampling import Draw, RowSampler
+from intactkv_eval.inference.generation.prefix_cache import PrefixCache
+from intactkv_eval.inference.generation.sampling import RowSampler, SamplingParams
 from intactkv_eval.inference.generation.settings import served
 from intactkv_eval.inference.pivoted_model import PivotedModel
 
@@ -26,7 +26,7 @@ Talk = TypeVar("Talk")
 Talk_contra = TypeVar("Talk_contra", contravariant=True)
 
 
-class Turn(NamedTuple):
+class ChatTurn(NamedTuple):
     """One answer. prompt: the text that it goes on from. ended: `stop`, or `length` where it was cut. tokens: made."""
 
     answer: str
@@ -35,13 +35,13 @@ class Turn(NamedTuple):
     tokens: int
 
 
-class Asked(NamedTuple):
+class TurnPrompt(NamedTuple):
     """prompt: a text, and `body` its tokens behind the pivot. most: new tokens. draw: how they are sampled."""
 
     prompt: str
     body: list[int]
     most: int
-    draw: Draw
+    draw: SamplingParams
 
 
 class Codec(Protocol[Talk_contra]):
@@ -50,7 +50,7 @@ class Codec(Protocol[Talk_contra]):
     eos: tuple[int, ...]
     pad: int
 
-    def ask(self, talk: Talk_contra, answers: Sequence[str]) -> Asked | None:
+    def ask(self, talk: Talk_contra, answers: Sequence[str]) -> TurnPrompt | None:
         """What comes next behind the answers so far; None where nothing is left to answer."""
         ...
 
@@ -63,9 +63,9 @@ class Codec(Protocol[Talk_contra]):
 class _Row(Generic[Talk]):
     place: int
     talk: Talk
-    asked: Asked | None = None
+    asked: TurnPrompt | None = None
     made: list[int] = field(default_factory=list)
-    turns: list[Turn] = field(default_factory=list)
+    turns: list[ChatTurn] = field(default_factory=list)
 
 
 def converse(
@@ -73,8 +73,8 @@ def converse(
     talks: Sequence[Talk],
     codec: Codec[Talk],
     rows: int,
-    starts: SharedStart | None,
-    done: Callable[[int, list[Turn]], None],
+    starts: PrefixCache | None,
+    done: Callable[[int, list[ChatTurn]], None],
 ) -> None:
     """Answer all talks, `rows` at a time; `done` gets each one's number and turns as it ends."""
     waiting = deque(_Row(place, talk) for place, talk in enumerate(talks))
@@ -102,7 +102,7 @@ def _go_on(
     rows: list[_Row[Talk]],
     codec: Codec[Talk],
     chunk: int | None,
-    starts: SharedStart | None,
+    starts: PrefixCache | None,
 ) -> None:
     """At most `chunk` tokens more for each of the rows, which take down what has ended."""
     asked = [row.asked for row in rows if row.asked is not None]
@@ -140,5 +140,5 @@ def _take(row: _Row[Talk], made: list[int], codec: Codec[Talk]) -> None:
         text, _ = codec.answer(row.talk, kept)
     ended = stopped or (end is not None and len(row.made) < row.asked.most)
     if ended or len(kept) == row.asked.most:
-        row.turns.append(Turn(text, row.asked.prompt, "stop" if ended else "length", len(kept)))
+        row.turns.append(ChatTurn(text, row.asked.prompt, "stop" if ended else "length", len(kept)))
         row.made, row.asked = [], None

@@ -11,7 +11,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from intactkv_eval.inference.generation.turn_cache import BUDGET, Front, Turns
+from intactkv_eval.inference.generation.turn_cache import BUDGET, ConversationKVCache, PrefixKV
 from intactkv_eval.inference.scoring.packed_rows import flatten
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel, Sharing
 from intactkv_eval.inference.scoring.prefix_tree import Node
@@ -19,14 +19,14 @@ from intactkv_eval.inference.scoring.prefix_tree import Node
 WORTH = 16  # tokens that a kept start must save
 
 
-class SharedStart:
+class PrefixCache:
     """Finds and keeps the start that requests share."""
 
     def __init__(self, shared: SharedModel) -> None:
         self.shared = shared
         self.computed = 0
-        self.turns: Turns | None = None
-        self._held: Front | None = None
+        self.turns: ConversationKVCache | None = None
+        self._held: PrefixKV | None = None
         self._previous: list[int] | None = None
 
     @contextmanager
@@ -36,18 +36,18 @@ class SharedStart:
         budget: the most bytes of KV that are held. columns: of the longest row, most of whose padding is behind it.
         """
         allowed = self._allowed() and not self.shared.pivoted.columns.counted(columns)
-        self.turns = Turns(len(self.shared.pivoted.token_ids), budget) if allowed else None
+        self.turns = ConversationKVCache(len(self.shared.pivoted.token_ids), budget) if allowed else None
         try:
             yield
         finally:
             self.turns = None
 
-    def of(self, bodies: list[list[int]]) -> Front | None:
+    def of(self, bodies: list[list[int]]) -> PrefixKV | None:
         """What is kept in front of `bodies`, each longer than it; None where there is nothing that is worth it."""
         found = self.turns.of(bodies, WORTH) if self.turns is not None else None
         return found or self._common(bodies)
 
-    def _common(self, bodies: list[list[int]]) -> Front | None:
+    def _common(self, bodies: list[list[int]]) -> PrefixKV | None:
         start = _agreeing([*bodies, self._previous] if self._previous else bodies)
         self._previous = bodies[0]
         most = min(len(body) for body in bodies) - 1
@@ -59,7 +59,7 @@ class SharedStart:
         self._held = self._compute(start)
         return self._for(len(bodies))
 
-    def _for(self, rows: int) -> Front:
+    def _for(self, rows: int) -> PrefixKV:
         assert self._held is not None
         return replace(self._held, tokens=self._held.tokens * rows)
 
@@ -72,12 +72,12 @@ class SharedStart:
         """Sliding windows count columns: padding between a kept start and a body would push it out too early."""
         return self.shared.pivoted.window is None and self.shared.sharing is not Sharing.NOTHING
 
-    def _compute(self, start: list[int]) -> Front:
+    def _compute(self, start: list[int]) -> PrefixKV:
         tokens = np.array([*self.shared.front, *start], np.int32)
         row = flatten([Node(0, len(tokens), 0, 1)], [tokens])
         _, rows = self.shared.forward(self.shared.root, [row], keep=True)
         self.computed += 1
-        return Front([tuple(start)], tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
+        return PrefixKV([tuple(start)], tuple(keys[0] for keys, _ in rows), tuple(values[0] for _, values in rows))
 
 
 def _agreeing(bodies: list[list[int]]) -> list[int]:

@@ -25,7 +25,7 @@ _GREEDY = 1e-4  # FastChat's own bound
 
 
 @dataclass
-class Draw:
+class SamplingParams:
     """How one row is sampled: `temperature` below 1e-4 is greedy; `top_k` 0 and `top_p` 1 are off. seed: any text."""
 
     temperature: float = 0.0
@@ -85,7 +85,7 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
 class RowSampler(LogitsProcessor):  # type: ignore[misc]
     """A row's draw for each row of a batch; generation itself stays greedy."""
 
-    def __init__(self, draws: Sequence[Draw]) -> None:
+    def __init__(self, draws: Sequence[SamplingParams]) -> None:
         self.draws = list(draws)
 
     def of(self, rows: Tensor) -> "RowSampler":

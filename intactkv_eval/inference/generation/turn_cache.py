@@ -18,7 +18,7 @@ BUDGET = 2**30  # bytes of KV
 
 
 @dataclass(frozen=True, eq=False)
-class Front:
+class PrefixKV:
     """What stands in front of each row of a batch: tokens behind the pivot, none where nothing fits.
 
     keys, values: of each layer [H, P + S, D] where the rows have one front, else [B, H, P + S, D], left-padded.
@@ -28,12 +28,12 @@ class Front:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
-    def repeated(self, times: int) -> "Front":
+    def repeated(self, times: int) -> "PrefixKV":
         """The same with each row of a batch so many times, for beams."""
         if times == 1 or self.keys[0].ndim == 3:
             return self
         parts = (tuple(part.repeat_interleave(times, 0) for part in kind) for kind in (self.keys, self.values))
-        return Front([tokens for tokens in self.tokens for _ in range(times)], *parts)
+        return PrefixKV([tokens for tokens in self.tokens for _ in range(times)], *parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class _Held:
         return sum(part.numel() * part.element_size() for layer in self.rows for part in layer)
 
 
-class Turns:
+class ConversationKVCache:
     """Rows that were generated behind `pivot` tokens, the least recent let go where they exceed `budget` bytes."""
 
     def __init__(self, pivot: int, budget: int = BUDGET) -> None:
@@ -74,7 +74,7 @@ class Turns:
         while self._held and sum(one.size for one in self._held.values()) > self.budget:
             self._held.popitem(last=False)
 
-    def of(self, bodies: list[list[int]], worth: int) -> Front | None:
+    def of(self, bodies: list[list[int]], worth: int) -> PrefixKV | None:
         """The fronts of `bodies`, each shorter than its body; None where none is of at least `worth` tokens."""
         found = [self._longest(np.array(body, np.int32), worth) for body in bodies]
         some = next((held for held, _ in found if held is not None), None)
@@ -90,7 +90,7 @@ class Turns:
                 for part, whole in zip(source, made, strict=True):
                     whole[layer][row, :, width - taken :] = part[:, :taken]
         tokens = [tuple(body[:length]) for body, (_, length) in zip(bodies, found, strict=True)]
-        return Front(tokens, tuple(made[0]), tuple(made[1]))
+        return PrefixKV(tokens, tuple(made[0]), tuple(made[1]))
 
     def _longest(self, body: NDArray[np.int32], worth: int) -> tuple[_Held | None, int]:
         best: tuple[_Held | None, int] = (None, 0)

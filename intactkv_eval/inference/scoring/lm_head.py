@@ -21,7 +21,7 @@ _CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logit_s
 SLICE_BYTES = 32 * 2**20  # of fp32 logits at once
 
 
-class Head:
+class LMHead:
     """The output embedding of `model`, seen from a forward that is run for it."""
 
     def __init__(self, model: PreTrainedModel) -> None:

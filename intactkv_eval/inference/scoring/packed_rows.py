@@ -15,7 +15,7 @@ from intactkv_eval.inference.scoring.prefix_tree import Node, Tokens
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class PackedRow:
     """tokens [T] and depths [T], their places in their sequences.
 
     spans: each node, its first column, and the last column of its parent or -1.
@@ -31,7 +31,7 @@ class Row:
         return all(parent == column - 1 for _, column, parent in self.spans)
 
 
-def flatten(nodes: Sequence[Node], sequences: Sequence[Tokens]) -> Row:
+def flatten(nodes: Sequence[Node], sequences: Sequence[Tokens]) -> PackedRow:
     """Subtrees that start at the same depth, one behind the other."""
     spans: list[tuple[Node, int, int]] = []
     pieces: list[Tokens] = []
@@ -48,10 +48,10 @@ def flatten(nodes: Sequence[Node], sequences: Sequence[Tokens]) -> Row:
             column += length
             parent = column - 1
         waiting.extend((child, parent) for child in reversed(node.children))
-    return Row(np.concatenate(pieces), np.concatenate(depths), spans)
+    return PackedRow(np.concatenate(pieces), np.concatenate(depths), spans)
 
 
-def visible(row: Row, columns: int) -> NDArray[np.bool_]:
+def visible(row: PackedRow, columns: int) -> NDArray[np.bool_]:
     """[columns, columns]: which column each sees; padding sees itself, so that no softmax is of nothing."""
     seen = np.eye(columns, dtype=np.bool_)
     for node, column, parent in row.spans:
@@ -62,7 +62,7 @@ def visible(row: Row, columns: int) -> NDArray[np.bool_]:
     return seen
 
 
-def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and positions [B, T] (int64)."""
     longest = max(len(row.tokens) for row in rows)
     made = np.zeros((2, len(rows), longest), dtype=np.int64)
@@ -73,7 +73,7 @@ def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return ids, positions
 
 
-def mask(rows: Sequence[Row], positions: Tensor, prefix: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def mask(rows: Sequence[PackedRow], positions: Tensor, prefix: int, window: int | None, dtype: torch.dtype) -> Tensor:
     """The additive mask [B, 1, T, prefix + T] of rows at `positions` [B, T] behind `prefix` tokens.
 
     With a window a token sees only that many positions, itself among them.

@@ -29,10 +29,10 @@ from intactkv_eval.compat.transformers_api import (
 from intactkv_eval.inference.batch_size import kv_bytes_per_token
 from intactkv_eval.inference.padding_probe import TRIAL_ERRORS, disagreement, is_tested
 from intactkv_eval.inference.pivoted_model import PivotedModel
-from intactkv_eval.inference.scoring.lm_head import Head
-from intactkv_eval.inference.scoring.packed_rows import Row, flatten, mask, padded
+from intactkv_eval.inference.scoring.lm_head import LMHead
+from intactkv_eval.inference.scoring.packed_rows import PackedRow, flatten, mask, padded
 from intactkv_eval.inference.scoring.prefix_tree import Node, build_tree
-from intactkv_eval.kv_cache.prefix_cache import SharedCache
+from intactkv_eval.kv_cache.prefix_cache import SharedPrefixCache
 from intactkv_eval.kv_quant.quantizer import LayerKV
 from intactkv_eval.model.activation_quant import activations_off
 
@@ -71,9 +71,9 @@ class SharedModel:
         return () if self.pivoted.pivot is not None else self.pivoted.token_ids
 
     @cached_property
-    def head(self) -> Head:
+    def head(self) -> LMHead:
         """The model's output embedding, asked where logits are needed."""
-        return Head(self.pivoted.model)
+        return LMHead(self.pivoted.model)
 
     def for_length(self, length: int) -> "SharedModel":
         """The same in front of sequences of `length` positions. Raises PivotError as PivotedModel.for_length does."""
@@ -99,12 +99,12 @@ class SharedModel:
         return kv_bytes_per_token(self.pivoted.model)
 
     @torch.no_grad()
-    def forward(self, prefix: Prefix, rows: Sequence[Row], keep: bool = False) -> tuple[Any, list[LayerKV]]:
+    def forward(self, prefix: Prefix, rows: Sequence[PackedRow], keep: bool = False) -> tuple[Any, list[LayerKV]]:
         """The output for right-padded rows [B, T] behind the prefix; with `keep` the KV of prefix and rows too."""
         ids, depths = padded(rows)
         device = self.pivoted.device
         positions = depths + self.root.length
-        cache = SharedCache(prefix.rows, len(rows), self.pivoted.writer, positions, keep)
+        cache = SharedPrefixCache(prefix.rows, len(rows), self.pivoted.kv_quantizer, positions, keep)
         arguments: dict[str, Any] = {}
         if not all(row.is_chain for row in rows):
             masks = self._masks(rows, positions, prefix.length)
@@ -113,14 +113,14 @@ class SharedModel:
         return output, cache.rows() if keep else []
 
     @torch.no_grad()
-    def plain_forward(self, rows: Sequence[Row]) -> Any:
+    def plain_forward(self, rows: Sequence[PackedRow]) -> Any:
         """The model's output for rows of single sequences behind the pivot, as any model computes it.
 
         Its first columns are those of `pivoted.lead` pivot tokens.
         """
         return self.pivoted.forward(padded(rows)[0])
 
-    def _masks(self, rows: Sequence[Row], positions: Tensor, prefix: int) -> Any:
+    def _masks(self, rows: Sequence[PackedRow], positions: Tensor, prefix: int) -> Any:
         made = {
             kind: mask(rows, positions, prefix, window, self.pivoted.model.dtype).to(self.pivoted.device)
             for kind, window in self.pivoted.windows.items()
@@ -131,7 +131,7 @@ class SharedModel:
     def sharing(self) -> Sharing:
         """The most that this model allows; what it does not allow is logged with its reason."""
         pivoted = self.pivoted
-        if pivoted.writer is not None and pivoted.writer.in_groups:
+        if pivoted.kv_quantizer is not None and pivoted.kv_quantizer.in_groups:
             logger.info(
                 "prefixes are not shared: kv_scheme=%s counts its groups along each sequence", pivoted.kv.scheme
             )

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intactkv_eval.errors import NumericsError
-from intactkv_eval.inference.scoring.packed_rows import Row
+from intactkv_eval.inference.scoring.packed_rows import PackedRow
 from intactkv_eval.inference.scoring.prefix_tree import Tokens, Tree, build_tree
 
 
@@ -23,14 +23,14 @@ class Request(NamedTuple):
     continuation: list[int]
 
 
-class Score(NamedTuple):
+class RequestScore(NamedTuple):
     """The continuation's log-likelihood in nats, and whether greedy decoding gives exactly it."""
 
     log_likelihood: float
     is_greedy: bool
 
 
-class Asked(NamedTuple):
+class RequestedTokens(NamedTuple):
     """Pairs of a column of a row and the token that it should predict, for each the request."""
 
     columns: NDArray[np.int64]
@@ -66,7 +66,7 @@ class ScoreTable:
     def __len__(self) -> int:
         return len(self._targets)
 
-    def asked_of(self, row: Row) -> Asked:
+    def asked_of(self, row: PackedRow) -> RequestedTokens:
         """What is asked at the columns of a row."""
         found: list[tuple[NDArray[np.int64], ...]] = [(np.empty(0, np.int64),) * 3]
         for node, column, _ in row.spans:
@@ -78,13 +78,13 @@ class ScoreTable:
                         columns = np.arange(start, stop, dtype=np.int64) + (column - node.start)
                         targets = self._targets[index][start - first : stop - first].astype(np.int64)
                         found.append((columns, targets, np.full(stop - start, index, np.int64)))
-        return Asked(*(np.concatenate(part) for part in zip(*found, strict=True)))
+        return RequestedTokens(*(np.concatenate(part) for part in zip(*found, strict=True)))
 
-    def asked_of_pivot(self) -> Asked:
+    def asked_of_pivot(self) -> RequestedTokens:
         """What is asked of the pivot's own last logits (column 0)."""
         requests = np.array([index for index, first in enumerate(self._first) if first < 0], np.int64)
         targets = np.array([self._targets[index][0] for index in requests], np.int64)
-        return Asked(np.zeros(len(requests), np.int64), targets, requests)
+        return RequestedTokens(np.zeros(len(requests), np.int64), targets, requests)
 
     def answer(self, requests: NDArray[np.int64], found: NDArray[np.float64], greedy: NDArray[np.bool_]) -> list[int]:
         """Add log-probabilities of single tokens; returns the requests that are complete with them.
@@ -99,7 +99,7 @@ class ScoreTable:
             raise NumericsError("a log-likelihood is NaN or infinite")
         return [int(index) for index in touched[self._left[touched] == 0]]
 
-    def score(self, index: int) -> Score:
+    def score(self, index: int) -> RequestScore:
         """The answer to a request that is complete."""
         assert self._left[index] == 0
-        return Score(float(self._total[index]), bool(self._greedy[index]))
+        return RequestScore(float(self._total[index]), bool(self._greedy[index]))

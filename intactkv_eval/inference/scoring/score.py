@@ -17,10 +17,10 @@ from torch import Tensor
 from intactkv_eval.compat.rope_length import forget_long_texts
 from intactkv_eval.errors import ConfigError, NumericsError
 from intactkv_eval.inference.scoring.lm_head import log_probabilities
-from intactkv_eval.inference.scoring.packed_rows import Row, flatten
+from intactkv_eval.inference.scoring.packed_rows import PackedRow, flatten
 from intactkv_eval.inference.scoring.prefix_sharing import Prefix, SharedModel, Sharing
 from intactkv_eval.inference.scoring.prefix_tree import Limits, Node, all_behind_nothing, behind, merged
-from intactkv_eval.inference.scoring.request_table import Asked, Request, Score, ScoreTable
+from intactkv_eval.inference.scoring.request_table import Request, RequestedTokens, RequestScore, ScoreTable
 from intactkv_eval.model.hooks import where_not_finite
 
 logger = logging.getLogger(__name__)
@@ -47,10 +47,10 @@ def score(
     requests: Iterable[Request],
     rows_for: Callable[[int], int],
     dtype: torch.dtype = torch.float32,
-    done: Callable[[int, Score], None] = lambda index, score: None,
+    done: Callable[[int, RequestScore], None] = lambda index, score: None,
     share: bool = True,
     counts: Counts | None = None,
-) -> list[Score]:
+) -> list[RequestScore]:
     """Score every request; `rows_for` tells how many whole sequences of so many tokens would make a batch.
 
     `done(index, score)` is called as soon as a score is known. log-softmax is taken in `dtype`. share: False computes
@@ -59,10 +59,10 @@ def score(
     where the pivot cannot stand in front of one, ConfigError where one does not fit in memory.
     """
     asked = list(requests)
-    scores: dict[int, Score] = {}
+    scores: dict[int, RequestScore] = {}
     for part, places, sharing in _by_frequencies(shared, asked, share):
 
-        def answered(index: int, found: Score, places: list[int] = places) -> None:
+        def answered(index: int, found: RequestScore, places: list[int] = places) -> None:
             scores[places[index]] = found
             done(places[index], found)
 
@@ -105,7 +105,7 @@ class _Scorer:
         table: ScoreTable,
         rows_for: Callable[[int], int],
         dtype: torch.dtype,
-        done: Callable[[int, Score], None],
+        done: Callable[[int, RequestScore], None],
         counts: Counts,
     ) -> None:
         self.shared, self.table, self.rows_for, self.dtype = shared, table, rows_for, dtype
@@ -155,7 +155,7 @@ class _Scorer:
             return self.limits
         return replace(self.limits, capacity=min(self.limits.capacity, NEAR_CAPACITY))
 
-    def _batches(self, prefix: Prefix, rows: list[tuple[list[Node], Row]]) -> None:
+    def _batches(self, prefix: Prefix, rows: list[tuple[list[Node], PackedRow]]) -> None:
         waiting = sorted(rows, key=lambda pair: len(pair[1].tokens))
         while waiting:
             longest = len(waiting[-1][1].tokens)
@@ -175,7 +175,7 @@ class _Scorer:
             most = min(most, max(longest, LARGEST_ON_CPU))
         return most if self.most is None else min(most, self.most)
 
-    def _smaller(self, batch: list[tuple[list[Node], Row]], cause: str) -> list[tuple[list[Node], Row]]:
+    def _smaller(self, batch: list[tuple[list[Node], PackedRow]], cause: str) -> list[tuple[list[Node], PackedRow]]:
         """The same rows, to be computed in batches of half as many tokens."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -194,14 +194,14 @@ class _Scorer:
         half = len(nodes) // 2
         return [(part, flatten(part, self.table.tree.sequences)) for part in (nodes[:half], nodes[half:])]
 
-    def _compute(self, prefix: Prefix, rows: Sequence[Row], keep: bool = False) -> list[tuple[Tensor, Tensor]]:
+    def _compute(self, prefix: Prefix, rows: Sequence[PackedRow], keep: bool = False) -> list[tuple[Tensor, Tensor]]:
         """Answer what is asked of the rows; returns the KV of prefix and rows where it is to be kept."""
         columns, lead = max(len(row.tokens) for row in rows), 0
         plain = prefix.is_root and not keep and all(row.is_chain for row in rows)
         if plain:
             lead = self.shared.pivoted.lead(columns)
         parts = [self.table.asked_of(row) for row in rows]
-        asked = Asked(
+        asked = RequestedTokens(
             np.concatenate([part.columns + lead + place * (lead + columns) for place, part in enumerate(parts)]),
             np.concatenate([part.targets for part in parts]),
             np.concatenate([part.requests for part in parts]),
@@ -224,7 +224,7 @@ class _Scorer:
         self.counts.tokens += sum(lead + len(row.tokens) for row in rows)
         return kept
 
-    def _answer(self, asked: Asked, logits: Iterable[Tensor], places: Tensor) -> None:
+    def _answer(self, asked: RequestedTokens, logits: Iterable[Tensor], places: Tensor) -> None:
         """`logits` in slices [n, V] of the sorted places."""
         of_place = np.searchsorted(places.numpy(), asked.columns)
         found = np.empty(len(of_place))

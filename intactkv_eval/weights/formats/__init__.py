@@ -7,26 +7,26 @@ from torch import Tensor
 
 from intactkv_eval.weights.formats import awq, compressed_tensors, gptq, intactkv
 from intactkv_eval.weights.formats.format import Format
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 __all__ = ["FORMATS", "NAMES", "Format", "Layout", "format_of"]
 
 
-class Layout(NamedTuple):
+class FormatEntry(NamedTuple):
     """reads: what reads a checkpoint, by its config. describe, encode: what writes its config and a layer's tensors."""
 
     reads: Callable[[Mapping[str, Any]], Format]
-    describe: Callable[[Scheme], dict[str, Any]]
-    encode: Callable[[QuantizedWeight, Scheme], dict[str, Tensor]]
+    describe: Callable[[CheckpointScheme], dict[str, Any]]
+    encode: Callable[[QuantizedWeight, CheckpointScheme], dict[str, Tensor]]
 
 
 _CT = compressed_tensors
-FORMATS: dict[str, Layout] = {
-    gptq.NAME: Layout(gptq.read_config, gptq.describe, gptq.encode),
-    awq.NAME: Layout(awq.read_config, awq.describe, awq.encode),
-    _CT.NAME: Layout(_CT.read_config, _CT.describe, _CT.encode),
-    intactkv.NAME: Layout(intactkv.IntactKVFormat, intactkv.describe, intactkv.encode),
+FORMATS: dict[str, FormatEntry] = {
+    gptq.NAME: FormatEntry(gptq.read_config, gptq.describe, gptq.encode),
+    awq.NAME: FormatEntry(awq.read_config, awq.describe, awq.encode),
+    _CT.NAME: FormatEntry(_CT.read_config, _CT.describe, _CT.encode),
+    intactkv.NAME: FormatEntry(intactkv.IntactKVFormat, intactkv.describe, intactkv.encode),
 }
 
 

@@ -21,7 +21,7 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.formats.settings import AWQSettings, check_settings
 from intactkv_eval.weights.formats.spellings import one_of, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -33,7 +33,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs lies in each nibble o
 BITS = 4
 
 
-def describe(scheme: Scheme) -> dict[str, Any]:
+def describe(scheme: CheckpointScheme) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint that `encode` wrote: layout gemm."""
     return {
         "quant_method": NAME,
@@ -46,7 +46,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+def encode(weight: QuantizedWeight, scheme: CheckpointScheme) -> dict[str, Tensor]:
     """The tensors of one layer in layout gemm. Raises CheckpointError where the format cannot hold it."""
     if weight.bits != BITS or weight.order is not None:
         raise CheckpointError("AWQ holds weights of 4 bits without act-order: use --format gptq")

@@ -21,7 +21,7 @@ from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.patterns import matches
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.formats.settings import CompressedTensorsSettings, check_settings
 from intactkv_eval.weights.formats.spellings import group_order, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -31,7 +31,7 @@ _STRATEGIES = ("group", "channel", "tensor")
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
-def describe(scheme: Scheme) -> dict[str, Any]:
+def describe(scheme: CheckpointScheme) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint that `encode` wrote."""
     grouped = scheme.group_size != -1
     weights = {
@@ -62,7 +62,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+def encode(weight: QuantizedWeight, scheme: CheckpointScheme) -> dict[str, Tensor]:
     """The tensors of one layer. Raises CheckpointError where the format cannot hold it."""
     if weight.order is not None:
         raise CheckpointError("compressed-tensors: act-order is not written: use --format gptq")

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from intactkv_eval.weights.formats.layer import LayerTensors
-from intactkv_eval.weights.input_transform import Rotation, StageSpec
+from intactkv_eval.weights.input_transform import InputTransform, Rotation
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 
@@ -29,9 +29,9 @@ class Format(ABC):
     def read(self, layer: LayerTensors) -> QuantizedWeight:
         """The weight of one layer."""
 
-    def stage(self, layer: LayerTensors) -> StageSpec:
+    def stage(self, layer: LayerTensors) -> InputTransform:
         """What the checkpoint says of the input of one layer."""
-        return StageSpec()
+        return InputTransform()
 
     @property
     def rotation(self) -> Rotation | None:

@@ -20,7 +20,7 @@ from intactkv_eval.weights.formats.bitstream import pack_stream, unpack_stream
 from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors, check_config_bits, in_group_order
 from intactkv_eval.weights.formats.patterns import matches
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.formats.settings import GPTQSettings, check_settings
 from intactkv_eval.weights.formats.spellings import group_order, one_of, whole_number, word
 from intactkv_eval.weights.quantized import QuantizedWeight
@@ -54,7 +54,7 @@ def write(weight: QuantizedWeight, less_one: bool) -> dict[str, Tensor]:
     }
 
 
-def describe(scheme: Scheme) -> dict[str, Any]:
+def describe(scheme: CheckpointScheme) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint that `encode` wrote.
 
     Asymmetric ones are gptq_v2, which holds a zero of 0; GPTQModel trusts asymmetric v1 files of its own only.
@@ -72,7 +72,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+def encode(weight: QuantizedWeight, scheme: CheckpointScheme) -> dict[str, Tensor]:
     """The tensors of one layer, scales in fp16. Raises CheckpointError where the format cannot hold it."""
     tensors = write(weight, less_one=scheme.symmetric)
     return {**tensors, "scales": tensors["scales"].to(torch.float16)}

@@ -23,9 +23,9 @@ from intactkv_eval.errors import CheckpointError
 from intactkv_eval.weights.formats import gptq
 from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.layer import LayerTensors
-from intactkv_eval.weights.formats.scheme import Scheme
+from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.hadamard import block_digest, has_hadamard
-from intactkv_eval.weights.input_transform import Range, Rotation, StageSpec
+from intactkv_eval.weights.input_transform import InputTransform, Range, Rotation
 from intactkv_eval.weights.quantized import QuantizedWeight
 
 NAME = "intactkv"
@@ -33,7 +33,7 @@ RANGE = "input_range"
 _VERSION = 1
 
 
-def describe(scheme: Scheme) -> dict[str, Any]:
+def describe(scheme: CheckpointScheme) -> dict[str, Any]:
     """The `quantization_config` of a checkpoint that `encode` wrote."""
     return {
         "quant_method": NAME,
@@ -47,7 +47,7 @@ def describe(scheme: Scheme) -> dict[str, Any]:
     }
 
 
-def encode(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
+def encode(weight: QuantizedWeight, scheme: CheckpointScheme) -> dict[str, Tensor]:
     """The tensors of one layer. Raises CheckpointError where GPTQ's layout cannot hold it."""
     return gptq.write(weight, less_one=False)
 
@@ -125,15 +125,15 @@ class IntactKVFormat(Format):
         """The layer's weight, exactly."""
         return self._gptq.read(layer)
 
-    def stage(self, layer: LayerTensors) -> StageSpec:
+    def stage(self, layer: LayerTensors) -> InputTransform:
         """What happens to the layer's input. Raises CheckpointError where a static range is missing or one too many."""
         across = self.rotation.online.get(layer.name) if self.rotation else None
         static = self.activations.bits < 16 and self.activations.scheme == "tensor"
         if not static:
             if layer.has(RANGE):
                 raise layer.error(RANGE, "none, as no activations are quantized by static ranges", "one")
-            return StageSpec(across, self.activations)
+            return InputTransform(across, self.activations)
         ends = layer.scales(RANGE, (2,)).tolist()
         if ends[0] > ends[1]:
             raise layer.error(RANGE, "the lowest number before the highest", ends)
-        return StageSpec(across, self.activations, (ends[0], ends[1]))
+        return InputTransform(across, self.activations, (ends[0], ends[1]))

@@ -6,7 +6,7 @@ from intactkv_eval.cell.spec import ActivationSpec, SymmetricFormula
 from intactkv_eval.weights.input_transform import Rotation
 
 
-class Scheme(NamedTuple):
+class CheckpointScheme(NamedTuple):
     """bits, group_size (-1 per channel), symmetric; made_by: program and method; kept: layers in full precision.
 
     act_order: whether groups are of inputs in an order of their own.
