@@ -22,7 +22,7 @@ from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.conversations import Conversations, load_conversations
 from intactkv_eval.chat.messages import waits
 from intactkv_eval.chat.vicuna import is_vicuna
-from intactkv_eval.commands.answer_questions import answered
+from intactkv_eval.commands.answer_questions import with_answers
 from intactkv_eval.commands.reference_cell import (
     check_same_source,
     full_arguments,
@@ -31,7 +31,7 @@ from intactkv_eval.commands.reference_cell import (
     without_reference,
 )
 from intactkv_eval.compat.tensor_parts import weight_hash
-from intactkv_eval.errors import ConfigError, DataError
+from intactkv_eval.errors import ConfigError
 from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.lm.hf_arguments import checked_cell
 from intactkv_eval.lm.intactkv_lm import IntactKVLM
@@ -134,7 +134,7 @@ def _calibrated(
         wanted = (
             None if any(map(waits, conversations.texts)) else options.conversations
         )  # questions are counted already
-        conversations = _answered(full, conversations, options.generate_answers, out, ranks)
+        conversations = with_answers(full, conversations, options.generate_answers, out, ranks)
         longest = min(options.max_tokens, full.max_length)
         _check_frequencies(full.pivoted_model, longest)
         examples = examples_of(
@@ -282,23 +282,3 @@ def _name(cell: CellSpec) -> str:
     size = f" {weights.method} w{weights.bits} g{weights.group_size}" if weights.method != "none" else ""
     rotated = " rotated" * weights.rotate
     return f"{cell.model.pretrained}{size}{rotated}" + (f" a{activations.bits}" if activations.bits < 16 else "")
-
-
-def _answered(full: IntactKVLM, found: Conversations, tokens: int, out: Path, ranks: Ranks) -> Conversations:
-    waiting = sum(map(waits, found.texts))
-    if not waiting:
-        if tokens:
-            raise ConfigError(
-                f"--generate-answers: does nothing, all conversations of {found.source} have their answers"
-            )
-        return found
-    if not tokens:
-        raise DataError(
-            f"{found.source}: {waiting} of {len(found.texts)} conversations have a question without an answer; "
-            "--generate-answers 256 lets the full-precision model answer them"
-        )
-    if ranks.world > 1:
-        raise ConfigError(
-            "--generate-answers: answer in one process first; the answers' file is then the --data of several"
-        )
-    return answered(full, found, tokens, out.with_suffix(".answers.jsonl"))

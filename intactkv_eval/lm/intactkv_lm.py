@@ -43,7 +43,6 @@ from intactkv_eval.inference.pivoted_model import PivotedModel
 from intactkv_eval.inference.scoring.prefix_sharing import SharedModel
 from intactkv_eval.inference.scoring.request_table import RequestScore
 from intactkv_eval.inference.scoring.score import Counts, score
-from intactkv_eval.kv_quant.latent import holds_latent
 from intactkv_eval.lm.harness_flags import begin_command, chosen_flags
 from intactkv_eval.lm.hf_arguments import chat_arguments, check_front, checked_cell
 from intactkv_eval.lm.loading import CellLoading
@@ -51,13 +50,11 @@ from intactkv_eval.lm.multi_turn import MultiTurnGeneration
 from intactkv_eval.lm.pair_checks import check_pairs, nothing_left
 from intactkv_eval.lm.plugin import register
 from intactkv_eval.lm.response_cache import guard_response_cache
-from intactkv_eval.lm.run_record import cell_identity, versions
+from intactkv_eval.lm.run_record import cell_identity, facts_of_model, versions
 from intactkv_eval.lm.token_text import TokenText
 from intactkv_eval.model.devices import automatic_device
-from intactkv_eval.model.structure import text_config
 from intactkv_eval.pivot.tokens import use_chat_template
 from intactkv_eval.sanitize import struck_record
-from intactkv_kernels.native import library
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +157,7 @@ class IntactKVLM(CellLoading, MultiTurnGeneration):
             "handed_over": self._record_of_objects(),
             "world_size": self.world_size,
             "versions": versions(),
-            "kv_cache_is_latent": bool(getattr(text_config(self.model), "kv_lora_rank", 0))
-            and holds_latent(self.model),
-            "basis_residual": self.built.basis_residual if self.built else None,
-            "c_kernel": library() is not None if self.built and "cpu" in self.built.backends else None,
+            **facts_of_model(self.model, self.built),
         }
         found: dict[str, Any] = struck_record(record)
         return found

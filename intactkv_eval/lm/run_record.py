@@ -5,6 +5,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from intactkv_eval import __version__
 from intactkv_eval.assemble.load_cell import Built
 from intactkv_eval.cell.formulas import current, formulas_of
@@ -12,6 +14,9 @@ from intactkv_eval.cell.records import SPEED_ONLY
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.chat.bos_text import bos_changes_tokens
 from intactkv_eval.chat.templates import template_hash
+from intactkv_eval.kv_quant.latent import holds_latent
+from intactkv_eval.model.structure import text_config
+from intactkv_kernels.native import library
 
 
 def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built, tokenizer: Any) -> dict[str, Any]:
@@ -36,6 +41,19 @@ def cell_identity(cell: CellSpec, hf_arguments: Mapping[str, Any], built: Built,
         "pivot_text": [tokenizer.convert_ids_to_tokens(token) for token in pivoted.token_ids],
         "chat_template_hash": template_hash(getattr(tokenizer, "chat_template", None)),
         "pivot_fingerprint": pivot.fingerprint.model_dump(exclude={"embedding_sample"}) if pivot is not None else None,
+    }
+
+
+def facts_of_model(model: PreTrainedModel, built: Built | None) -> dict[str, Any]:
+    """What else a run tells of the model that answered.
+
+    kv_cache_is_latent: whether it caches a latent (MLA). basis_residual: how far a quantized checkpoint is from its
+    reference. c_kernel: whether the compiled C kernels ran; None where no layer runs on the CPU's.
+    """
+    return {
+        "kv_cache_is_latent": bool(getattr(text_config(model), "kv_lora_rank", 0)) and holds_latent(model),
+        "basis_residual": built.basis_residual if built else None,
+        "c_kernel": library() is not None if built and "cpu" in built.backends else None,
     }
 
 

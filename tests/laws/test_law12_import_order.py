@@ -196,3 +196,17 @@ def test_one_class_name_once():
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(module_of(path))
     assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_files_and_functions_are_small():
+    """At most 300 lines a file; at most 60 a function outside cli/, whose options are its parameters."""
+    large = []
+    for path in FILES:
+        text = path.read_text()
+        if len(text.splitlines()) > 300:
+            large.append(f"{module_of(path)}: {len(text.splitlines())} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and module_of(path).split(".")[0] != "cli":
+                lines = node.end_lineno - node.lineno + 1
+                large += [f"{module_of(path)}.{node.name}: {lines} lines"] if lines > 60 else []
+    assert large == []
