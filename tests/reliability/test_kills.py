@@ -12,7 +12,7 @@ from helpers import works
 @pytest.mark.slow
 @pytest.mark.parametrize("work", sorted(works.WORKS))
 def test_killed_works_end_as_undisturbed(work):
-    script = Path(__file__).with_name("kills.py")
+    script = Path(__file__).parents[1] / "stress" / "kills.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "3", "--only", work],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True, text=True,
