@@ -163,8 +163,8 @@ def test_what_a_layer_has_attended_to_is_let_go():
     made = SharedModel(pivoted(build_model("llama"), "intact"))
     caches = []
     with pytest.MonkeyPatch.context() as patch:
-        fresh = shared_module.SharedCache
-        patch.setattr(shared_module, "SharedCache", lambda *args: caches.append(fresh(*args)) or caches[-1])
+        fresh = shared_module.SharedPrefixCache
+        patch.setattr(shared_module, "SharedPrefixCache", lambda *args: caches.append(fresh(*args)) or caches[-1])
         score(made, few_shot_requests(), lambda tokens: 3)
     lengths = {layer.keys.shape[2] for cache in caches if not cache._keep for layer in cache.layers}
     assert lengths == {len(TOKENS)}, "only the pivot stays: nothing of the rows behind it"

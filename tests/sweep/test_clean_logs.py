@@ -40,7 +40,7 @@ def of_a_sweeps_process(monkeypatch):
     monkeypatch.setattr(local, "_listen", lambda *_: None)
     for name in ("setup_logging", "without_processes"):
         monkeypatch.setattr(local, name, lambda: None)
-    monkeypatch.setattr(local, "Workshop", begin)
+    monkeypatch.setattr(local, "SweepWorker", begin)
     with pytest.raises(Begun):
         local._serve(None, "cpu", None, SimpleNamespace(use_cache=False))
 
@@ -50,7 +50,7 @@ def of_an_actor(monkeypatch):
         raise Begun
 
     monkeypatch.setattr(on_ray, "setup_logging", lambda: None)
-    monkeypatch.setattr(on_ray, "Workshop", begin)
+    monkeypatch.setattr(on_ray, "SweepWorker", begin)
     with pytest.raises(Begun):
         on_ray._Actor(SimpleNamespace(share=False), None)
 
