@@ -10,7 +10,7 @@ from intactkv_eval.weights.formats.format import Format
 from intactkv_eval.weights.formats.scheme import CheckpointScheme
 from intactkv_eval.weights.quantized import QuantizedWeight
 
-__all__ = ["FORMATS", "NAMES", "Format", "Layout", "format_of"]
+__all__ = ["FORMATS", "NAMES", "Format", "FormatEntry", "format_of"]
 
 
 class FormatEntry(NamedTuple):
