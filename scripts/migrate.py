@@ -19,7 +19,6 @@ KV_FIELDS = {"levels": "codebook", "keep": "sink_tokens", "group": "group_size",
 TRAINING = {"rate": "learning_rate", "batch": "batch_size", "clip": "max_grad_norm", "tokens": "max_tokens",
             "assistant": "min_assistant_tokens", "master": "param_dtype"}  # fmt: skip
 SEARCH = {"most": "max_prefix_tokens", "least": "min_reduction"}
-NLL = {"nats": "nll", "full_nats": "full_nll", "held_out_nats": "held_out_nll"}
 OLD_PREFIX = "intactkv-pivots-1"
 
 
@@ -29,15 +28,19 @@ def migrated(value: Any) -> Any:
         return [migrated(part) for part in value]
     if not isinstance(value, dict):
         return value
-    names = {**ARGUMENTS, **NLL}
+    names = {**ARGUMENTS, "full_nats": "full_nll"}
+    switches = {"kv_exempt": "kv_quantize_pivot"}
     if {"bits", "scheme", "keep"} <= value.keys():
         names |= KV_FIELDS
+        switches["exempt"] = "quantize_pivot"
+    if {"pivots", "prefix"} <= value.keys() or "blocks" in value:
+        names["nats"] = "nll"
     if {"rate", "patience"} <= value.keys():
         names |= TRAINING
     if {"threshold", "least"} <= value.keys():
         names |= SEARCH
     renamed = {names.get(key, key): migrated(part) for key, part in value.items()}
-    for old, new in (("exempt", "quantize_pivot"), ("kv_exempt", "kv_quantize_pivot")):
+    for old, new in switches.items():
         if isinstance(renamed.get(old), bool):
             renamed[new] = not renamed.pop(old)
     if renamed.get("format") == OLD_PREFIX:

@@ -191,12 +191,12 @@ def check_cache(pivoted: PivotedModel) -> None:
 def check_codebook(
     codebook: Codebook, model: PreTrainedModel, cell: CellSpec, quantization: dict[str, Any] | None
 ) -> None:
-    """Levels must be of this model: same weights where it is full and in the same dtype, else same embeddings.
+    """Raise ConfigError for a codebook of another model, or without a range for each channel of its keys.
 
-    And there must be a range for each channel of its keys.
+    In full precision and in the same dtype the weights are compared, else the embeddings.
     """
     if cell.weights.rotate:
-        raise ConfigError("kv_scheme=pre_rope: its codebook are those of values that are not rotated; drop rotate")
+        raise ConfigError("kv_scheme=pre_rope: its codebook was calibrated on values that are not rotated; drop rotate")
     of, dtype = codebook.fingerprint, str(model.dtype).removeprefix("torch.")
     if cell.model.reference is None and quantization is None and of.dtype == dtype:
         same = of.weight_hash == fingerprint_of(model, cell.model.revision).weight_hash

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from intactkv_eval.assemble.chat_date import chat_settings
 from intactkv_eval.assemble.checkpoint_info import CheckpointInfo, read_quantization
@@ -52,10 +52,8 @@ def open_source(cell: CellSpec, device: str | None = None, trust_remote_code: bo
         check_settings_file(name, revision)
         check_tokenizer(name, revision)
         config = AutoConfig.from_pretrained(name, **options)
-        checkpoint = read_quantization(name, config, revision)
         auto_class = auto_class_of(name, config) or AutoModelForCausalLM
-        if checkpoint.layout is not None or checkpoint.idle:
-            without_quantization(config)
+        checkpoint = take_quantization(name, config, revision)
         loader = checkpoint_loader(cell, config, checkpoint, auto_class)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
         check_words(tokenizer, name, revision)
@@ -65,7 +63,7 @@ def open_source(cell: CellSpec, device: str | None = None, trust_remote_code: bo
     place, dtype = device or automatic_device(), cell.model.dtype
 
     def load(name: str, revision: str) -> PreTrainedModel:
-        with loading(f"pretrained={name!r}"):
+        with loading(repr(name)):
             check_folder(name)
             check_no_kernel(name, revision)
             model: PreTrainedModel = loader.from_pretrained(
@@ -78,6 +76,14 @@ def open_source(cell: CellSpec, device: str | None = None, trust_remote_code: bo
         return model.eval()
 
     return ModelSource(load, config, tokenizer, checkpoint, chat=chat)
+
+
+def take_quantization(name: str, config: PretrainedConfig, revision: str) -> CheckpointInfo:
+    """What a checkpoint says of its quantization; taken out of `config` where transformers' quantizers must not act."""
+    checkpoint = read_quantization(name, config, revision)
+    if checkpoint.layout is not None or checkpoint.idle:
+        without_quantization(config)
+    return checkpoint
 
 
 def checkpoint_loader(cell: CellSpec, config: Any, checkpoint: CheckpointInfo, auto_class: Any) -> CheckpointAutoModel:

@@ -28,8 +28,8 @@ def capture(
     check_output(out, PIVOT, [model, chat_template], overwrite)
     from intactkv_eval.commands.capture import capture_to_file
 
-    arguments = shared.captured_model(model, dtype, revision, pivot)
-    arguments |= {"chat_template": chat_template, "chat_date": chat_date}
+    prompts = {"chat_template": chat_template, "chat_date": chat_date}
+    arguments = shared.full_precision_cell(model, pivot, dtype=dtype, revision=revision, **prompts)
     pivot_kv = capture_to_file(arguments, {"device": device, "trust_remote_code": trust_remote_code}, out)
     if lightllm is not None:
         from intactkv_eval.pivot.exports.lightllm import write_lightllm

@@ -35,8 +35,8 @@ def kv_codebook(
     check_output(out, CODEBOOK, [model, data, chat_template], overwrite)
     from intactkv_eval.commands.kv_codebook import CodebookOptions, codebook_of_text
 
-    arguments = shared.captured_model(model, dtype, revision, pivot)
-    arguments |= {"chat_template": chat_template, "chat_date": chat_date}
+    prompts = {"chat_template": chat_template, "chat_date": chat_date}
+    arguments = shared.full_precision_cell(model, pivot, dtype=dtype, revision=revision, **prompts)
     options = CodebookOptions(data, bits, samples, length, seed, sink_tokens, quantize_pivot)
     loading = {"device": device, "trust_remote_code": trust_remote_code}
     calibration = codebook_of_text(arguments, loading, options, out).calibration

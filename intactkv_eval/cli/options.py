@@ -48,6 +48,6 @@ def cell_and_loading(model_args: str, device: str, trust_remote_code: bool) -> t
     return arguments, loading
 
 
-def captured_model(model: str, dtype: str, revision: str, pivot: str) -> dict[str, Any]:
-    """The cell of a command that loads a full-precision model and its pivot."""
-    return {"pretrained": model, "dtype": dtype, "revision": revision, "pivot": pivot}
+def full_precision_cell(model: str, pivot: str, **others: str | None) -> dict[str, str | None]:
+    """The keys of the cell of a command that takes a full-precision model and its pivot."""
+    return {"pretrained": model, "pivot": pivot, **others}

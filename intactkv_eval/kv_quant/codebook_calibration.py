@@ -42,14 +42,14 @@ def calibrate_codebook(
     left_out: int = 0,
     origin: str = "",
 ) -> Codebook:
-    """The levels of `model` in `bits` bits. samples: token ids [T] each, computed behind the tokens `front`.
+    """The codebook of `model` in `bits` bits. samples: token ids [T] each, computed behind the tokens `front`.
 
     left_out: first rows, of front and sample together, that do not count since a cell exempts them.
     Raises ConfigError for samples that are none, empty or too long, CheckpointError for rows that are not finite.
     """
     texts = [_checked(sample, len(front), left_out, model) for sample in samples]
     if not texts:
-        raise ConfigError("KV levels: no sample to calibrate on")
+        raise ConfigError("KV codebook: no sample to calibrate on")
     layers = len(cache_devices(model))
     low: list[Tensor | None] = [None] * layers
     high: list[Tensor | None] = [None] * layers
@@ -72,7 +72,7 @@ def calibrate_codebook(
         ends = (end[:, None].to(keys.device) for end in (_there(low[layer]), _there(high[layer])))
         of_keys[layer] += _histogram(keys, *ends)
 
-    bar = tqdm(total=2 * len(texts), desc="Calibrating KV levels")
+    bar = tqdm(total=2 * len(texts), desc="Calibrating a KV codebook")
     for seen in (first, second):
         _each(model, texts, front, left_out, seen, bar)
     bar.close()
@@ -191,7 +191,7 @@ def _checked(sample: Tensor, front: int, left_out: int, model: PreTrainedModel) 
     whole = front + sample.numel()
     if sample.ndim != 1 or sample.is_floating_point() or whole <= left_out or (limit is not None and whole > limit):
         raise ConfigError(
-            f"KV levels: a sample {tuple(sample.shape)} {sample.dtype}; expected token ids [T], more than "
+            f"KV codebook: a sample {tuple(sample.shape)} {sample.dtype}; expected token ids [T], more than "
             f"{max(left_out - front, 0)} and with {front} tokens in front at most {limit}"
         )
     return sample.detach().cpu().long()
@@ -199,5 +199,5 @@ def _checked(sample: Tensor, front: int, left_out: int, model: PreTrainedModel) 
 
 def _there(end: Tensor | None) -> Tensor:
     if end is None:
-        raise CheckpointError("KV levels: the model fills no KV cache in one of its layers")
+        raise CheckpointError("KV codebook: the model fills no KV cache in one of its layers")
     return end

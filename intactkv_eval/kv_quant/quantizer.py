@@ -1,4 +1,4 @@
-"""Writer: the scheme of a cell at work, and the one place where schemes are named."""
+"""KVQuantizer: applies the scheme of a cell to keys and values; the one place where schemes are named."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def _channel_key(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None
 
 def _pre_rope(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None) -> KVScheme:
     if codebook is None or codebook.bits != spec.bits:
-        held = "none" if codebook is None else f"those of {codebook.bits} bits"
+        held = "none" if codebook is None else f"one of {codebook.bits} bits"
         raise ConfigError(f"kv_scheme=pre_rope,kv_bits={spec.bits} needs a codebook of {spec.bits} bits, got {held}")
     return PreRope(codebook, model)
 
@@ -63,9 +63,9 @@ class KVQuantizer:
 
 
 def kv_quantizer_of(spec: KVSpec, model: PreTrainedModel, codebook: Codebook | None = None) -> KVQuantizer | None:
-    """The kv_quantizer of a cell on `model`, None where its KV cache is not quantized.
+    """The KV quantizer of a cell on `model`, None where its KV cache is not quantized.
 
-    Raises ConfigError for codebook that are missing or do not fit, UnsupportedModelError where the scheme does not fit
-    the model.
+    Raises ConfigError for a codebook that is missing or does not fit, UnsupportedModelError where the scheme does not
+    fit the model.
     """
     return None if spec.bits == 16 else KVQuantizer(SCHEMES[spec.scheme](spec, model, codebook), spec.sink_tokens)

@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 class IntactKVLM(CellLoading, MultiTurnGeneration):
     """The model class `intactkv` of lm_eval.
 
-    Arguments: those of a cell (cell_arguments.CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
+    Arguments: those of a cell (cell/arguments.py, CELL_KEYS) and those of lm_eval's `hf`. `pretrained` may be a loaded
     PreTrainedModel. models: keeps models for the next cell of this process. Raises IntactKVError for anything that is
     wrong with the arguments.
     """

@@ -7,12 +7,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from intactkv_eval.assemble.checkpoint_info import CheckpointInfo, quantization_in_memory, read_quantization
+from intactkv_eval.assemble.checkpoint_info import CheckpointInfo, quantization_in_memory
 from intactkv_eval.assemble.checks import IN_MEMORY, REFERENCE_IN_MEMORY
 from intactkv_eval.assemble.load_errors import auto_class_of, check_folder, check_no_kernel
 from intactkv_eval.assemble.model_cache import ModelCache
 from intactkv_eval.assemble.model_objects import OF_REFERENCE, HandedOver, check_wrapper
-from intactkv_eval.assemble.open_source import checkpoint_loader
+from intactkv_eval.assemble.open_source import checkpoint_loader, take_quantization
 from intactkv_eval.cell.spec import CellSpec
 from intactkv_eval.compat.lm_eval_api import HFLM, with_cpu_memory
 from intactkv_eval.compat.peft_api import (
@@ -27,7 +27,6 @@ from intactkv_eval.compat.transformers_api import attention_implementation
 from intactkv_eval.compat.wrapped_models import replaced_forwards, unwrapped
 from intactkv_eval.errors import ConfigError, UnsupportedModelError
 from intactkv_eval.lm.hf_arguments import ADAPTERS, OF_PRETRAINED
-from intactkv_eval.model.declared import without_quantization
 
 
 class CellLoading(HFLM):
@@ -163,10 +162,8 @@ class CellLoading(HFLM):
     def _get_config(self, pretrained: str, *args: Any, **kwargs: Any) -> None:
         """A packed checkpoint is read natively: what its config says of it is kept from transformers' quantizers."""
         super()._get_config(pretrained, *args, **kwargs)
-        self._checkpoint = read_quantization(pretrained, self._config, self.cell.model.revision)
         self.AUTO_MODEL_CLASS = auto_class_of(pretrained, self._config) or self.AUTO_MODEL_CLASS
-        if self._checkpoint.layout is not None or self._checkpoint.idle:
-            without_quantization(self._config)
+        self._checkpoint = take_quantization(pretrained, self._config, self.cell.model.revision)
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         super()._get_backend(*args, **kwargs)

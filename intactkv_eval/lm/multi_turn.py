@@ -60,7 +60,7 @@ def _behind_last(token: int, tokens: Sequence[int]) -> list[int]:
 
 
 class MultiTurnGeneration(PivotedGeneration):
-    """Answers conversations behind the pivot; the codec of its own talks."""
+    """Answers conversations behind the pivot; the codec of its own requests."""
 
     @property
     def eos(self) -> tuple[int, ...]:

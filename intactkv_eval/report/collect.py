@@ -151,7 +151,7 @@ def _text(value: Any) -> str | None:
 
 
 def _by_samples(cell: CellSpec, record: Mapping[str, Any]) -> CellSpec:
-    """KV codebook are what they were calibrated on, not where they lie: a cell and its baseline have a file each."""
+    """A KV codebook is what it was calibrated on, not where it lies: a cell and its baseline have a file each."""
     codebook = record.get("kv_codebook")
     if codebook is None:
         return cell

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,8 +49,11 @@ def test_a_cache_of_models(saved_llama):
     for bits in (4, 4, 3):
         cell = cell_from_args({"pretrained": str(saved_llama), "weights": "rtn", "bits": bits, "group_size": 32})
         source = open_source(cell, "cpu")
-        shared = lambda name, revision, load=source.load: models.get_or_load(name, lambda: load(name, revision))  # noqa: E731
-        built.append(load_cell(cell, source.__class__(**{**vars(source), "load": shared}), models))
+
+        def load(name, revision, own=source.load):
+            return models.get_or_load(name, lambda: own(name, revision))
+
+        built.append(load_cell(cell, replace(source, load=load), models))
     assert (models.loads, models.derivations) == (1, 2)
     assert built[0].pivoted.model is built[1].pivoted.model is not built[2].pivoted.model
     assert built[0].pivoted.token_ids == (BOS,)

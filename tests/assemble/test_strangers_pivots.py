@@ -1,4 +1,4 @@
-"""A PivotKV or KV levels that are not such as the model computes: refused, where they would be stretched or stale."""
+"""A PivotKV or a KV codebook that is not such as the model computes: refused, where they would be stretched or stale."""
 
 import json
 

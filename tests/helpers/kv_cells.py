@@ -23,7 +23,7 @@ def levels_of(model, tokens, left_out, bits=3, texts=None):
 
 
 def pivoted(model, tokens, intact, kv, texts=None):
-    """A cell on `model`, codebook calibrated on itself where its scheme needs them."""
+    """A cell on `model`, its codebook calibrated on the model itself where the scheme needs one."""
     pivot = capture(model, tokens, fingerprint_of(model, "main")) if intact else None
     left_out = max(len(tokens) if intact and not kv.quantize_pivot else 0, kv.sink_tokens)
     codebook = levels_of(model, tokens, left_out, kv.bits, texts) if kv.scheme == "pre_rope" else None

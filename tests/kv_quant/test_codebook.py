@@ -155,7 +155,7 @@ def test_a_cell_with_levels(saved_llama, tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="drop rotate"):
         IntactKVLM(pretrained=str(saved_llama), dtype="float32", device="cpu", rotate=True, **cell)
     for changed, said in [
-        ({"kv_bits": 4}, "got those of 3 bits"),
+        ({"kv_bits": 4}, "got one of 3 bits"),
         ({"pivot": "none"}, "calibrated behind"),
         ({"kv_quantize_pivot": True}, "calibrated behind"),
         ({"pivot": "tokens:3"}, "calibrated behind"),

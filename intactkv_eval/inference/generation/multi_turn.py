@@ -76,7 +76,7 @@ def converse(
     starts: PrefixCache | None,
     done: Callable[[int, list[ChatTurn]], None],
 ) -> None:
-    """Answer all talks, `rows` at a time; `done` gets each one's number and turns as it ends."""
+    """Answer all conversations, `rows` at a time; `done` gets each one's number and turns as it ends."""
     waiting = deque(_Row(place, talk) for place, talk in enumerate(talks))
     under_way: list[_Row[Talk]] = []
     # With dynamic NTK each token keeps the frequencies of its time, so a text is not taken up again.
