@@ -11,9 +11,12 @@ import pytest
 import yaml
 from datasets import Dataset
 
+from intactkv_eval.cell.arguments import KEYS, cell_from_args
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
+CELL = cell_from_args({"pretrained": "m"})
 COMMANDS = [
     line
     for block in re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -79,6 +82,20 @@ def test_the_commands_in_their_order(smollm2, tmp_path, small_wikitext):
             rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| SmolLM2")]
             assert [row[3] for row in rows] == ["none", "bos"]
             assert "±" in rows[1][5]
+
+
+def test_every_key_of_a_cell_is_in_the_table():
+    """With a value that is not the default, where the sentence names one."""
+    table = [line for line in README.splitlines() if line.startswith("| `")]
+    for key, place in KEYS.items():
+        row = next((line for line in table if f"`{key}`" in line.split("|")[1]), None)
+        if key in {"revision", "dtype", "act_scheme"}:  # as hf has them; of a checkpoint
+            continue
+        assert row, key
+        default = getattr(getattr(CELL, place.part) if place.part else CELL, place.field)
+        named = set(re.findall("`(true|false)`", row))
+        if isinstance(default, bool) and named:
+            assert str(not default).lower() in named, f"{key}: {row}"
 
 
 def test_links():
